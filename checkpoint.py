@@ -1,0 +1,197 @@
+"""
+Checkpoints that cannot be hurt by killing the writer. A checkpoint of step 400 is four files in the phase's directory:
+
+    model_000400.pt     the weights, a state dict (nanochat's names)
+    optim_000400.pt     the optimizer's tensors by parameter name, whole, whatever the number of ranks
+    meta_000400.json    step, settings, model shape, fingerprints, data position, time spent
+    manifest_000400.json   size and SHA-256 of the other three, written last: without it there is no checkpoint
+
+Each is written under a temporary name, flushed to disk, read back, then renamed. Older ones go only after the new one
+verified. Nothing random has to be saved: every draw is a function of (seed, step, item) (see common.rng).
+"""
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import common
+import phase
+
+
+def names(step):
+    return [f"model_{step:06d}.pt", f"optim_{step:06d}.pt", f"meta_{step:06d}.json"]
+
+def manifest_name(step):
+    return f"manifest_{step:06d}.json"
+
+def steps(directory):
+    """Steps of which the directory holds a manifest, newest first."""
+    found = [p.name[len("manifest_"):-len(".json")] for p in Path(directory).glob("manifest_*.json")]
+    return sorted((int(s) for s in found if s.isdigit()), reverse=True)
+
+def problem(directory, step):
+    """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not."""
+    manifest = common.read_json(Path(directory) / manifest_name(step))
+    if not manifest:
+        return "its manifest is missing or damaged"
+    for name, (size, digest) in manifest["files"].items():
+        path = Path(directory) / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if common.sha256_file(path) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+def newest(directory, say=common.print0):
+    """The newest step whose checkpoint is whole, or None; says why it passes over others."""
+    for step in steps(directory):
+        why = problem(directory, step)
+        if why is None:
+            return step
+        say(f"passing over the checkpoint of step {step} in {directory}: {why}")
+    return None
+
+def free_bytes(directory):
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+def write_file(directory, name, write):
+    """Temporary name, write(file), flush to disk, checksum read back from the file, lock looked at, rename. -> [size, sha256]"""
+    temporary = directory / f".{name}.tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    entry = [temporary.stat().st_size, common.sha256_file(temporary)]
+    phase.must_hold(directory)
+    os.replace(temporary, directory / name)
+    return entry
+
+def save(directory, step, model_state, optim_state, meta, keep=1):
+    """
+    Writes the checkpoint of `step` (rank 0 only; the lock of `directory` must be held) and then removes all but the
+    `keep` newest. model_state: {name: tensor}; optim_state: {name: {name: tensor or number}} or {}; meta: JSON-able.
+    A full disk ends the phase with code 1; what was good before stays. -> seconds it took
+    """
+    import torch
+    directory, t0 = Path(directory), time.time()
+    if step in steps(directory) and problem(directory, step) is None:
+        return 0.0
+    try:
+        files = {}
+        model_name, optim_name, meta_name = names(step)
+        files[model_name] = write_file(directory, model_name, lambda f: torch.save(model_state, f))
+        files[optim_name] = write_file(directory, optim_name, lambda f: torch.save(optim_state, f))
+        files[meta_name] = write_file(directory, meta_name, lambda f: f.write(json.dumps({**meta, "step": step}, indent=1).encode()))
+        common.fsync_dir(directory)
+        write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": files}).encode()))
+        common.fsync_dir(directory)
+    except (OSError, RuntimeError) as e:  # torch reports a failed write as a RuntimeError
+        sweep(directory)
+        common.fail(f"could not save step {step} in {directory}: {e} ({free_bytes(directory) / 1e9:.1f} GB free); "
+                    f"the checkpoint before it is untouched, make room and run the same command again", code=1)
+    whole = [s for s in steps(directory) if problem(directory, s) is None] if keep > 1 else [step]
+    for old in steps(directory):
+        if old not in whole[:keep]:
+            remove(directory, old)
+    return time.time() - t0
+
+def remove(directory, step):
+    """The manifest first: a checkpoint half removed is no checkpoint."""
+    for name in [manifest_name(step), *names(step)]:
+        with contextlib.suppress(OSError):
+            (Path(directory) / name).unlink()
+
+def sweep(directory):
+    """Removes what deaths in the middle of a save left behind: temporary files, and parts without a manifest."""
+    kept = set(steps(directory))
+    for path in Path(directory).iterdir():
+        parts = path.name.split(".")[0].split("_")
+        orphan = parts[0] in ("model", "optim", "meta") and parts[-1].isdigit() and int(parts[-1]) not in kept
+        if orphan or (path.name.startswith(".") and ".tmp" in path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+def load(directory, step, device="cpu", optimizer=True):
+    """-> (model_state, optim_state or {}, meta)"""
+    import torch
+    model_name, optim_name, meta_name = names(step)
+    model_state = torch.load(Path(directory) / model_name, map_location=device, weights_only=True)
+    optim_state = torch.load(Path(directory) / optim_name, map_location=device, weights_only=True) if optimizer else {}
+    return model_state, optim_state, json.loads((Path(directory) / meta_name).read_text())
+
+def fingerprint(directory, step):
+    """Identifies the weights of a checkpoint: the start of the model file's SHA-256."""
+    return common.read_json(Path(directory) / manifest_name(step))["files"][names(step)[0]][1][:16]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding and loading trained models
+
+def latest_tag(stage, data):
+    """The tag ("d4") of `stage` that was saved last and holds a checkpoint, or None."""
+    parent = common.data_root(data) / common.STAGES[stage]
+    manifests = [p for p in parent.glob("*/manifest_*.json") if ".old-" not in p.parent.name] if parent.exists() else []
+    return max(manifests, key=lambda p: p.stat().st_mtime).parent.name if manifests else None
+
+def what_exists(data):
+    """Lines that name what has been trained: ["base d4: step 400, loss 1.234, 3m12s old"]"""
+    lines = []
+    for stage, folder in common.STAGES.items():
+        for directory in sorted((common.data_root(data) / folder).glob("*")):
+            for step in steps(directory)[:1]:
+                meta = common.read_json(directory / names(step)[2]) or {}
+                age = common.clock(time.time() - (directory / manifest_name(step)).stat().st_mtime)
+                loss = f", loss {meta['loss']:.4f}" if meta.get("loss") else ""
+                lines.append(f"{stage} {directory.name}: step {step}{loss}, {age} old")
+    return lines
+
+COMMANDS = {"base": "python base_train.py", "mid": "python mid_train.py", "sft": "python chat_sft.py", "rl": "python chat_rl.py"}
+
+def find_model(stage, data, tag=None):
+    """-> (directory, step) of a finished, whole checkpoint; exits with 2, naming what exists, where there is none."""
+    tag = tag or latest_tag(stage, data)
+    command = f"{COMMANDS[stage]} --data={data}"
+    if tag is None or not common.stage_dir(stage, data, tag).exists():
+        exists = "; ".join(what_exists(data)) or "nothing"
+        common.fail(f"there is no {stage} model{f' {tag}' if tag else ''} of the data set {data} in {common.data_root(data)} (trained so far: {exists})",
+                    next_command=command)
+    directory = common.stage_dir(stage, data, tag)
+    record = phase.read(directory)
+    step = newest(directory)
+    if step is None:
+        common.fail(f"{directory} holds no whole checkpoint", next_command=command)
+    if record and record["status"] != "done":
+        common.fail(f"the {stage} model {tag} is only half trained (step {step}, {record['status']}): finish it first", next_command=record.get("next") or command)
+    return directory, step
+
+def build_model(meta, model_state, tokenizer, device, dtype):
+    """A GPT with the given weights on `device`, computing in `dtype`; exits with 2 where tokenizer and model do not fit."""
+    from gpt import GPT, GPTConfig
+    config = GPTConfig(**meta["model"])
+    if config.vocab_size != tokenizer.vocab_size or meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        common.fail(f"tokenizer and checkpoint do not belong together: the checkpoint has a vocabulary of {config.vocab_size} "
+                    f"({meta.get('tokenizer', 'unknown')}), the tokenizer of {tokenizer.vocab_size} ({tokenizer.fingerprint})")
+    model = GPT(config, dtype)
+    model.load_state_dict(model_state)
+    return model.to(device)
+
+def load_model(stage, data, tag, device, dtype):
+    """-> (model in eval mode, tokenizer, meta) of a finished stage; tag None takes the newest. meta also gets "tag", "weights"."""
+    from tokenizer import load_tokenizer
+    directory, step = find_model(stage, data, tag)
+    model_state, _, meta = load(directory, step, "cpu", optimizer=False)
+    tokenizer = load_tokenizer(common.tokenizer_dir(data))
+    model = build_model(meta, model_state, tokenizer, device, dtype).eval()
+    return model, tokenizer, {**meta, "tag": directory.name, "weights": fingerprint(directory, step)}
+
+
+if __name__ == "__main__":  # python checkpoint.py tok|base|mid|sft|rl DATA TAG: exits with 2 and says why if it is not there, whole
+    import sys
+    if sys.argv[1] == "tok":
+        from tokenizer import load_tokenizer
+        load_tokenizer(common.tokenizer_dir(sys.argv[2]))
+    else:
+        find_model(*sys.argv[1:4])

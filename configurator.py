@@ -1,0 +1,131 @@
+"""
+Settings without argparse. A script keeps its settings as plain globals at its top, one a line, each with a comment:
+
+    depth = 20                  # layers; width, heads and learning rates follow from it
+    # ---- settings below may change at every resume
+    device_batch_size = 32      # rows a device holds at once
+    settings = configure(globals())
+
+and is then run as `python script.py --depth=4 --device-batch-size=8 my_settings.py --help`.
+A `.py` argument is a file of assignments; later arguments win. The type of the default is enforced (an int may stand
+for a float; a default of None takes any literal). What stands above the "may change at every resume" line defines the
+result and is held against the record when a phase resumes; what stands below is only logged.
+"""
+import ast
+import difflib
+import os
+import runpy
+import sys
+
+import common
+
+MARKER = "may change at every resume"
+
+
+class Settings(dict):
+    """All settings by name; `.defining` and `.free` are the two halves (see the module's docstring)."""
+    defining: dict
+    free: dict
+
+
+def declared(path, upto=None):
+    """The settings of the script at `path`: a list of (name, comment, defining) in the order of the file.
+    example: a line `depth = 4  # layers` above the marker -> [("depth", "layers", True)]"""
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    lines = source.split("\n")
+    marker = next((i for i, line in enumerate(lines, 1) if line.startswith("#") and MARKER in line), len(lines) + 1)
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and "configure(" in ast.unparse(node.value):
+            break  # what comes after configure(globals()) is no setting
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            comment = [line.split("  #", 1)[1].strip() for line in lines[node.lineno - 1:node.end_lineno] if "  #" in line]
+            found.append((node.targets[0].id, " ".join(comment), node.lineno < marker))
+    return found
+
+
+def convert(name, value, default):
+    """`value` (text from the command line, or a Python value from a file) as the type of `default`.
+    examples: ("depth", "4", 20) -> 4;  ("lr", "1", 0.1) -> 1.0;  ("mixture", "a,b*2", ["c"]) -> ["a", "b*2"]"""
+    literal = value
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            literal = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            literal = value.split(",") if isinstance(default, list) and value else value
+    if isinstance(default, list) and isinstance(literal, (tuple, str)):
+        literal = list(literal) if isinstance(literal, tuple) else ([literal] if literal else [])
+    if isinstance(default, float) and isinstance(literal, int) and not isinstance(literal, bool):
+        literal = float(literal)
+    if default is not None and type(literal) is not type(default):
+        common.fail(f"--{name} takes {article(default)} (default {default!r}), not {value!r}")
+    return literal
+
+
+def article(default):
+    return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text",
+            "list": "a list"}.get(type(default).__name__, type(default).__name__)
+
+
+def configure(module_globals):
+    """Applies sys.argv to the settings in `module_globals` (a script's globals()) and returns them as Settings.
+    Exits with 2 and one line for an unknown key or a wrong type; prints all settings for --help and exits with 0."""
+    path = os.path.abspath(module_globals["__file__"])
+    table = [row for row in declared(path) if row[0] in module_globals]
+    defaults = {name: module_globals[name] for name, _, _ in table}
+
+    def assign(name, value, where):
+        key = name.replace("-", "_")
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
+            common.fail(f"unknown setting {name!r} in {where}; the nearest is --{near[0]} (--help prints them all)")
+        module_globals[key] = convert(key, value, defaults[key])
+
+    for arg in sys.argv[1:]:
+        if arg in ("--help", "-h"):
+            print((module_globals.get("__doc__") or "").strip() + "\n\nsettings:")
+            free_started = False
+            for name, comment, defining in table:
+                if not defining and not free_started:
+                    print("\nthese do not define the result and " + MARKER + ":")
+                    free_started = True
+                left = f"  --{name}={defaults[name]!r}"
+                print(f"{left:<40} {comment}" if len(left) < 40 else f"{left}\n{'':<40} {comment}")
+            sys.exit(0)
+        elif arg.startswith("--") and "=" in arg:
+            name, value = arg[2:].split("=", 1)
+            assign(name, value, arg)
+        elif arg.endswith(".py") and not arg.startswith("-"):
+            if not os.path.exists(arg):
+                common.fail(f"no such settings file: {arg}")
+            for name, value in runpy.run_path(arg).items():
+                if not name.startswith("_") and not callable(value) and type(value).__name__ != "module":
+                    assign(name, value, arg)
+        else:
+            common.fail(f"cannot read the argument {arg!r}: write --key=value or the name of a .py file of assignments")
+    settings = Settings((name, module_globals[name]) for name in defaults)
+    settings.defining = {name: settings[name] for name, _, defining in table if defining}
+    settings.free = {name: settings[name] for name, _, defining in table if not defining}
+    return settings
+
+
+def main():
+    """`python configurator.py accepted SCRIPT --key=value ...` prints the arguments that SCRIPT has a setting for;
+    `python configurator.py check --key=value ...` exits with 2 if an argument fits no phase at all. For speedrun.sh."""
+    def key(arg):
+        common.check(arg.startswith("--") and "=" in arg, f"cannot read {arg!r} behind --: write --key=value")
+        return arg[2:].split("=", 1)[0].replace("-", "_")
+    if sys.argv[1] == "accepted":
+        known = {name for name, _, _ in declared(common.REPO / sys.argv[2])}
+        print("\n".join(arg for arg in sys.argv[3:] if key(arg) in known))
+    else:
+        scripts = [p for p in common.REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name != "configurator.py"]
+        known = {name for script in scripts for name, _, _ in declared(script)}
+        for arg in sys.argv[2:]:
+            near = difflib.get_close_matches(key(arg), known, n=1, cutoff=0.0)
+            common.check(key(arg) in known, f"no phase has a setting {key(arg)!r}; the nearest is --{near[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""
+The record and the lock of a phase. Each phase directory (base_checkpoints/d4, tokenizer, ...) holds
+
+    phase.json   what was run: settings, inputs, status (running, interrupted, failed, done), why, what to run next
+    lock.json    who writes here now: host, boot id, process, Slurm job and restart count; its mtime is the heartbeat
+
+    resumed = phase.begin(directory, "base_train", settings, inputs, verify)   # exits 0 if done, 2 if it must not run
+    ...
+    phase.done(directory, {"step": 400})       or      phase.interrupted(directory, "signal SIGTERM, saved at step 210")
+"""
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import common
+
+HEARTBEAT = 20.0     # seconds between touches of the lock
+MISSED = 30          # a holder on another host is dead after so many missed heartbeats
+_held = {}           # directory -> our token in its lock
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the lock
+
+def boot_id():
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+def process_start(pid):
+    """When process `pid` started, in clock ticks since boot ("" if there is none): tells a process from a later one of the same number."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return ""
+
+def holder_alive(lock, mtime, now=None, this_host=None):
+    """Whether the holder written in `lock` still lives. Same host: its process is looked up. Other host: Slurm is asked
+    whether that life of the job is over; else it is dead after MISSED heartbeats."""
+    if lock["host"] == (this_host or socket.gethostname()):
+        if lock["boot"] != boot_id():
+            return False
+        if Path("/proc/self/stat").exists():
+            return process_start(lock["pid"]) == lock["start"] != ""
+        try:
+            os.kill(lock["pid"], 0)
+            return True
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+    job, restart = lock.get("job"), lock.get("restart")
+    if job and job == os.environ.get("SLURM_JOB_ID") and restart != os.environ.get("SLURM_RESTART_COUNT", "0"):
+        return False  # an earlier life of this very job
+    return (now or time.time()) - mtime < HEARTBEAT * MISSED
+
+def take_lock(directory):
+    """Takes the lock of `directory`, over from a dead holder if need be; exits with 2 and the holder's name if it lives."""
+    path = directory / "lock.json"
+    with open(directory / ".lock-guard", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # two starters look and take one after the other
+        patience = time.time() + (30 if "NANOCHAT_OUTCOME" in os.environ else 0)  # the phase of a speedrun.sh that was killed is saving
+        while (lock := common.read_json(path)) and holder_alive(lock, path.stat().st_mtime) and time.time() < patience:
+            time.sleep(0.5)
+        if lock and holder_alive(lock, path.stat().st_mtime):
+            common.fail(f"{directory} is being written by process {lock['pid']} on {lock['host']}"
+                        + (f" (Slurm job {lock['job']})" if lock.get("job") else "") + "; wait for it or stop it")
+        if lock:
+            common.print0(f"taking over the lock of process {lock['pid']} on {lock['host']}, which is dead")
+        _held[str(directory)] = uuid.uuid4().hex
+        common.atomic_write(path, json.dumps({
+            "token": _held[str(directory)], "host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(),
+            "start": process_start(os.getpid()), "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}))
+
+    def beat():
+        while str(directory) in _held and still_mine(directory):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            time.sleep(HEARTBEAT)
+    threading.Thread(target=beat, daemon=True).start()
+
+def still_mine(directory):
+    """False where another process has taken the lock over (or nobody here ever took it)."""
+    lock = common.read_json(Path(directory) / "lock.json")
+    return bool(lock) and lock.get("token") == _held.get(str(directory))
+
+def must_hold(directory):
+    """A writer calls this right before it renames: an old life that wakes up must not write over the new one."""
+    if not still_mine(directory):
+        os.environ.pop("NANOCHAT_OUTCOME", None)
+        common.outcome_hook = None  # the record is no longer ours either
+        common.fail(f"lost the lock of {directory} to another process; stopping without writing", code=1)
+
+def release(directory):
+    if still_mine(directory):
+        with contextlib.suppress(OSError):
+            (Path(directory) / "lock.json").unlink()
+    _held.pop(str(directory), None)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the record
+
+def read(directory):
+    """The record of a phase directory, or None."""
+    return common.read_json(Path(directory) / "phase.json")
+
+def source_version():
+    """(commit, hash of the uncommitted difference) of this repository; ("unknown", "") outside git."""
+    import hashlib
+    def git(*args):
+        return subprocess.run(["git", "-C", str(common.REPO), *args], capture_output=True, timeout=20).stdout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        difference = git("diff", "HEAD")
+        return git("rev-parse", "HEAD").decode().strip() or "unknown", hashlib.sha256(difference).hexdigest()[:16] if difference else ""
+    return "unknown", ""
+
+def differences(old, new):
+    """["depth: 4 -> 6", ...] for two dicts"""
+    keys = list(dict.fromkeys([*old, *new]))
+    return [f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in keys if old.get(k) != new.get(k)]
+
+def begin(directory, name, settings, inputs, verify, start_over=False):
+    """
+    Opens the phase `name` in `directory`: takes the lock, compares settings and inputs with what was recorded.
+    in: settings (configurator.Settings), inputs {"tokenizer": fingerprint, ...}, verify() -> None if the artefact is whole, else why not
+    out: the earlier record (a dict) when the phase is half done, {} when it starts anew
+    exits: 0 when it is done; 2 when settings or inputs differ, or another process writes here.
+    Called on rank 0 (common.on_rank0).
+    """
+    directory = Path(directory)
+    command = "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    if start_over and directory.exists():
+        if (lock := common.read_json(directory / "lock.json")) and holder_alive(lock, (directory / "lock.json").stat().st_mtime):
+            common.fail(f"{directory} is being written by process {lock['pid']} on {lock['host']}; stop it first")
+        aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        directory.rename(aside)
+        common.print0(f"starting over; the old state is kept in {aside}")
+    old = read(directory) or {}
+    if old:
+        changed = differences(old["settings"], settings.defining) + differences(old["inputs"], inputs)
+        if changed:
+            common.fail(f"{name} was started with other settings or inputs in {directory}: " + ", ".join(changed)
+                        + " (--start_over=True keeps the old state aside and starts again)")
+        if old["status"] == "done" and verify() is None:
+            common.print0(f"{name}: done already ({directory})")
+            common.outcome(0, "done already")
+            sys.exit(0)
+        for line in differences(old["free"], settings.free):
+            common.print0(f"{name}: setting changed since the last start: {line}")
+    directory.mkdir(parents=True, exist_ok=True)
+    take_lock(directory)
+    commit, difference = source_version()
+    if old and (commit, difference) != (old.get("commit"), old.get("difference")):
+        common.print0(f"{name}: the source changed since the last start ({old.get('commit', '?')[:8]} -> {commit[:8]})")
+    record = {**old, "phase": name, "status": "running", "reason": "", "next": command, "settings": settings.defining,
+              "free": settings.free, "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
+              "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
+              "starts": old.get("starts", []) + [time.time()], "updated": time.time()}
+    write(directory, record)
+    common.outcome_hook = lambda code, reason, following: close(directory, code, reason, following or command)
+    sys.excepthook = lambda kind, value, trace: (sys.__excepthook__(kind, value, trace),
+                                                 common.outcome(1, f"{kind.__name__}: {value}", command))
+    return old
+
+def write(directory, record):
+    common.atomic_write(Path(directory) / "phase.json", json.dumps(record, indent=1))
+
+def note(directory, **facts):
+    """Adds facts (for instance what a start-up probe chose) to the record."""
+    if common.rank_world()[0] == 0:
+        write(directory, {**read(directory), **facts})
+
+def close(directory, code, reason, next_command):
+    if still_mine(directory):
+        status = {0: "done", 75: "interrupted"}.get(code, "failed")
+        write(directory, {**read(directory), "status": status, "code": code, "reason": reason,
+                          "next": None if code == 0 else next_command, "updated": time.time()})
+        release(directory)
+
+def done(directory, **facts):
+    """Marks the phase as done, with facts for the report."""
+    note(directory, **facts)
+    common.outcome(0, "done")
+
+def interrupted(directory, reason):
+    """Marks the phase as saved and stopped, and ends the process: code 75, under torchrun 0 (ruling 4)."""
+    common.outcome(75, reason)
+    common.print0(f"stopped: {reason}; run the same command again")
+    world = common.rank_world()[2]
+    if world > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()
+    sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)

@@ -1,0 +1,17 @@
+# Sourced by speedrun.sh and tests/run.sh: makes .venv from the requirements file $1 unless it matches already, and puts it first in PATH.
+# Inside a Slurm job nothing is installed (compute nodes have no internet, and many jobs may share the folder).
+setup_venv() {
+    local want
+    want="$(python3 --version) $(cat requirements.txt "$1" | sha256sum)"
+    if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
+        if [ -n "${SLURM_JOB_ID:-}" ]; then
+            echo "error: .venv does not match $1 and nothing is installed inside a job; run on the login node: bash speedrun.sh --only=setup" >&2
+            exit 2
+        fi
+        echo "installing $1 into .venv (once; torch alone is a few hundred MB)"
+        [ -x .venv/bin/python ] || python3 -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+        echo "$want" >> .venv/matches
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+}

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# The whole pipeline, from nothing to a ChatGPT of your own and its report. See --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'HELP'
+bash speedrun.sh [flags] [-- --key=value ...]      all phases in order; run it again at any time: what is done is skipped
+
+  phases: data tok base base-eval mid mid-eval sft sft-eval rl rl-eval report
+  --skip-PHASE       do not run it (--skip-tok, --skip-base, ...); later phases use what it made earlier
+  --from=PHASE       skip what comes before PHASE
+  --only=PHASE[,..]  run only these (setup: only make .venv)
+  --data=NAME        toy (default: needs no download), fineweb_edu, climbmix, or a folder of .parquet, .jsonl(.gz), .txt
+  --depth=N          layers of the model (toy: 4, else 20)
+  --nproc=N          processes on this machine (default: the GPUs visible, or 1)
+  --dry-run          print the commands and do nothing
+  -- --key=value     settings for every phase that has them, e.g. -- --device_batch_size=8 --time_limit=60
+
+  state goes to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat)
+  exit codes: 0 done, 2 bad settings or missing inputs, 75 interrupted but saved: run the same command again, else a failure
+HELP
+}
+
+bad() { echo "error: $1 (bash speedrun.sh --help)" >&2; exit 2; }
+
+PHASES=(data tok base base-eval mid mid-eval sft sft-eval rl rl-eval report)
+data=toy depth="" nproc="" from="" only="" dry="" skip=" " rest=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --help|-h) usage; exit 0 ;;
+        --skip-*) skip+="${1#--skip-} "; [[ " ${PHASES[*]} " == *" ${1#--skip-} "* ]] || bad "no such phase: ${1#--skip-}" ;;
+        --from=*) from="${1#*=}"; [[ " ${PHASES[*]} " == *" $from "* ]] || bad "no such phase: $from" ;;
+        --only=*) only="${1#*=}"
+                  for p in ${only//,/ }; do [[ " setup ${PHASES[*]} " == *" $p "* ]] || bad "no such phase: $p"; done ;;
+        --data=*) data="${1#*=}" ;;
+        --depth=*) depth="${1#*=}" ;;
+        --nproc=*) nproc="${1#*=}" ;;
+        --dry-run) dry=1 ;;
+        --) shift; rest=("$@"); break ;;
+        *) bad "unknown flag: $1" ;;
+    esac
+    shift
+done
+[[ "$depth" =~ ^([1-9][0-9]?)?$ ]] || bad "--depth takes a whole number from 1 to 99, not '$depth'"
+[[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || bad "--nproc takes a whole number, not '$nproc'"
+
+run=()  # the phases to run
+started=""
+for p in "${PHASES[@]}"; do
+    [ -z "$from" ] || [ "$p" != "$from" ] || started=1
+    [ -z "$from" ] || [ -n "$started" ] || continue
+    [[ "$skip" != *" $p "* ]] || continue
+    [ -z "$only" ] || [[ ",$only," == *",$p,"* ]] || continue
+    run+=("$p")
+done
+
+. ./setup_venv.sh
+[ -n "$dry" ] && [ ! -x .venv/bin/python ] || setup_venv requirements.txt
+[ "$only" != setup ] || exit 0
+python=$([ -x .venv/bin/python ] && echo python || echo python3)
+[ -n "$nproc" ] || nproc=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+[ "${nproc:-0}" -ge 1 ] || nproc=1
+depth=${depth:-$([ "$data" = toy ] && echo 4 || echo 20)}
+tag=d$depth
+
+# What the toy world is trained with: about 20 minutes on two CPU cores. Every other data set uses the scripts' defaults.
+toy() { [ "$data" != toy ] || echo "$*"; }
+args() {
+    case "$1" in
+        tok)       toy --vocab_size=2048 ;;
+        base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1200 --eval_every=400 --eval_tokens=200000 ;;
+        base-eval) echo "--tag=$tag" ;;
+        mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux,gsm8k,identity,simplespelling:2000,spellingbee:3000 --eval_every=0 --eval_tokens=100000 ;;
+        sft)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux:3000,arc_easy,arc_challenge,gsm8k,identity,simplespelling:300,spellingbee:1500 --lr_fraction=0.5 --eval_every=0 --eval_tokens=100000 ;;
+        rl)        echo "--tag=$tag"; toy --num_steps=30 --max_new_tokens=96 --device_batch_size=32 --rollout_rows=256 --eval_every=0 ;;
+        *-eval)    echo "--tag=$tag --source=${1%-eval}" ;;
+    esac
+}
+script() {
+    case "$1" in
+        data) echo prepare_data.py ;; tok) echo tok_train.py ;; base) echo base_train.py ;; base-eval) echo base_eval.py ;;
+        mid) echo mid_train.py ;; sft) echo chat_sft.py ;; rl) echo chat_rl.py ;; *-eval) echo chat_eval.py ;; report) echo report.py ;;
+    esac
+}
+command_of() {  # fills the array `command` for a phase; data, tok and report are single processes, the others run on all
+    local mine=() launcher=("$python")
+    [ ${#rest[@]} -eq 0 ] || mapfile -t mine < <("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
+    case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc") ;; esac
+    # shellcheck disable=SC2207  # the settings hold no spaces
+    command=("${launcher[@]}" "$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
+}
+
+if [ -n "$dry" ]; then
+    for p in "${run[@]}"; do command_of "$p"; echo "${command[*]}"; done
+    exit 0
+fi
+[ ${#rest[@]} -eq 0 ] || "$python" configurator.py check "${rest[@]}"
+
+# What a phase builds on and this run does not make must be there, whole, before anything starts.
+parent() { case "$1" in base) echo tok ;; mid|base-eval) echo base ;; sft|mid-eval) echo mid ;; rl|sft-eval) echo sft ;; rl-eval) echo rl ;; esac; }
+for p in "${run[@]}"; do
+    needed=$(parent "$p")
+    [ -n "$needed" ] && [[ " ${run[*]} " != *" $needed "* ]] || continue
+    "$python" checkpoint.py "$needed" "$data" "$([ "$needed" = tok ] || echo "$tag")"
+done
+
+export NANOCHAT_OUTCOME
+NANOCHAT_OUTCOME=$(mktemp)
+trap 'rm -f "$NANOCHAT_OUTCOME"' EXIT
+child="" asked=""
+stop() {  # a signal to this script asks the phase to save and stop; torchrun itself must not get it: it would kill its workers
+    asked=1
+    [ -z "$child" ] || pkill -TERM -P "$child" 2>/dev/null || true
+    [ -z "$child" ] || [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM INT USR1
+
+failed_evals=()
+finish() {  # $1: exit code, $2: the last line
+    echo
+    "$python" status.py "--data=$data" || true
+    echo "$2"
+    exit "$1"
+}
+for p in "${run[@]}"; do
+    command_of "$p"
+    echo
+    echo "=== $p: ${command[*]}"
+    rm -f "$NANOCHAT_OUTCOME"
+    code=0
+    "${command[@]}" < /dev/null &
+    child=$!
+    while :; do
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break  # the wait was broken by a signal: the phase is still saving
+    done
+    child=""
+    # torchrun turns every code into 1, so a phase leaves its own in a file
+    recorded=$("$python" -c 'import json,os,sys
+try: print(json.load(open(os.environ["NANOCHAT_OUTCOME"]))["code"])
+except Exception: print("")')
+    [ -z "$recorded" ] || [ "$code" -ge 128 ] || code=$recorded
+    [ -z "$asked" ] || [ "$code" -ne 0 ] || code=75
+    [ "$code" -ne 0 ] || continue
+    if [ "$code" -eq 75 ]; then
+        finish 75 "stopped in $p with everything saved: run the same command again"
+    elif [[ "$p" == *-eval && "$code" -ne 2 ]] || [ "$p" = report ]; then
+        echo "$p failed with code $code; going on, since the models do not depend on it" >&2
+        failed_evals+=("$p")
+    else
+        [ "$p" = data ] || [ "$p" = tok ] || [[ " ${run[*]} " != *" report "* ]] || "$python" report.py "--data=$data" || true
+        finish "$code" "$p failed with code $code; mend what it says above and run the same command again: what is done stays done"
+    fi
+done
+[ ${#failed_evals[@]} -eq 0 ] || finish 1 "done, but these failed: ${failed_evals[*]}; run the same command again"
+finish 0 "all done; talk to it: $python chat_cli.py"

@@ -1,0 +1,136 @@
+"""
+What the training scripts share besides their loops, which each of them has in sight: the schedule, the clock that decides
+when to save, sums over ranks, bits per byte, samples. Plain functions; the clock is one dict of this process.
+"""
+import math
+import time
+
+import torch
+import torch.distributed as dist
+
+import common
+import data as dataset
+import gpt
+
+# bf16 without sparsity, FLOP/s (vendors' data sheets); looked up by a part of the device's name
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def lr_scale(step, num_steps, warmup_ratio, warmdown_ratio, final_fraction):
+    """Trapezoid: rises over the first warmup_ratio of the steps, is 1, and falls to final_fraction over the last warmdown_ratio.
+    example: (0, 100, 0.1, 0.5, 0.0) -> 0.1;  (20, ...) -> 1.0;  (75, ...) -> 0.5"""
+    warmup, warmdown = round(warmup_ratio * num_steps), round(warmdown_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step <= num_steps - warmdown:
+        return 1.0
+    left = (num_steps - step) / warmdown
+    return left + (1 - left) * final_fraction
+
+
+def to_device(array, compute):
+    """numpy array -> tensor on the device, without waiting for the copy on CUDA"""
+    tensor = torch.from_numpy(array)
+    if compute.device.type == "cuda":
+        return tensor.pin_memory().to(compute.device, non_blocking=True)
+    return tensor.to(compute.device)
+
+
+def all_sum(value):
+    """The sum over ranks of a number or a tensor of one element, as a float."""
+    if not dist.is_initialized():
+        return float(value)
+    box = torch.as_tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(box)
+    return box.item()
+
+
+def count_skipped(skipped, loss, norm, limit, directory):
+    """How many steps in a row had a gradient that is not finite (the optimizer left such steps out); ends the phase with 1 after `limit`."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return 0
+    common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped ({skipped + 1} in a row)")
+    if skipped + 1 > limit:
+        common.fail(f"{skipped + 1} steps in a row had no finite gradient; the last good checkpoint is in {directory}: lower the learning rates, or look at the data", code=1)
+    return skipped + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the clock: nothing that it says affects weights
+
+_clock = {}
+
+def start_clock(num_steps, step, spent, save_minutes):
+    """spent: seconds of training in earlier lives of this phase."""
+    now = time.time()
+    _clock.update(num_steps=num_steps, first=step, spent=spent, start=now, interval=60.0 * save_minutes, last_save=now,
+                  last_tick=now, last_show=0.0, save_seconds=0.0, steps=[])
+
+def spent():
+    """Seconds of training, earlier lives included."""
+    return _clock["spent"] + time.time() - _clock["start"]
+
+def save_due():
+    return time.time() - _clock["last_save"] >= _clock["interval"]
+
+def saved(seconds):
+    _clock["last_save"] = time.time()
+    _clock["save_seconds"] += seconds
+
+def save_share():
+    """Share of this life's time that went into saving, 0 to 1."""
+    return _clock["save_seconds"] / max(time.time() - _clock["start"], 1e-9)
+
+def tick(step, text, tokens, flops_per_token, compute):
+    """Called after each step: prints progress, at most about once in two seconds, and returns the readings for the metrics."""
+    now = time.time()
+    _clock["steps"] = (_clock["steps"] + [now - _clock["last_tick"]])[-20:]
+    _clock["last_tick"] = now
+    seconds = sorted(_clock["steps"])[len(_clock["steps"]) // 2]  # the median: evaluations and saves are no steps
+    reading = {"seconds": round(spent(), 2), "tokens_per_second": round(tokens / seconds)}
+    peak = next((f for name, f in PEAK_FLOPS.items() if compute.device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    if peak:
+        reading["mfu"] = round(flops_per_token * tokens / seconds / (peak * compute.world), 4)
+    if now - _clock["last_show"] >= 2.0 or step == _clock["num_steps"]:
+        _clock["last_show"] = now
+        mfu = f" | MFU {100 * reading['mfu']:.1f} %" if peak else ""
+        common.print0(f"step {step:,}/{_clock['num_steps']:,} | {text} | {tokens / seconds:,.0f} tokens/s{mfu} | "
+                      f"{common.clock(spent())} so far, {common.clock((_clock['num_steps'] - step) * seconds)} left")
+    return reading
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+@torch.inference_mode()
+def bits_per_byte(model, plan, tokenizer, tokens, micro_rows, compute):
+    """
+    Bits per byte of text over the first rows of `plan` that hold `tokens` tokens (all, if there are fewer): nats over all targets
+    that stand for bytes, divided by ln 2 times their bytes. Special tokens stand for none. -> float, or None if asked to stop.
+    """
+    n = min(dataset.n_rows(plan), max(1, tokens // (plan.length - 1)))
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(compute.device)
+    nats = torch.zeros((), dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device)
+    total_bytes = torch.zeros((), dtype=torch.long, device=compute.device)
+    for start in range(0, n, micro_rows * compute.world):  # as many turns on every rank, since they agree in each
+        if common.agree(1 if common.stop_requested() else 0):
+            return None
+        mine = range(n)[start + compute.rank * micro_rows:min(n, start + (compute.rank + 1) * micro_rows)]
+        if not len(mine):
+            continue
+        rows, counted = dataset.read_rows(plan, mine)
+        x, y = to_device(rows[:, :-1].copy(), compute), to_device(rows[:, 1:].copy(), compute)
+        sizes = token_bytes[y] * to_device(counted[:, 1:].astype("int64"), compute)
+        losses = model(x, y, reduction="none")
+        nats += (losses * (sizes > 0)).sum(dtype=nats.dtype)
+        total_bytes += sizes.sum()
+    return all_sum(nats) / (math.log(2) * all_sum(total_bytes))
+
+
+def print_samples(model, tokenizer, prompts, max_new_tokens=48):
+    """Greedy continuations of a few prompts, on rank 0."""
+    if common.rank_world()[0] == 0:
+        for prompt in prompts:
+            tokens, _ = gpt.generate(model, tokenizer, [[tokenizer.bos, *tokenizer.encode(prompt)]], max_new_tokens,
+                                     keep_going=lambda: not common.stop_requested())[0]
+            common.print0(f"  sample: {prompt}{tokenizer.decode(tokens)!r}"[:300])
