@@ -230,9 +230,9 @@ class KVCache:
     """Keys and values of `rows` sequences, each with its own length. k, v: [layer] of [rows, n_kv_head, max_len, head_dim]"""
 
     def __init__(self, config, rows, max_len, device, dtype):
-        shape = (config.n_layer, rows, config.n_kv_head, max_len, config.n_embd // config.n_head)
-        self.k = list(torch.zeros(shape, device=device, dtype=dtype).unbind(0))
-        self.v = list(torch.zeros(shape, device=device, dtype=dtype).unbind(0))
+        shape = (rows, config.n_kv_head, max_len, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0  # max of lengths, kept on the host
 
