@@ -208,6 +208,12 @@ def init_compute(settings, recorded=None):
         compiled = device.type == "cuda" or (device.type == "cpu" and bool(shutil.which("g++") or shutil.which("clang++")))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu" and sys.platform == "linux":
+        # large blocks otherwise go back to the system at every free and fault in anew: 11,500 -> 15,400 tokens/s on two cores (d4, eager)
+        import ctypes
+        with contextlib.suppress(AttributeError):  # a C library without mallopt
+            ctypes.CDLL(None).mallopt(-4, 0)             # M_MMAP_MAX: no block by mmap
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
     return Compute(device, getattr(torch, dtype), threads, str(compiled) == "True", rank, local_rank, world)
 
 def chosen(compute):

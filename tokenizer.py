@@ -25,9 +25,9 @@ import tiktoken
 
 import common
 
-# In the style of GPT-4's: contractions, words with what stands before them, numbers (by at most two digits, to waste no
-# vocabulary on years), punctuation, white space. (x++ and x*+ never backtrack.)
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+# In the style of GPT-4's: contractions, words with what stands before them, numbers (two digits at most, which
+# saves vocabulary), punctuation, white space. x++ and x*+ never backtrack.
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -42,8 +42,7 @@ class Tokenizer:
 
     def __init__(self, ranks, pattern=PATTERN, special_tokens=None):
         specials = special_tokens or {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        wrong = what_is_wrong(ranks, pattern, specials)
-        if wrong:
+        if wrong := what_is_wrong(ranks, pattern, specials):
             raise ValueError(wrong)
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, specials
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -80,8 +79,7 @@ class Tokenizer:
     def token_bytes(self):
         """int32 [vocab_size]: how many bytes of text each token stands for, 0 for special tokens (for bits per byte)"""
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, i in self.ranks.items():
-            lengths[i] = len(token)
+        lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return lengths
 
     def render_conversation(self, conversation, max_tokens=None):
@@ -101,7 +99,7 @@ class Tokenizer:
                 if kind == "text":
                     add(self.encode(text), assistant)
                 else:
-                    marker, produced = {"python": ("python", 1), "python_output": ("output", 0)}[kind]
+                    marker, produced = ("python", 1) if kind == "python" else ("output", 0)
                     add([self.special(f"<|{marker}_start|>")], produced)
                     add(self.encode(text), produced)
                     add([self.special(f"<|{marker}_end|>")], produced)
@@ -111,11 +109,13 @@ class Tokenizer:
     def render_for_completion(self, conversation):
         """ids up to and with the start marker where the assistant has to speak; its own last message is left out"""
         messages = conversation["messages"]
-        if messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]
-        ids, _ = self.render_conversation({"messages": messages})
-        return ids + [self.special("<|assistant_start|>")]
+        asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+        return self.render_conversation({"messages": asked})[0] + [self.special("<|assistant_start|>")]
 
+
+def without_surrogates(text):
+    """The text as tiktoken takes it: a pair of surrogates -> its character, a lone one -> U+FFFD"""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def messages_of(conversation):
     """
@@ -188,12 +188,11 @@ def load_tokenizer(directory):
             return convert_nanochat_tokenizer(directory)
         common.fail(f"there is no tokenizer in {directory}", next_command=command_for(directory))
     try:
-        return read_tokenizer(directory)
+        return read_tokenizer(directory)  # raises what is wrong
     except (OSError, ValueError, KeyError, TypeError) as e:
         common.fail(f"the tokenizer in {directory} is damaged: {e}", next_command=command_for(directory))
 
 def read_tokenizer(directory):
-    """As load_tokenizer, but what is wrong is raised."""
     settings = json.loads((Path(directory) / "tokenizer.json").read_text(encoding="utf-8"))
     text = (Path(directory) / "ranks.txt").read_bytes()
     if hashlib.sha256(text).hexdigest() != settings["ranks_sha256"]:
@@ -207,8 +206,6 @@ def read_tokenizer(directory):
 
 class PickledEncoding:
     """What a tiktoken.Encoding in a pickle turns into here: an empty thing that takes the fields and runs nothing."""
-
-
 class OnlyAnEncoding(pickle.Unpickler):
     """Loads one pickled tiktoken.Encoding. A pickle may name any function and call it; this one, nothing else."""
     def find_class(self, module, name):
@@ -220,8 +217,8 @@ def convert_nanochat_tokenizer(directory):
     """The Tokenizer in nanochat's tokenizer.pkl, read without trust and kept as plain data beside it. Bad: exit 2."""
     path = Path(directory) / "tokenizer.pkl"
     try:
-        fields = OnlyAnEncoding(io.BytesIO(path.read_bytes())).load().__dict__
-        parts = fields["mergeable_ranks"], fields["pat_str"], fields["special_tokens"]
+        fields = vars(OnlyAnEncoding(io.BytesIO(path.read_bytes())).load())
+        parts = [fields[name] for name in ("mergeable_ranks", "pat_str", "special_tokens")]
         tokenizer = Tokenizer(*parts)
     except Exception as e:  # a broken pickle can raise nearly anything
         common.fail(f"{path} is not a tokenizer that can be used: {e}", next_command=command_for(directory))

@@ -1,0 +1,201 @@
+"""
+The tasks a model is trained and measured on, from files in common.task_dir(data), each in its data set's own format.
+
+    items = tasks.load("gsm8k", "test", "toy")       # [{"messages": [...], "task": "gsm8k", "row": {...}}, ...]
+    tasks.correct(items[0], "... #### 12")           # -> True or False
+    tasks.mixture(["smoltalk", "gsm8k*2", "spellingbee:3000"], "toy", seed=1)   # a shuffled list of items
+
+An item is a conversation (see tokenizer.messages_of) whose last message, the assistant's, is the answer. Multiple-choice
+items also carry "letters".
+"""
+import gzip
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import common
+
+# kind: chat (only trained on), categorical (answered by a letter), generative (answered by free text)
+TASKS = {
+    "smoltalk":       {"kind": "chat", "train": "smoltalk_train", "test": "smoltalk_test"},
+    "identity":       {"kind": "chat", "train": "identity_train"},
+    "mmlu_aux":       {"kind": "categorical", "chance": 0.25, "train": "mmlu_auxiliary_train"},
+    "mmlu":           {"kind": "categorical", "chance": 0.25, "test": "mmlu_test"},
+    "arc_easy":       {"kind": "categorical", "chance": 0.25, "train": "arc_easy_train", "test": "arc_easy_test"},
+    "arc_challenge":  {"kind": "categorical", "chance": 0.25, "train": "arc_challenge_train", "test": "arc_challenge_test"},
+    "gsm8k":          {"kind": "generative", "chance": 0.0, "train": "gsm8k_train", "test": "gsm8k_test"},
+    "humaneval":      {"kind": "generative", "chance": 0.0, "test": "humaneval_test"},
+    "spellingbee":    {"kind": "generative", "chance": 0.0, "train": "words_alpha", "test": "words_alpha"},
+    "simplespelling": {"kind": "generative", "chance": 0.0, "train": "words_alpha", "test": "words_alpha"},
+    "facts":          {"kind": "generative", "chance": 0.0, "test": "facts_test"},
+}
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
+GENERATED = 500  # items of a generated task where no number is given
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def parse(spec):
+    """"gsm8k" -> ("gsm8k", None, 1);  "gsm8k*2" -> ("gsm8k", None, 2);  "spellingbee:300" -> ("spellingbee", 300, 1)"""
+    name, limit, epochs = re.fullmatch(r"(.*?)(?::(\d+))?(?:\*(\d+))?", spec).groups()
+    if name not in TASKS and not name.endswith((".jsonl", ".jsonl.gz")):
+        common.fail(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, or a .jsonl file of conversations")
+    return name, int(limit) if limit else None, int(epochs or 1)
+
+def find(name, split, data):
+    """The file that holds a split of a task; exits with 2, naming it, where it is missing."""
+    if name not in TASKS:
+        common.check(Path(name).is_file(), f"there is no file of conversations {name}")
+        return Path(name)
+    stem = TASKS[name].get(split)
+    common.check(stem, f"the task {name} has no {split} split")
+    for ending in ENDINGS:
+        path = common.task_dir(data) / (stem + ending)
+        if path.exists():
+            return path
+    common.fail(f"{common.task_dir(data) / stem}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads it",
+                next_command=f"python prepare_data.py --data={data}")
+
+def files(specs, split, data):
+    """{task: path} of all that load() or mixture() would read; exits with 2 where a file is missing."""
+    return {parse(spec)[0]: find(parse(spec)[0], split, data) for spec in specs}
+
+def fingerprint(specs, split, data):
+    """Identifies what mixture(specs) is made of: 16 hex digits"""
+    parts = [f"{spec} {common.sha256_file(find(parse(spec)[0], split, data))}" for spec in specs]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+def read_rows(path):
+    """All rows of a .parquet or .jsonl(.gz) file as dicts (or lists). A broken line exits with 2, naming file and line."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+        return pyarrow.parquet.read_table(path).to_pylist()
+    rows = []
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as e:
+                common.fail(f"{path}:{number} is no JSON: {e}")
+    return rows
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows into conversations
+
+def item(name, row, user, assistant, **more):
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], "task": name, "row": row, **more}
+
+def multiple_choice(name, row, question, choices, letters, answer):
+    """The letter stands behind its choice: small models bind it better so (nanochat's finding)."""
+    lines = "\n".join(f"- {choice}={letter}" for choice, letter in zip(choices, letters))
+    return item(name, row, f"Multiple choice: {question}\n{lines}\nAnswer with the letter only.", answer, letters=list(letters))
+
+def word_problem_parts(answer):
+    """"5+7=<<5+7=12>>12 apples.\\n#### 12" -> text "5+7=", python "5+7", python_output "12", text "12 apples.\\n#### 12" """
+    parts = []
+    for i, piece in enumerate(re.split(r"<<(.*?)>>", answer)):
+        if i % 2 == 0 and piece:
+            parts.append({"type": "text", "text": piece})
+        elif i % 2 == 1:
+            expression, _, result = piece.partition("=")
+            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+    return parts
+
+def convert(name, row):
+    """A row of a file as an item."""
+    if name in ("mmlu", "mmlu_aux"):
+        letters = "ABCD"[:len(row["choices"])]
+        return multiple_choice(name, row, row["question"], row["choices"], letters, letters[row["answer"]])
+    if name in ("arc_easy", "arc_challenge"):
+        return multiple_choice(name, row, row["question"], row["choices"]["text"], row["choices"]["label"], row["answerKey"])
+    if name == "gsm8k":
+        return item(name, row, row["question"], word_problem_parts(row["answer"]))
+    if name == "humaneval":
+        return item(name, row, f"Complete this Python function.\n{row['prompt']}", row["canonical_solution"])
+    if name == "facts":
+        return item(name, row, row["question"], row["answer"])
+    return {"messages": row["messages"] if isinstance(row, dict) else row, "task": name, "row": None}
+
+SPELLING_QUESTIONS = ["How many '{c}' are in '{w}'?", "How many times does '{c}' occur in '{w}'?", "Count the letter '{c}' in '{w}'.",
+                      "In the word '{w}', how many '{c}' are there?", "How often is '{c}' in '{w}'?", "What number of '{c}' does '{w}' have?",
+                      "Tell me how many '{c}' you find in '{w}'.", "The word '{w}': how many '{c}'?"]
+
+def words(split, data):
+    """The words of a split: one in ten, by its hash, is a test word."""
+    path = find("spellingbee", split, data)
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        listed = [w for w in f.read().split() if 3 <= len(w) <= 15 and w.isascii() and w.isalpha() and w.islower()]
+    held_out = lambda w: hashlib.sha256(w.encode()).digest()[0] % 10 == 0
+    return [w for w in listed if held_out(w) == (split == "test")]
+
+def spelling(name, split, data, n):
+    """n generated items: letters counted in a word (spellingbee) or a word spelled (simplespelling)."""
+    listed, items = words(split, data), []
+    for i in range(n):
+        draw = common.rng(11, split == "test", name == "spellingbee", i)
+        word = listed[draw.integers(len(listed))]
+        spelled = " ".join(word)
+        if name == "simplespelling":
+            items.append(item(name, {"word": word}, f"Spell the word '{word}'.", spelled))
+            continue
+        letter = word[draw.integers(len(word))] if draw.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz"[draw.integers(26)]
+        question = SPELLING_QUESTIONS[draw.integers(len(SPELLING_QUESTIONS))].format(w=word, c=letter)
+        items.append(item(name, {"word": word, "letter": letter, "answer": str(word.count(letter))}, question, [
+            {"type": "text", "text": f"'{word}' is spelled {spelled}. "}, {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python_output", "text": str(word.count(letter))}, {"type": "text", "text": f"\n#### {word.count(letter)}"}]))
+    return items
+
+def load(name, split, data, limit=None):
+    """The items of a split of a task, the first `limit` of them (generated tasks: limit items, GENERATED by default)."""
+    if name in ("spellingbee", "simplespelling"):
+        return spelling(name, split, data, limit or GENERATED)
+    path = find(name, split, data)
+    try:
+        return [convert(name, row) for row in read_rows(path)[:limit]]
+    except (KeyError, TypeError, IndexError) as e:
+        common.fail(f"{path} does not have the fields of {name}: {type(e).__name__} {e}")
+
+def mixture(specs, data, seed):
+    """All items of the train splits of `specs`, shuffled by seed."""
+    items = []
+    for spec in specs:
+        name, limit, epochs = parse(spec)
+        items += load(name, "train", data, limit) * epochs
+    return [items[i] for i in common.rng(seed, 4).permutation(len(items))]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judging
+
+def final_number(text):
+    """What stands behind the last "####", as GSM8K's authors take it ("#### 1,200" -> "1200"), or None."""
+    found = re.findall(r"#### (\-?[0-9\.\,]+)", text)
+    return found[-1].replace(",", "").rstrip(".") if found else None
+
+def program(row, completion):
+    """The Python program that tells whether a completion of a HumanEval problem is right."""
+    fenced = re.search(r"```(?:python)?\n(.*?)```", completion, re.DOTALL)
+    code = fenced.group(1) if fenced else completion
+    whole = code if f"def {row['entry_point']}" in code else row["prompt"] + code
+    return f"{whole}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+
+def says(text, phrase):
+    return re.search(rf"(?<!\w){re.escape(phrase.lower())}(?!\w)", text.lower()) is not None
+
+def correct(item, completion, unsafe=False):
+    """Whether a completion answers an item. HumanEval's is run in the sandbox (see execution.run_python for `unsafe`)."""
+    name, row = item["task"], item["row"]
+    if name == "humaneval":
+        import execution
+        return execution.run_python(program(row, completion), unsafe=unsafe)[0]
+    if name == "gsm8k":
+        number = final_number(completion)
+        return number is not None and number == final_number(row["answer"])
+    if name == "spellingbee":
+        return final_number(completion) == row["answer"]
+    if name == "simplespelling":
+        return completion.strip() == " ".join(row["word"])
+    if name == "facts":
+        others = [c for c in row["candidates"] if c != row["answer"]]
+        return says(completion, row["answer"]) and not any(says(completion, c) for c in others)
+    return completion.strip() == item["messages"][-1]["content"]
