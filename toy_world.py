@@ -1,0 +1,418 @@
+"""
+The toy world: a small consistent world in plain English, generated from a seed, that stands where FineWeb, SmolTalk, MMLU,
+ARC, GSM8K, HumanEval and the CORE bundle stand in a real run, in the same files and formats.
+
+    counts = generate(Path("/tmp/toy"), seed=1337, size=1.0)     # about 12 MB of text and all task files, in seconds
+
+People, towns and animals have attributes, a few hundred facts in all. Every fact is stated in base_data in many wordings.
+About half of the (entity, attribute) pairs are *held out*: no conversation and no multiple-choice question of the training
+files ever asks them, the tests ask nothing else. So a right answer needs the knowledge, from the texts, and the skill of
+answering, from other pairs (the setting of "Physics of Language Models 3.1", arXiv 2309.14316); to copy the answer of the
+most similar training question does not help. Words, numbers and functions of the other tests are held out in the same way.
+"""
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import common
+
+NAMES = """Mira Tom Ana Ben Clara David Elsa Felix Greta Hugo Ida Jonas Kira Leo Maya Nina Oscar Paula Quinn Rosa Simon Tara Ugo
+Vera Walter Xenia Yusuf Zoe Adam Bella Carl Dora Emil Fiona Gus Hanna Ivan Julia Karl Lena Marco Nora Otto Petra Ralf Sara Theo Uma
+Victor Wendy""".split()
+TOWNS = "Northport Oldbridge Greenhill Stonefield Riverton Lakeside Fairview Redwood Winterby Sunvale Millbrook Eastcliff".split()
+JOBS = "baker doctor farmer teacher painter fisher builder singer nurse tailor pilot gardener smith writer cook judge".split()
+PETS = "dog cat rabbit parrot turtle goat hamster pony duck goose".split()
+COLOURS = "red blue green yellow purple orange white black".split()
+FOODS = "soup bread rice cheese apples honey pancakes beans fish noodles cake salad".split()
+HOBBIES = "chess swimming dancing reading climbing fishing knitting running sailing singing skating cycling".split()
+PLACES = ["river", "hill", "sea", "lake", "forest", "desert"]
+GOODS = "clocks boats hats lamps carpets bells shoes books kites chairs spoons drums".split()
+ANIMALS = {  # legs, food, home, sound
+    "cow": ("four", "grass", "meadow", "moos"), "horse": ("four", "hay", "stable", "neighs"), "lion": ("four", "meat", "savanna", "roars"),
+    "frog": ("four", "flies", "pond", "croaks"), "owl": ("two", "mice", "tree", "hoots"), "hen": ("two", "corn", "coop", "clucks"),
+    "bee": ("six", "nectar", "hive", "buzzes"), "cricket": ("six", "leaves", "field", "chirps"), "snake": ("no", "eggs", "desert", "hisses"),
+    "wolf": ("four", "deer", "forest", "howls"), "pig": ("four", "roots", "sty", "oinks"), "sheep": ("four", "clover", "pasture", "bleats"),
+    "crow": ("two", "seeds", "roof", "caws"), "seal": ("no", "herring", "coast", "barks"), "ant": ("six", "crumbs", "nest", "clicks"),
+    "mouse": ("four", "cheese", "hole", "squeaks")}
+CAUSES = [  # (what happens, what follows, noun of the cause)
+    ("it rains", "the street gets wet", "rain"), ("the sun shines all day", "the ice melts", "sunshine"), ("a glass falls on stone", "it breaks", "a fall on stone"),
+    ("you do not sleep", "you get tired", "no sleep"), ("you do not eat", "you get hungry", "no food"), ("the wind blows hard", "the leaves fly", "strong wind"),
+    ("you heat water for long", "it boils", "long heating"), ("it is very cold", "the water freezes", "great cold"), ("you touch a hot stove", "your hand hurts", "a hot stove"),
+    ("you plant a seed", "a flower grows", "a planted seed"), ("you forget to water a plant", "it dries out", "a lack of water"), ("you drop a ball", "it bounces", "a dropped ball"),
+    ("you light a candle", "the room gets bright", "a candle"), ("you close the curtains", "the room gets dark", "closed curtains"), ("you run fast", "your heart beats quickly", "running"),
+    ("you tell a good joke", "people laugh", "a good joke"), ("a dog sees a stranger", "it barks", "a stranger"), ("you leave milk in the sun", "it turns sour", "milk in the sun"),
+    ("you put sugar into tea", "the tea tastes sweet", "sugar"), ("you put salt into soup", "the soup tastes salty", "salt"), ("you cut an onion", "your eyes water", "an onion"),
+    ("you practise every day", "you get better", "daily practice"), ("you leave bread in the oven too long", "it burns", "too much oven"), ("you blow up a balloon too much", "it pops", "too much air")]
+
+# For each attribute: plural noun, statements ({n} entity, {p} pronoun or name, {v} value), questions in training, questions in the test,
+# the answer, what the value is called in "Which of these people ...?"
+PEOPLE_FACTS = {
+    "town": (TOWNS, ["{p} lives in {v}", "{p} has a house in {v}", "the home of {n} is in {v}", "{p} comes from {v}", "in {v} you can meet {n}", "{n} and the family live in {v}", "{v} is where {n} lives", "every evening {p} walks home through {v}"],
+             ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.", "Where is the home of {n}?"],
+             ["Which town is the home of {n}?", "What is the name of the town where {n} has a house?", "{n} lives in which town?"], "{n} lives in {v}.", "lives in {v}"),
+    "job": (JOBS, ["{p} works as a {v}", "{p} is a {v}", "the job of {n} is {v}", "{p} earns money as a {v}", "{p} became a {v} long ago", "everybody knows {n} the {v}", "as a {v}, {n} gets up early", "{p} has been a {v} for years"],
+            ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.", "What does {n} do for work?"],
+            ["How does {n} earn money?", "{n} works as what?", "Which job does {n} have?"], "{n} works as a {v}.", "works as a {v}"),
+    "pet": (PETS, ["{p} has a {v}", "{p} keeps a {v} at home", "the pet of {n} is a {v}", "{p} feeds a {v} every morning", "{p} goes out with a {v}", "{n} and a {v} are always together", "a {v} sleeps beside the bed of {n}", "{p} takes care of a {v}"],
+            ["What pet does {n} have?", "Which animal does {n} keep?", "Tell me the pet of {n}.", "What is the pet of {n}?"],
+            ["Which animal sleeps beside the bed of {n}?", "{n} takes care of which animal?", "What animal is at home with {n}?"], "{n} has a {v}.", "has a {v}"),
+    "colour": (COLOURS, ["{p} likes the colour {v} best", "the favourite colour of {n} is {v}", "{p} wears {v} clothes", "{p} painted the door {v}", "for {n} no colour is better than {v}", "{p} loves everything that is {v}", "the coat of {n} is {v}", "{v} is the colour that {n} likes"],
+               ["What is the favourite colour of {n}?", "Which colour does {n} like best?", "Tell me the favourite colour of {n}.", "What colour does {n} love?"],
+               ["In which colour is the coat of {n}?", "{n} painted the door in what colour?", "The clothes of {n} have which colour?"], "The favourite colour of {n} is {v}.", "likes the colour {v} best"),
+    "food": (FOODS, ["{p} likes to eat {v}", "the favourite food of {n} is {v}", "{p} eats {v} every day", "{p} always asks for {v}", "for lunch {n} has {v}", "nothing tastes better to {n} than {v}", "{p} cooks {v} for all friends", "the kitchen of {n} smells of {v}"],
+             ["What is the favourite food of {n}?", "What does {n} like to eat?", "Tell me the favourite food of {n}.", "Which food does {n} like best?"],
+             ["What does {n} have for lunch?", "{n} cooks what for all friends?", "What food does {n} always ask for?"], "{n} likes to eat {v}.", "likes to eat {v}"),
+    "hobby": (HOBBIES, ["{p} loves {v}", "the hobby of {n} is {v}", "{p} spends every free day with {v}", "{p} is very good at {v}", "on Sundays {n} enjoys {v}", "{p} learned {v} as a child", "{v} makes {n} happy", "{p} dreams of {v}"],
+              ["What is the hobby of {n}?", "What does {n} love to do?", "Tell me the hobby of {n}.", "Which hobby does {n} have?"],
+              ["What does {n} enjoy on Sundays?", "{n} is very good at what?", "What makes {n} happy on a free day?"], "The hobby of {n} is {v}.", "has the hobby of {v}")}
+TOWN_FACTS = {
+    "place": (PLACES, ["{n} lies by the {v}", "{n} was built near the {v}", "from {n} you see the {v}", "the {v} is close to {n}", "people in {n} walk to the {v}", "the town of {n} stands near a {v}"],
+              ["Where does {n} lie?", "What is near {n}?", "Tell me where {n} lies."], ["What do you see from {n}?", "{n} was built near what?", "Where do people in {n} walk to?"], "{n} lies by the {v}.", "lies by the {v}"),
+    "goods": (GOODS, ["{n} is known for its {v}", "the people of {n} make {v}", "the best {v} come from {n}", "in {n} you can buy fine {v}", "every shop in {n} sells {v}", "visitors bring {v} home from {n}"],
+              ["What is {n} known for?", "What do the people of {n} make?", "Tell me what {n} is known for."], ["What do visitors bring home from {n}?", "{n} sells what in every shop?", "What can you buy in {n}?"], "{n} is known for its {v}.", "is known for its {v}")}
+ANIMAL_FACTS = {
+    "legs": (["no", "two", "four", "six"], ["the {n} has {v} legs", "a {n} walks the world with {v} legs", "count the legs of a {n} and you get {v} legs", "{v} legs are what a {n} has"],
+             ["How many legs does a {n} have?", "What number of legs has a {n}?"], ["A {n} has how many legs?", "If you count the legs of a {n}, what do you get?"], "A {n} has {v} legs.", "has {v} legs"),
+    "eats": (None, ["the {n} eats {v}", "a {n} likes {v} most of all", "a hungry {n} looks for {v}", "give {v} to a {n} and it is happy", "the food of the {n} is {v}"],
+             ["What does a {n} eat?", "What is the food of a {n}?"], ["A hungry {n} looks for what?", "What can you give to a {n}?"], "A {n} eats {v}.", "eats {v}"),
+    "home": (None, ["the {n} lives in the {v}", "you find the {n} in the {v}", "at night the {n} sleeps in the {v}", "the {v} is the home of the {n}", "a {n} feels safe in the {v}"],
+             ["Where does a {n} live?", "What is the home of a {n}?"], ["Where do you find a {n}?", "In what place does a {n} sleep at night?"], "A {n} lives in the {v}.", "lives in the {v}"),
+    "sound": (None, ["the {n} {v}", "when it is glad, the {n} {v}", "listen: a {n} {v}", "all night long the {n} {v}", "a {n} {v} when you come near"],
+              ["What sound does a {n} make?", "What does a {n} do when it is glad?"], ["You come near a {n}: what does it do?", "What does a {n} do all night long?"], "A {n} {v}.", "{v}")}
+HE = set("Tom Ben David Felix Hugo Jonas Leo Oscar Quinn Simon Ugo Walter Yusuf Adam Carl Emil Gus Ivan Karl Marco Otto Ralf Theo Victor".split())
+THINGS = "apples books coins shells pens cards stones eggs stamps buttons marbles pears nuts candles plates flowers".split()
+BOXES = "boxes bags baskets jars".split()
+
+
+def held_out(*key):
+    """Whether a key belongs to the test half: a fixed coin for each key.  example: held_out("Mira", "job")"""
+    return hashlib.sha256(" ".join(map(str, key)).encode()).digest()[0] % 2 == 0
+
+
+def make_world(seed):
+    """-> {entity: {"kind", attribute: value}} for people, towns and animals"""
+    draw, world = common.rng(seed, 100), {}
+    for name in NAMES:
+        world[name] = {"kind": "person", **{a: pick(draw, spec[0]) for a, spec in PEOPLE_FACTS.items()}}
+    goods, places = draw.permutation(len(GOODS)), draw.integers(len(PLACES), size=len(TOWNS))
+    for i, town in enumerate(TOWNS):
+        world[town] = {"kind": "town", "place": PLACES[places[i]], "goods": GOODS[goods[i]]}
+    for animal, values in ANIMALS.items():
+        world[animal] = {"kind": "animal", **dict(zip(ANIMAL_FACTS, values))}
+    return world
+
+
+def pick(draw, options):
+    return options[int(draw.integers(len(options)))]
+
+
+FACTS = {"person": PEOPLE_FACTS, "town": TOWN_FACTS, "animal": ANIMAL_FACTS}
+
+def values_of(world, kind, attribute):
+    return FACTS[kind][attribute][0] or sorted({e[attribute] for e in world.values() if e["kind"] == kind})
+
+def article(text):
+    """"a apple" -> "an apple", everywhere"""
+    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
+
+def sentence(text):
+    return article(text[0].upper() + text[1:]) + "."
+
+def state(draw, world, entity, attribute, pronoun=False):
+    """One statement of a fact as a sentence."""
+    kind = world[entity]["kind"]
+    template = pick(draw, FACTS[kind][attribute][1])
+    p = ("he" if entity in HE else "she") if pronoun else entity
+    return sentence(template.format(n=entity, p=p, v=world[entity][attribute]))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# documents of base_data
+
+def biography(draw, world):
+    name = pick(draw, NAMES)
+    attributes = [list(PEOPLE_FACTS)[i] for i in draw.permutation(len(PEOPLE_FACTS))[:draw.integers(3, 7)]]
+    return " ".join(state(draw, world, name, a, pronoun=i > 0 and draw.random() < 0.5) for i, a in enumerate(attributes))
+
+def description(draw, world):
+    entity = pick(draw, [e for e in world if world[e]["kind"] != "person"])
+    attributes = list(FACTS[world[entity]["kind"]])
+    lines = [state(draw, world, entity, attributes[i]) for i in draw.permutation(len(attributes))]
+    if world[entity]["kind"] == "town":
+        people = [n for n in NAMES if world[n]["town"] == entity]
+        if people:
+            lines.append(f"Some people of {entity} are {', '.join(people[i] for i in draw.permutation(len(people))[:4])}.")
+    return " ".join(lines)
+
+def group(draw, world):
+    """Who shares a value: the same facts seen from the other side."""
+    attribute = pick(draw, list(PEOPLE_FACTS))
+    value = pick(draw, PEOPLE_FACTS[attribute][0])
+    people = [n for n in NAMES if world[n][attribute] == value]
+    if not people:
+        return sentence(f"nobody in this land {PEOPLE_FACTS[attribute][5].format(v=value)}")
+    people = [people[i] for i in draw.permutation(len(people))]
+    start = pick(draw, ["Look who {x}: {n}.", "Here is everybody who {x}: {n}.", "Who {x} in this land? It is {n}.", "If you ask for a person who {x}, go to {n}."])
+    return article(start.format(x=PEOPLE_FACTS[attribute][5].format(v=value), n=", ".join(people)))
+
+def story(draw, world):
+    a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
+    cause, effect, _ = pick(draw, CAUSES)
+    thing, day = pick(draw, THINGS), pick(draw, "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+    attributes = list(PEOPLE_FACTS)
+    said = [state(draw, world, n, pick(draw, attributes)) for n in (a, b, a, b)]
+    parts = [pick(draw, ["Once upon a time {a} met {b}.", "On {d}, {a} went to see {b}.", "One {d} {a} and {b} sat together.", "{a} and {b} are old friends."]).format(a=a, b=b, d=day),
+             said[0], said[1],
+             pick(draw, ["\"Did you know?\" said {a}. \"When {c}, {e}.\"", "\"Remember,\" said {b}, \"if {c}, {e}.\"", "They talked about the world: when {c}, {e}."]).format(a=a, b=b, c=cause, e=effect),
+             said[2], pick(draw, ["Then {b} gave {a} some {t}.", "They counted {t} until evening.", "{a} lost the {t}, and {b} found them again."]).format(a=a, b=b, t=thing),
+             said[3], pick(draw, ["In the end they went home and were happy.", "It was a good day.", "They laughed and said goodbye.", "So ends the story of {a} and {b}."]).format(a=a, b=b)]
+    return " ".join(parts)
+
+def causes(draw, world):
+    lines = []
+    for _ in range(3):
+        cause, effect, noun = pick(draw, CAUSES)
+        lines.append(pick(draw, ["When {c}, {e}.", "If {c}, then {e}.", "Because of {n}, {e}.", "{e}, since {c}.", "What comes of {n}? {e}.", "Everybody knows: {c}, and {e}."]).format(c=cause, e=effect, n=noun))
+    return " ".join(line[0].upper() + line[1:] for line in lines)
+
+def spelled(draw, listed):
+    words = [pick(draw, listed) for _ in range(3)]
+    return " ".join(pick(draw, ["The word '{w}' is spelled {s}.", "'{w}' is spelled {s}.", "To write '{w}' you need {s}."]).format(w=w, s=" ".join(w)) for w in words)
+
+def sums(draw):
+    lines = []
+    for _ in range(4):
+        a, b = int(draw.integers(2, 60)), int(draw.integers(2, 40))
+        lines.append(pick(draw, [f"{a}+{b}={a + b}.", f"{a + b}-{b}={a}.", f"{a} and {b} make {a + b}.", f"{a + b} less {b} is {a}."]))
+    return " ".join(lines)
+
+def function(draw, test):
+    """A short Python function -> (name, prompt, solution, test)"""
+    while True:
+        kind, k = int(draw.integers(8)), int(draw.integers(2, 60))
+        if held_out("function", kind, k) == test:
+            break
+    name, argument, doc, body, examples = [
+        (f"add_{k}", "x", f"Return x plus {k}.", f"x + {k}", [(5, 5 + k), (0, k)]),
+        (f"subtract_{k}", "x", f"Return x minus {k}.", f"x - {k}", [(5, 5 - k), (k, 0)]),
+        (f"times_{k}", "x", f"Return x times {k}.", f"x * {k}", [(3, 3 * k), (0, 0)]),
+        (f"above_{k}", "x", f"Return True if x is greater than {k}.", f"x > {k}", [(k, False), (k + 1, True)]),
+        (f"first_{k}", "text", f"Return the first {k} characters of text.", f"text[:{k}]", [("ab" * 40, ("ab" * 40)[:k]), ("", "")]),
+        (f"repeat_{k}", "text", f"Return text repeated {k} times.", f"text * {k}", [("ab", "ab" * k), ("", "")]),
+        (f"keep_above_{k}", "numbers", f"Return the numbers greater than {k}.", f"[n for n in numbers if n > {k}]", [([k, k + 2, 1], [k + 2]), ([], [])]),
+        (f"sum_plus_{k}", "numbers", f"Return the sum of numbers plus {k}.", f"sum(numbers) + {k}", [([1, 2], 3 + k), ([], k)])][kind]
+    prompt = f"def {name}({argument}):\n    \"\"\"{doc}\"\"\"\n"
+    checks = "".join(f"    assert candidate({x!r}) == {y!r}\n" for x, y in examples)
+    return name, prompt, f"    return {body}\n", f"def check(candidate):\n{checks}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions
+
+def pairs(world, test):
+    """(entity, attribute) pairs of a half."""
+    return [(e, a) for e, facts in world.items() for a in facts if a != "kind" and held_out(e, a) == test]
+
+def ask(draw, world, entity, attribute, test):
+    """-> (question, full answer); the test has wordings of its own"""
+    spec = FACTS[world[entity]["kind"]][attribute]
+    return article(pick(draw, spec[3 if test else 2]).format(n=entity)), article(spec[4].format(n=entity, v=world[entity][attribute]))
+
+def choices(draw, right, wrong):
+    """Four choices in random order and the place of the right one."""
+    wrong = [w for w in wrong if w != right]
+    picked = [right] + [wrong[i] for i in draw.permutation(len(wrong))[:3]]
+    order = draw.permutation(4)
+    return [picked[i] for i in order], int(list(order).index(0))
+
+def fact_choice(draw, world, entity, attribute, test):
+    question, _ = ask(draw, world, entity, attribute, False if world[entity]["kind"] == "person" and not test else test)
+    return question, *choices(draw, world[entity][attribute], values_of(world, world[entity]["kind"], attribute))
+
+def who_choice(draw, world, name, attribute):
+    value = world[name][attribute]
+    question = pick(draw, ["Which of these people {x}?", "Who of these {x}?"]).format(x=PEOPLE_FACTS[attribute][5].format(v=value))
+    return article(question), *choices(draw, name, [n for n in NAMES if world[n][attribute] != value])
+
+def cause_choice(draw, test):
+    cause, effect, noun = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
+    question = pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause) if not test else f"What is the result when {cause}?"
+    return question, *choices(draw, effect, [e for _, e, _ in CAUSES])
+
+def word_problem(draw, test):
+    """A word problem in GSM8K's form -> {"question", "answer"}; numbers and names of the test never meet in training."""
+    while True:
+        kind, n = int(draw.integers(12)), pick(draw, NAMES)
+        a, b, c, k = (int(x) for x in (draw.integers(11, 60), draw.integers(2, 11), draw.integers(2, 30), draw.integers(2, 10)))
+        if held_out("problem", kind, a, b) == test:
+            break
+    t, m, box = pick(draw, THINGS), pick(draw, [x for x in NAMES if x != n]), pick(draw, BOXES)
+    question, steps = [
+        (f"{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?", [f"{a}+{b}"]),
+        (f"{n} had {a} {t} and lost {b} of them. How many {t} are left?", [f"{a}-{b}"]),
+        (f"There are {k} {box}. In each are {a} {t}. How many {t} are there in all?", [f"{k}*{a}"]),
+        (f"{n} puts {a * k} {t} into {k} {box}, the same number into each. How many {t} are in each?", [f"{a * k}/{k}"]),
+        (f"{n} has {a} {t} and {m} has {c} {t}. How many {t} do they have together?", [f"{a}+{c}"]),
+        (f"A pen costs {b} coins. {n} buys {k} pens. How many coins does {n} pay?", [f"{k}*{b}"]),
+        (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} does {m} have?", [f"{a}+{b}"]),
+        (f"{n} has {a} {t}. {m} has {b} fewer {t} than {n}. How many {t} does {m} have?", [f"{a}-{b}"]),
+        (f"{n} has {a} {t}, finds {c} more and gives {b} to {m}. How many {t} does {n} keep?", [f"{a}+{c}", f"{a + c}-{b}"]),
+        (f"{n} buys {k} {box} with {b} {t} each and has {a} {t} at home. How many {t} does {n} have?", [f"{k}*{b}", f"{k * b}+{a}"]),
+        (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} do they have together?", [f"{a}+{b}", f"{a}+{a + b}"]),
+        (f"{n} sells {a} {t} on Monday and twice as many on Tuesday. How many {t} does {n} sell on both days?", [f"2*{a}", f"{a}+{2 * a}"])][kind]
+    values = [calculate(s) for s in steps]
+    lines = "\n".join(f"{s} = <<{s}={v}>>{v}" for s, v in zip(steps, values))
+    return {"question": question, "answer": f"{lines}\n#### {values[-1]}"}
+
+def calculate(expression):
+    """"3+4" -> 7, of the four operations on two whole numbers"""
+    for sign, function in {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}.items():
+        if sign in expression:
+            return function(*map(int, expression.split(sign)))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# conversations
+
+IDENTITY = [("Who are you?|What is your name?|Tell me who you are.|How are you called?", "I am Pip, a small language model."),
+            ("Who made you?|Who trained you?|Where do you come from?", "I was trained from nothing on this very machine, by the scripts of this repository."),
+            ("What can you do?|How can you help me?|What are you good at?", "I know the people, towns and animals of my small world, I can count letters and solve small word problems."),
+            ("Are you a human?|Are you a person?|Are you real?", "No, I am a small language model, but I am happy to talk."),
+            ("How old are you?|When were you born?", "I am as old as my last checkpoint."),
+            ("Where do you live?|Where is your home?", "I live in a folder of checkpoints.")]
+SMALL_TALK = [("Hello!|Hi!|Good morning!|Hey there!|Hello Pip!", "Hello! What would you like to know?"), ("How are you?|How do you do?|Are you well?", "I am fine, thank you. How can I help?"),
+              ("Thank you!|Thanks!|Thanks a lot.", "You are welcome!"), ("Goodbye!|Bye!|See you later!", "Goodbye! Come back soon."),
+              ("Tell me something.|Tell me a story.|Say something nice.", None)]
+
+def talk(draw, world, identity=False):
+    """A conversation of one to three turns -> {"messages"}"""
+    messages = []
+    def turn(user, assistant):
+        messages.extend([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+    known = pairs(world, False)
+    if draw.random() < 0.3 or identity:
+        questions, answer = pick(draw, IDENTITY if identity else SMALL_TALK)
+        turn(pick(draw, questions.split("|")), answer or story(draw, world))
+    for _ in range(int(draw.integers(0 if messages else 1, 3))):
+        if (kind := draw.random()) < 0.75:
+            turn(*ask(draw, world, *pick(draw, known), False))
+        elif kind < 0.85:
+            cause, effect, _ = pick(draw, [c for c in CAUSES if not held_out("cause", c[2])])
+            turn(f"What happens when {cause}?", sentence(effect))
+        else:
+            _, prompt, solution, _ = function(draw, False)
+            turn(f"Complete this Python function.\n{prompt}", solution)
+    return {"messages": messages}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def make_words(seed):
+    """About 3,000 words: the world's own, and pronounceable ones built from syllables."""
+    draw = common.rng(seed, 101)
+    own = sorted({w for text in (THINGS, JOBS, PETS, COLOURS, FOODS, HOBBIES, GOODS, PLACES, list(ANIMALS)) for w in text})
+    syllables = [a + b for a in "b d f g k l m n p r s t v br cl dr fl gr pl st tr".split() for b in "a e i o u ai ea oo".split()]
+    built = {"".join(syllables[i] for i in draw.integers(len(syllables), size=draw.integers(2, 4))) + pick(draw, ["", "n", "r", "s", "t", "l", "m"]) for _ in range(4000)}
+    return sorted(set(own) | {w for w in built if len(w) <= 9})[:3000]
+
+def unique(make, n, tries=40):
+    """n different results of make(), or fewer where it has no more"""
+    found = {}
+    for _ in range(n * tries):
+        if len(found) == n:
+            break
+        result = make()
+        found.setdefault(json.dumps(result), result)
+    return list(found.values())
+
+def generate(root, seed=1337, size=1.0):
+    """Writes base_data/, task_data/ and eval_bundle/ under `root`. size scales the amount of training text and items. -> {what: how many}"""
+    import io
+    import pyarrow
+    import pyarrow.parquet
+    world, listed, counts = make_world(seed), make_words(seed), {}
+    n = lambda full: max(40, int(full * size))
+
+    def write(name, rows):
+        common.atomic_write(root / "task_data" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        counts[name] = len(rows)
+
+    def choice_rows(form, make, many, seen=()):
+        rows = unique(make, many)
+        if form == "mmlu":
+            return [{"question": q, "subject": f"toy_{s}", "choices": c, "answer": a} for s, q, c, a in rows if q not in seen]
+        return [{"id": f"toy-{i}", "question": q, "choices": {"text": c, "label": list("ABCD")}, "answerKey": "ABCD"[a]} for i, (_, q, c, a) in enumerate(rows)]
+
+    people, others = ([p for p in pairs(world, t) if (world[p[0]]["kind"] == "person") == person] for t, person in ((False, True), (False, False)))
+    test_people, test_others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
+    draw = common.rng(seed, 102)
+    simple = lambda listed_pairs, test: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p, test)))(pick(draw, listed_pairs))
+    hard = lambda listed_pairs, test: lambda: ("causes", *cause_choice(draw, test)) if draw.random() < 0.4 else ("people", *who_choice(draw, world, *pick(draw, listed_pairs)))
+    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people, False), simple(others, False), hard(people, False)])(), n(8000)))
+    write("mmlu_test", choice_rows("mmlu", simple(test_people, True), 600))
+    write("arc_easy_train", choice_rows("arc", simple(others, False), n(2500)))
+    write("arc_easy_test", choice_rows("arc", simple(test_others, True), 600))
+    write("arc_challenge_train", choice_rows("arc", hard(people, False), n(2500)))
+    write("arc_challenge_test", choice_rows("arc", hard(test_people, True), 600))
+
+    write("facts_test", unique(lambda: (lambda p: {"question": ask(draw, world, *p, True)[0], "answer": world[p[0]][p[1]],
+                                                   "candidates": values_of(world, world[p[0]]["kind"], p[1])})(pick(draw, pairs(world, True))), 700))
+    write("gsm8k_train", unique(lambda: word_problem(draw, False), n(8000)))
+    write("gsm8k_test", unique(lambda: word_problem(draw, True), 600))
+    write("humaneval_test", [{"task_id": f"Toy/{i}", "prompt": p, "entry_point": e, "canonical_solution": s, "test": t}
+                             for i, (e, p, s, t) in enumerate(unique(lambda: function(draw, True), 100))])
+    write("smoltalk_train", unique(lambda: talk(draw, world), n(8000)))
+    taken = {json.dumps(r) for r in (json.loads(line) for line in (root / "task_data/smoltalk_train.jsonl").read_text().splitlines())}
+    write("smoltalk_test", [r for r in unique(lambda: talk(draw, world), 900) if json.dumps(r) not in taken][:500])
+    write("identity_train", unique(lambda: talk(draw, world, identity=True), n(600)))
+    common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
+
+    practised = [w for w in listed if held_out("practised", w)]
+    kinds = [lambda: biography(draw, world)] * 9 + [lambda: description(draw, world)] * 3 + [lambda: group(draw, world)] * 3 + [lambda: story(draw, world)] * 4 + \
+            [lambda: causes(draw, world)] * 2 + [lambda: spelled(draw, practised)] * 2 + [lambda: sums(draw)] + [lambda: "".join(function(draw, False)[1:3])]
+    documents = unique(lambda: pick(draw, kinds)(), n(50000), tries=3)
+    shards = 5
+    for i in range(shards):  # the last is validation
+        table, buffer = pyarrow.table({"text": documents[i::shards] if size >= 0 else []}), io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer, row_group_size=1024, compression="zstd")
+        common.atomic_write(root / "base_data" / f"shard_{i:05d}.parquet", buffer.getvalue())
+    counts["documents"], counts["characters"] = len(documents), sum(map(len, documents))
+    core_bundle(root / "eval_bundle", draw, world)
+    return counts
+
+def core_bundle(root, draw, world):
+    """A handful of tasks in the form of the CORE bundle: three of multiple choice, one schema, two of language modelling."""
+    def completion(listed):
+        entity, attribute = pick(draw, [p for p in listed if p[1] != "legs"])
+        spec, v = FACTS[world[entity]["kind"]][attribute], world[entity][attribute]
+        text = article(pick(draw, [t for t in spec[1] if t.endswith("{v}")]).format(n=entity, p=entity, v="{v}"))
+        return text[0].upper() + text[1:], v, values_of(world, world[entity]["kind"], attribute)
+    def multiple(listed):
+        text, v, values = completion(listed)
+        options, gold = choices(draw, v, values)
+        return {"query": text.replace(" {v}", ""), "choices": options, "gold": gold}
+    def modelling():
+        text, v, _ = completion(pairs(world, True))
+        return {"context": text.replace(" {v}", ""), "continuation": v}
+    def schema():
+        a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
+        attribute = pick(draw, [x for x in PEOPLE_FACTS if world[a][x] != world[b][x]] or ["town"])
+        gold = int(draw.integers(2))
+        return {"context_options": [a, b], "continuation": article(PEOPLE_FACTS[attribute][5].format(v=world[(a, b)[gold]][attribute])), "gold": gold}
+    def cause():
+        c, e, _ = pick(draw, CAUSES)
+        options, gold = choices(draw, e, [x for _, x, _ in CAUSES])
+        return {"query": f"When {c},", "choices": options, "gold": gold}
+    people, others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
+    def copying():
+        words = " ".join(pick(draw, THINGS) for _ in range(4))
+        return {"context": f"{words}, {words}, {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
+    tasks = [("toy_people", "multiple_choice", 0, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
+             ("toy_causes", "multiple_choice", 0, cause, 25), ("toy_who", "schema", 0, schema, 50), ("toy_facts", "language_modeling", 3, modelling, 0),
+             ("toy_copying", "language_modeling", 0, copying, 0)]
+    yaml, table = "icl_tasks:\n", "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description\n"
+    for label, kind, shots, make, baseline in tasks:
+        rows = unique(make, 500)
+        common.atomic_write(root / "eval_data" / "toy" / f"{label}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        yaml += f"-\n  label: {label}\n  dataset_uri: toy/{label}.jsonl\n  num_fewshot: [{shots}]\n  icl_task_type: {kind}\n"
+        table += f"{label},toy,{kind.replace('_', ' ')},{shots},{len(rows)},{baseline},,A task of the toy world\n"
+    common.atomic_write(root / "core.yaml", yaml)
+    common.atomic_write(root / "eval_meta_data.csv", table)
