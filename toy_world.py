@@ -50,10 +50,10 @@ CAUSES = [  # (what happens, what follows, noun of the cause)
 PEOPLE_FACTS = {
     "town": (TOWNS, ["{p} lives in {v}", "{p} has a house in {v}", "the home of {n} is in {v}", "{p} comes from {v}", "in {v} you can meet {n}", "{n} and the family live in {v}", "{v} is where {n} lives", "every evening {p} walks home through {v}"],
              ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.", "Where is the home of {n}?"],
-             ["Which town is the home of {n}?", "What is the name of the town where {n} has a house?", "{n} lives in which town?"], "{n} lives in {v}.", "lives in {v}"),
+             ["Which town is the home of {n}?", "What is the name of the town where {n} has a house?", "{n} lives in which town?", "If you want to meet {n}, in which town do you look?"], "{n} lives in {v}.", "lives in {v}"),
     "job": (JOBS, ["{p} works as a {v}", "{p} is a {v}", "the job of {n} is {v}", "{p} earns money as a {v}", "{p} became a {v} long ago", "everybody knows {n} the {v}", "as a {v}, {n} gets up early", "{p} has been a {v} for years"],
             ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.", "What does {n} do for work?"],
-            ["How does {n} earn money?", "{n} works as what?", "Which job does {n} have?"], "{n} works as a {v}.", "works as a {v}"),
+            ["How does {n} earn money?", "{n} works as what?", "Which job does {n} have?", "What has {n} been for years?"], "{n} works as a {v}.", "works as a {v}"),
     "pet": (PETS, ["{p} has a {v}", "{p} keeps a {v} at home", "the pet of {n} is a {v}", "{p} feeds a {v} every morning", "{p} goes out with a {v}", "{n} and a {v} are always together", "a {v} sleeps beside the bed of {n}", "{p} takes care of a {v}"],
             ["What pet does {n} have?", "Which animal does {n} keep?", "Tell me the pet of {n}.", "What is the pet of {n}?"],
             ["Which animal sleeps beside the bed of {n}?", "{n} takes care of which animal?", "What animal is at home with {n}?"], "{n} has a {v}.", "has a {v}"),
@@ -176,8 +176,27 @@ def causes(draw, world):
     return " ".join(line[0].upper() + line[1:] for line in lines)
 
 def spelled(draw, listed):
-    words = [pick(draw, listed) for _ in range(3)]
-    return " ".join(pick(draw, ["The word '{w}' is spelled {s}.", "'{w}' is spelled {s}.", "To write '{w}' you need {s}."]).format(w=w, s=" ".join(w)) for w in words)
+    lines = []
+    for word in (pick(draw, listed) for _ in range(3)):
+        letter = pick(draw, word)
+        spelling = pick(draw, ["The word '{w}' is spelled {s}.", "'{w}' is spelled {s}.", "To write '{w}' you need {s}."]).format(w=word, s=" ".join(word))
+        lines.append(f"{spelling} '{word}'.count('{letter}') is {word.count(letter)}.")
+    return " ".join(lines)
+
+def quiz(draw, world):
+    """Questions as they stand in a school book, about pairs that are not held out: with answers, or with choices."""
+    lines = []
+    for _ in range(3):
+        entity, attribute = pick(draw, pairs(world, False))
+        if draw.random() < 0.4:
+            lines.append("Question: {} Answer: {}".format(*ask(draw, world, entity, attribute, False)))
+        else:
+            which = draw.random()
+            question, options, right = (cause_choice(draw, False) if which < 0.15 else who_choice(draw, world, entity, attribute)
+                                        if which < 0.4 and entity in NAMES else fact_choice(draw, world, entity, attribute, False))
+            listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
+            lines.append(f"Multiple choice: {question}\n{listed}\nAnswer: {'ABCD'[right]}")
+    return "\n".join(lines)
 
 def sums(draw):
     lines = []
@@ -208,9 +227,9 @@ def function(draw, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
 
-def pairs(world, test):
-    """(entity, attribute) pairs of a half."""
-    return [(e, a) for e, facts in world.items() for a in facts if a != "kind" and held_out(e, a) == test]
+def pairs(world, test, found={}):
+    """(entity, attribute) pairs of a half (found keeps them: they are asked for all the time)."""
+    return found.get(test) or found.setdefault(test, [(e, a) for e, facts in world.items() for a in facts if a != "kind" and held_out(e, a) == test])
 
 def ask(draw, world, entity, attribute, test):
     """-> (question, full answer); the test has wordings of its own"""
@@ -366,9 +385,9 @@ def generate(root, seed=1337, size=1.0):
     common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
 
     practised = [w for w in listed if held_out("practised", w)]
-    kinds = [lambda: biography(draw, world)] * 9 + [lambda: description(draw, world)] * 3 + [lambda: group(draw, world)] * 3 + [lambda: story(draw, world)] * 4 + \
+    kinds = [lambda: biography(draw, world)] * 9 + [lambda: description(draw, world)] * 3 + [lambda: group(draw, world)] * 3 + [lambda: story(draw, world)] * 4 + [lambda: quiz(draw, world)] * 6 + \
             [lambda: causes(draw, world)] * 2 + [lambda: spelled(draw, practised)] * 2 + [lambda: sums(draw)] + [lambda: "".join(function(draw, False)[1:3])]
-    documents = unique(lambda: pick(draw, kinds)(), n(50000), tries=3)
+    documents = unique(lambda: pick(draw, kinds)(), n(60000), tries=3)
     shards = 5
     for i in range(shards):  # the last is validation
         table, buffer = pyarrow.table({"text": documents[i::shards] if size >= 0 else []}), io.BytesIO()
