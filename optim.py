@@ -1,185 +1,251 @@
 """
-The optimizer: Muon for the matrices of the blocks, AdamW for embeddings, head and scalars. With several ranks gradients are
-reduce-scattered, each rank keeps the state of its share and updates it, and the new parameters are gathered (as in ZeRO,
-arXiv 1910.02054). Parameters and state are float32.
+The optimizer: Muon for the matrices inside the blocks, AdamW for embeddings, head and scalars.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, then the nearest orthogonal matrix, here by the Polar
-Express iteration (arXiv 2505.16932); rows are then evened out by their second moment (NorMuon, arXiv 2510.05491). Weight
-decay only where it pulls with the update (cautious, arXiv 2411.16085).
+    optimizer = make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.5,
+                               weight_decay=0.1, compute_dtype=torch.bfloat16)
+    optimizer.set(lr_scale=0.5, muon_momentum=0.95, muon_weight_decay=0.05)     # the schedule, before each step
+    loss.backward(); norm = optimizer.step(); optimizer.zero_grad()
+
+Weights, gradients and states are float32. Under torchrun the model is not wrapped: every rank calls backward on its own
+part of the batch, and step() adds the gradients of all ranks together. Each rank owns 1/world of every block (below):
+it receives the summed gradient of its part alone, keeps optimizer state for that part alone, updates it, and all ranks
+then gather the parts (ZeRO, arXiv 1910.02054). With one process nothing is sent and the same code updates the whole.
+torch 2.13 has both collectives for gloo on CPU as well as for NCCL, the gather in place included (tests/test_optim.py).
+
+A block is what is sent, sharded and updated as one tensor, along its first dimension: either one large parameter as it is
+(an embedding [V, C]), or parameters of one shape stacked ([K, m, n] of K matrices [m, n]; and the many small gates).
+Zero rows fill it up to a multiple of world; zeros stay zeros under both rules, so nothing has to know about them.
 """
+import math
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-# coefficients (a, b, c) of the five steps X <- aX + b(XX')X + c(XX')(XX')X that take singular values in (0, 1] to about 1 fastest
-POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+# Polar Express (arXiv 2505.16932): for each iteration the odd quintic a x + b x^3 + c x^5 that brings singular values
+# nearest to 1, given what the iterations before it left. These five, as nanochat uses them, are for a safety factor of
+# 2 % against rounding in bfloat16. Together they take every singular value in [0.001, 1] to [0.85, 1.15].
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+SMALL = 65536  # AdamW parameters under this many elements are stacked, to be one message instead of many
 
 
-def orthogonalize(matrices, dtype):
-    """[K, m, n] float32 -> the nearest (semi-)orthogonal matrices, singular values of about 1, float32; computed in `dtype`."""
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
-    return (x.mT if tall else x).float()
+def orthogonalise(matrices, steps, dtype):
+    """
+    The nearest matrix with orthonormal rows (or columns, if there are fewer) to each of [K, m, n], roughly: singular
+    vectors stay, singular values become about 1. Computed in `dtype` -> [K, m, n] float32. Zero matrices stay zero.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    X = matrices.mT if tall else matrices  # the products X X^T are then of the short side
+    norms = X.norm(dim=(-2, -1), keepdim=True)  # Frobenius, at least the largest singular value
+    X = (X / (norms * 1.01 + 1e-6)).to(dtype)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).float()
+
+
+def muon_update(p, grad, momentum_buffer, second_moment, group, ns_dtype):
+    """
+    One step of Muon (https://kellerjordan.github.io/posts/muon) on p [k, m, n], in place, with grad of the same shape:
+    Nesterov momentum, orthogonalised; then NorMuon's normalisation (arXiv 2510.05491); then cautious weight decay
+    (arXiv 2510.12402). momentum_buffer [k, m, n]; second_moment [k, m, 1] where m >= n, else [k, 1, n].
+    """
+    m, n = p.shape[-2:]
+    momentum_buffer.lerp_(grad, 1 - group["momentum"])
+    update = orthogonalise(grad.lerp(momentum_buffer, group["momentum"]), group["ns_steps"], ns_dtype)
+
+    # Vectors along the short side have norm 1 by now, those along the long side differ: bring them to one size over time,
+    # and then the whole matrix back to the norm that it had.
+    squares = update.square().mean(dim=-1 if m >= n else -2, keepdim=True)
+    second_moment.lerp_(squares, 1 - group["beta2"])
+    scale = second_moment.clamp(min=1e-10).rsqrt()
+    before, after = squares.sum((-2, -1), keepdim=True), (squares * scale.square()).sum((-2, -1), keepdim=True)
+    update *= scale * (before / after.clamp(min=1e-20)).sqrt()
+
+    lr = group["lr"] * max(1.0, m / n) ** 0.5
+    if group["weight_decay"]:  # only where it pulls the same way as the update
+        update.addcmul_(p, (update * p >= 0).to(p.dtype), value=group["weight_decay"])
+    p.add_(update, alpha=-lr)
+
+
+def adamw_update(p, grad, exp_avg, exp_avg_sq, step, group):
+    """One step of AdamW (arXiv 1711.05101) on p, in place; all of one shape. step: 1 for the first."""
+    beta1, beta2 = group["betas"]
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** step)).add_(group["eps"])
+    p.addcdiv_(exp_avg, denominator, value=-group["lr"] / (1 - beta1 ** step))
 
 
 class MuonAdamW:
-    """
-    groups: list of {"kind": "muon" or "adamw", "params": [(name, parameter)], "lr": float, adamw: "betas": (b1, b2)}.
-    step() takes p.grad of each parameter, summed (not averaged) over the ranks; a missing one counts as zero.
-    """
-    EPS = 1e-10
-
-    def __init__(self, groups, weight_decay=0.0, ns_dtype=torch.float32):
-        self.ns_dtype, self.steps = ns_dtype, 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.set(1.0, 0.95, weight_decay)
-        # a unit is updated at once: matrices of one shape, stacked (padded to a multiple of the ranks), or one AdamW parameter
-        self.units = []
+    def __init__(self, groups, ns_dtype=torch.float32):
+        """
+        groups: dicts {"kind": "muon" | "adamw", "params": [(name, float32 parameter)], "lr", "weight_decay", and for
+        adamw "betas", "eps", for muon "momentum", "ns_steps", "beta2"}; all may be changed between steps. Each gets
+        "initial_lr". ns_dtype: what Muon orthogonalises in, float32 or bfloat16.
+        """
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.groups, self.ns_dtype, self.steps = groups, ns_dtype, 0
+        self.blocks = []
         for group in groups:
-            if group["kind"] == "adamw":
-                self.units += [{**group, "params": [pair], "sharded": pair[1].dim() > 1 and pair[1].size(0) % self.world == 0} for pair in group["params"]]
-            else:
-                by_shape = {}
-                for name, p in group["params"]:
-                    by_shape.setdefault(tuple(p.shape), []).append((name, p))
-                self.units += [{**group, "params": pairs, "sharded": True} for pairs in by_shape.values()]
-        for unit in self.units:
-            value = self.mine(unit, self.stacked(unit, [p for _, p in unit["params"]]))
-            moments = {"exp_avg": value, "exp_avg_sq": value[..., :1] if unit["kind"] == "muon" else value}
-            unit["state"] = {name: torch.zeros_like(like) for name, like in moments.items()}
+            group["initial_lr"] = group["lr"]
+            stacks = {}
+            for name, p in group["params"]:
+                stacked = group["kind"] == "muon" or p.numel() < SMALL
+                stacks.setdefault((p.shape, p.device) if stacked else name, []).append((name, p))
+            for key, members in stacks.items():
+                stacked, p = not isinstance(key, str), members[0][1]
+                rows = len(members) if stacked else len(p)
+                share = -(-rows // self.world)
+                shape = (share, *(p.shape if stacked else p.shape[1:]))
+                block = {"group": group, "names": [n for n, _ in members], "params": [p for _, p in members],
+                         "stacked": stacked, "rows": rows, "padded": share * self.world,
+                         "mine": slice(self.rank * share, (self.rank + 1) * share)}
+                if group["kind"] == "muon":
+                    m, n = p.shape
+                    shapes = {"momentum_buffer": shape, "second_moment": (share, m, 1) if m >= n else (share, 1, n)}
+                else:
+                    shapes = {"exp_avg": shape, "exp_avg_sq": shape}
+                block["state"] = {key: torch.zeros(s, device=p.device) for key, s in shapes.items()}
+                self.blocks.append(block)
 
-    def set(self, lr_scale, muon_momentum, muon_weight_decay):
-        """What a schedule changes from step to step."""
-        self.lr_scale, self.momentum, self.weight_decay = lr_scale, muon_momentum, muon_weight_decay
+    def pack(self, block, tensors):
+        """One tensor for each parameter of the block -> [padded, ...]; the tensor itself where that needs no copy."""
+        full = torch.stack(tensors) if block["stacked"] else tensors[0]
+        missing = block["padded"] - block["rows"]
+        return F.pad(full, [0, 0] * (full.ndim - 1) + [0, missing]) if missing else full
 
-    def zero_grad(self):
-        for unit in self.units:
-            for _, p in unit["params"]:
-                p.grad = None
+    def unpack(self, block, full):
+        """The inverse: [padded, ...] -> a list of views, one for each parameter."""
+        return list(full[:block["rows"]].unbind()) if block["stacked"] else [full[:block["rows"]]]
 
-    def stacked(self, unit, tensors):
-        """The tensors of a unit as one: an AdamW tensor itself; matrices [K, m, n] with zeros behind, so that the ranks divide K."""
-        if unit["kind"] == "adamw":
-            return tensors[0]
-        padding = -len(tensors) % self.world
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * padding])
+    def set(self, lr_scale=None, muon_momentum=None, muon_weight_decay=None):
+        """The schedule. lr_scale multiplies every group's initial_lr."""
+        for group in self.groups:
+            if lr_scale is not None:
+                group["lr"] = group["initial_lr"] * lr_scale
+            if group["kind"] == "muon":
+                group["momentum"] = group["momentum"] if muon_momentum is None else muon_momentum
+                group["weight_decay"] = group["weight_decay"] if muon_weight_decay is None else muon_weight_decay
 
-    def mine(self, unit, whole):
-        """This rank's share of a unit's tensor."""
-        return whole.chunk(self.world)[self.rank] if unit["sharded"] else whole
+    def zero_grad(self, set_to_none=True):
+        for block in self.blocks:
+            for p in block["params"]:
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad.zero_()
 
     @torch.no_grad()
-    def step(self):
-        """One update. -> the norm of the gradient, float; if it is not finite nothing at all is changed, on any rank."""
-        waiting = []
-        for unit in self.units:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for _, p in unit["params"]]
-            whole = self.stacked(unit, grads)
-            unit["grad"] = self.mine(unit, whole)
-            if self.world > 1 and unit["sharded"]:
-                unit["grad"] = torch.empty_like(unit["grad"])
-                waiting.append(dist.reduce_scatter_tensor(unit["grad"], whole.contiguous(), async_op=True))
-            elif self.world > 1:
-                waiting.append(dist.all_reduce(whole, async_op=True))
-        for work in waiting:
-            work.wait()
-        squares = torch.stack([unit["grad"].square().sum() for unit in self.units])
-        if self.world > 1:
-            squares = squares * torch.tensor([1.0 if u["sharded"] or self.rank == 0 else 0.0 for u in self.units], device=squares.device)
-            dist.all_reduce(squares)
-        norm = squares.sum().sqrt().item()
-        if norm != norm or norm == float("inf"):
+    def step(self, skip_if_nonfinite=True):
+        """
+        Adds the gradients of all ranks (a missing one counts as zeros) and updates every parameter. -> the norm of the
+        summed gradient, a float, equal on all ranks. If that is nan or inf, no parameter and no state was touched.
+        """
+        many = self.world > 1
+        grads, works = [], []
+        for block in self.blocks:  # start all sums ...
+            full = self.pack(block, [torch.zeros_like(p) if p.grad is None else p.grad for p in block["params"]])
+            grads.append(torch.empty_like(full[block["mine"]]) if many else full)
+            works.append(dist.reduce_scatter_single(grads[-1], full.contiguous(), async_op=True) if many else None)
+        squares = []
+        for grad, work in zip(grads, works):  # ... and take the first ones while the others are on their way
+            if many:
+                work.wait()
+            squares.append(torch.linalg.vector_norm(grad).square())
+        square = torch.stack(squares).sum()
+        if many:
+            dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if skip_if_nonfinite and not math.isfinite(norm):
             return norm
 
         self.steps += 1
-        waiting = []
-        for unit in self.units:
-            whole = self.stacked(unit, [p.data for _, p in unit["params"]])
-            share = self.mine(unit, whole).clone() if self.world > 1 else whole
-            (self.adamw if unit["kind"] == "adamw" else self.muon)(unit, share, unit.pop("grad"))
-            if self.world > 1 and unit["sharded"]:
-                whole = torch.empty_like(whole)
-                waiting.append((dist.all_gather_into_tensor(whole, share, async_op=True), unit, whole))
+        gathers = []
+        for block, grad in zip(self.blocks, grads):  # a block's new values travel while the next block is computed
+            full, group, state = self.pack(block, [p.data for p in block["params"]]), block["group"], block["state"]
+            p = full[block["mine"]]
+            if group["kind"] == "muon":
+                muon_update(p, grad, state["momentum_buffer"], state["second_moment"], group, self.ns_dtype)
             else:
-                self.put_back(unit, share)
-        for work, unit, whole in waiting:
-            work.wait()
-            self.put_back(unit, whole)
+                adamw_update(p, grad, state["exp_avg"], state["exp_avg_sq"], self.steps, group)
+            gathers.append((full, dist.all_gather_single(full, p, async_op=True) if many else None))
+        for block, (full, work) in zip(self.blocks, gathers):
+            if many:
+                work.wait()
+            if full.data_ptr() != block["params"][0].data_ptr():  # else the parameter itself was updated
+                for p, new in zip(block["params"], self.unpack(block, full)):
+                    p.copy_(new)
         return norm
-
-    def put_back(self, unit, whole):
-        """A unit's tensor into its parameters."""
-        for (_, p), new in zip(unit["params"], [whole] if unit["kind"] == "adamw" else whole):
-            if p.data_ptr() != new.data_ptr():
-                p.copy_(new)
-
-    def adamw(self, unit, p, grad):
-        """AdamW without decay (arXiv 1711.05101), in place."""
-        b1, b2 = unit["betas"]
-        m, v = unit["state"]["exp_avg"], unit["state"]["exp_avg_sq"]
-        m.lerp_(grad, 1 - b1)
-        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        denominator = (v / (1 - b2 ** self.steps)).sqrt_().add_(self.EPS)
-        p.addcdiv_(m, denominator, value=-unit["lr"] * self.lr_scale / (1 - b1 ** self.steps))
-
-    def muon(self, unit, p, grad, beta2=0.95):
-        """Muon on p [K, m, n], in place."""
-        m, v = unit["state"]["exp_avg"], unit["state"]["exp_avg_sq"]
-        m.lerp_(grad, 1 - self.momentum)
-        update = orthogonalize(grad.lerp(m, self.momentum), self.ns_dtype)  # Nesterov's look ahead
-        before = update.norm(dim=(-2, -1), keepdim=True)
-        v.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta2)
-        update = update / (v.sqrt() + self.EPS)
-        update *= before / (update.norm(dim=(-2, -1), keepdim=True) + self.EPS)
-        lr = unit["lr"] * self.lr_scale * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-        if self.weight_decay:
-            p.sub_(p * (update * p > 0), alpha=lr * self.weight_decay)
-        p.sub_(update, alpha=lr)
 
     @torch.no_grad()
     def state_dict(self):
-        """{name: {"exp_avg": tensor, ...}} with whole tensors, whatever the ranks. Every rank must call it."""
-        state = {"": {"steps": torch.tensor(self.steps)}}
-        for unit in self.units:
-            for key, share in unit["state"].items():
-                whole = share
-                if self.world > 1 and unit["sharded"]:
-                    whole = torch.empty(self.world * share.size(0), *share.shape[1:], dtype=share.dtype, device=share.device)
-                    dist.all_gather_into_tensor(whole, share.contiguous())
-                for (name, _), tensor in zip(unit["params"], [whole] if unit["kind"] == "adamw" else whole):
-                    state.setdefault(name, {})[key] = tensor.clone()
-        return state
+        """
+        Whole states on the CPU, the same for any number of ranks: {parameter's name: {"step": int, "exp_avg": ...}}.
+        All ranks must call it; rank 0 gets the states, the others {}.
+        """
+        result = {}
+        for block in self.blocks:
+            for key, shard in block["state"].items():
+                full = shard
+                if self.world > 1:  # one tensor at a time, to need little memory
+                    full = shard.new_empty(block["padded"], *shard.shape[1:])
+                    dist.all_gather_single(full, shard)
+                if self.rank == 0:
+                    for name, tensor in zip(block["names"], self.unpack(block, full)):
+                        result.setdefault(name, {"step": self.steps})[key] = tensor.to("cpu", copy=True)
+        return result
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """The counterpart of state_dict; each rank takes its share."""
-        self.steps = int(state[""]["steps"])
-        for unit in self.units:
-            for key, share in unit["state"].items():
-                share.copy_(self.mine(unit, self.stacked(unit, [state[name][key].to(share.device) for name, _ in unit["params"]])))
+        """
+        Takes this rank's part of what state_dict() returned on rank 0, under any number of ranks. Every rank needs the
+        whole `state`. ValueError, and nothing changed, if it is not of this model.
+        """
+        names = {name for block in self.blocks for name in block["names"]}
+        if names != set(state):
+            raise ValueError(f"optimizer state of other parameters: {sorted(names ^ set(state))[:5]} on one side only")
+        for block in self.blocks:
+            for key, shard in block["state"].items():
+                for name, p in zip(block["names"], block["params"]):
+                    want = shard.shape[1:] if block["stacked"] else p.shape
+                    found = state[name][key].shape if key in state[name] else None
+                    if found != want:
+                        raise ValueError(f"optimizer state of {name}: {key} should be of {want}, is of {found}")
+        for block in self.blocks:
+            for key, shard in block["state"].items():
+                shard.copy_(self.pack(block, [state[name][key] for name in block["names"]])[block["mine"]])
+        self.steps = next(iter(state.values()))["step"]
 
 
 def make_optimizer(model, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay, compute_dtype):
-    """Sorts a GPT's parameters into groups. AdamW's rates of embeddings and head shrink with the root of the width (768 is the reference)."""
-    width_scale = (model.config.n_embd / 768) ** -0.5
-    groups = {
-        "matrices": {"kind": "muon", "lr": matrix_lr},
-        "embeddings": {"kind": "adamw", "lr": embedding_lr * width_scale, "betas": (0.8, 0.95)},
-        "head": {"kind": "adamw", "lr": unembedding_lr * width_scale, "betas": (0.8, 0.95)},
-        "gates": {"kind": "adamw", "lr": scalar_lr * 0.1, "betas": (0.8, 0.95)},
-        "x0": {"kind": "adamw", "lr": scalar_lr, "betas": (0.96, 0.95)},
-        "resid": {"kind": "adamw", "lr": scalar_lr * 0.01, "betas": (0.8, 0.95)}}  # they multiply up over the layers
-    members = {key: [] for key in groups}
+    """
+    model: a gpt.GPT on its device -> MuonAdamW. The learning rates of embeddings and head hold at a width of 768 and go
+    with width^-0.5. weight_decay: Muon's. Betas and the small decays are those that nanochat found.
+    """
+    width = (model.config.n_embd / 768) ** -0.5
+    rules = [  # the first whose word is in the parameter's name; (word, lr, betas, weight decay)
+        ("wte", embedding_lr * width, (0.8, 0.995), 0.001),
+        ("value_embeds", embedding_lr * width, (0.8, 0.995), 0.01),
+        ("lm_head", unembedding_lr * width, (0.8, 0.96), 0.01),
+        ("resid_lambdas", scalar_lr * 0.01, (0.8, 0.95), 0.05),  # every layer multiplies by them: small steps
+        ("x0_lambdas", scalar_lr, (0.96, 0.95), 0.0),
+        ("", scalar_lr, (0.8, 0.95), 0.0)]  # gates, and what else is no matrix
+    groups = [{"kind": "adamw", "params": [], "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": decay}
+              for _, lr, betas, decay in rules]
+    groups.append({"kind": "muon", "params": [], "lr": matrix_lr, "weight_decay": weight_decay,
+                   "momentum": 0.95, "ns_steps": 5, "beta2": 0.9})
     for name, p in model.named_parameters():
-        key = ("embeddings" if "wte" in name or "value_embeds" in name else "head" if "lm_head" in name else "gates" if "ve_gate" in name
-               else "x0" if "x0_lambdas" in name else "resid" if "resid_lambdas" in name else "matrices")
-        members[key].append((name, p))
-    return MuonAdamW([{**group, "params": members[key]} for key, group in groups.items() if members[key]], weight_decay, compute_dtype)
+        if "transformer.h." in name and p.ndim == 2 and "ve_gate" not in name:
+            groups[-1]["params"].append((name, p))
+        else:
+            next(g for g, rule in zip(groups, rules) if rule[0] in name)["params"].append((name, p))
+    ns_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+    return MuonAdamW([g for g in groups if g["params"]], ns_dtype)
