@@ -10,10 +10,10 @@ Weights, gradients and states are float32. Under torchrun the model is not wrapp
 part of the batch, and step() adds the gradients of all ranks together. Each rank owns 1/world of every block (below):
 it receives the summed gradient of its part alone, keeps optimizer state for that part alone, updates it, and all ranks
 then gather the parts (ZeRO, arXiv 1910.02054). With one process nothing is sent and the same code updates the whole.
-torch 2.13 has both collectives for gloo on CPU as well as for NCCL, the gather in place included (tests/test_optim.py).
+Gloo on CPU has both collectives too (torch 2.13), gathering in place included: tests/test_optim.py runs them.
 
-A block is what is sent, sharded and updated as one tensor, along its first dimension: either one large parameter as it is
-(an embedding [V, C]), or parameters of one shape stacked ([K, m, n] of K matrices [m, n]; and the many small gates).
+A block is what is sent, sharded and updated as one tensor, along its first dimension: either one large parameter as it
+is (an embedding [V, C]), or parameters of one shape stacked ([K, m, n] of K matrices [m, n]; and the many small gates).
 Zero rows fill it up to a multiple of world; zeros stay zeros under both rules, so nothing has to know about them.
 """
 import math
@@ -60,8 +60,8 @@ def muon_update(p, grad, momentum_buffer, second_moment, group, ns_dtype):
     momentum_buffer.lerp_(grad, 1 - group["momentum"])
     update = orthogonalise(grad.lerp(momentum_buffer, group["momentum"]), group["ns_steps"], ns_dtype)
 
-    # Vectors along the short side have norm 1 by now, those along the long side differ: bring them to one size over time,
-    # and then the whole matrix back to the norm that it had.
+    # Every row of a wide matrix has norm 1 by now, its columns differ (tall: the other way round). Bring those to one
+    # size over time, and then the whole matrix back to the norm that it had.
     squares = update.square().mean(dim=-1 if m >= n else -2, keepdim=True)
     second_moment.lerp_(squares, 1 - group["beta2"])
     scale = second_moment.clamp(min=1e-10).rsqrt()

@@ -2,7 +2,7 @@
 # Inside a Slurm job nothing is installed (compute nodes have no internet, and many jobs may share the folder).
 setup_venv() {
     local want
-    want="$(python3 --version) $(cat requirements.txt "$1" | sha256sum)"
+    want="$(python3 --version) $(cat requirements.txt "$1" | cksum)"
     if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ]; then
             echo "error: .venv does not match $1 and nothing is installed inside a job; run on the login node: bash speedrun.sh --only=setup" >&2
@@ -12,6 +12,7 @@ setup_venv() {
         [ -x .venv/bin/python ] || python3 -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         echo "$want" >> .venv/matches
+        echo "$(python3 --version) $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches  # every file includes requirements.txt
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }

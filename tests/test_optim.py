@@ -247,7 +247,7 @@ def test_muon_step_by_hand():
 
 
 def test_muon_momentum_by_hand():
-    """The buffer is an exponential average; the gradient that is orthogonalised looks one step ahead (Nesterov)."""
+    """The buffer is an exponential average of the gradients."""
     params, optimizer = make()
     name, buffer = "wide.0", torch.zeros(8, 24)
     for step in range(3):
@@ -257,6 +257,23 @@ def test_muon_momentum_by_hand():
         buffer = (0.5 + 0.1 * step) * buffer + (0.5 - 0.1 * step) * params[name].grad
         optimizer.step()
     assert torch.allclose(optimizer.state_dict()[name]["momentum_buffer"], buffer, atol=1e-6)
+
+
+def test_muon_looks_one_step_ahead():
+    """Nesterov: what is orthogonalised is the gradient mixed with the buffer, not the buffer alone."""
+    p = torch.nn.Parameter(normal(0, (16, 16)))
+    optimizer = optim.MuonAdamW([{"kind": "muon", "params": [("p", p)], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.9,
+                                  "ns_steps": 5, "beta2": 0.9}])
+    g1, g2 = (torch.linalg.qr(normal(seed, (16, 16)))[0] for seed in (1, 2))
+    for g in (g1, g2):
+        before, p.grad = p.detach().clone(), g.clone()
+        optimizer.step()
+    update = before - p.detach()
+    def cosine_to_nearest_orthogonal(matrix):
+        U, _, V = torch.linalg.svd(matrix)
+        return torch.cosine_similarity((U @ V).flatten(), update.flatten(), dim=0).item()
+    buffer = 0.9 * 0.1 * g1 + 0.1 * g2
+    assert cosine_to_nearest_orthogonal(0.1 * g2 + 0.9 * buffer) > 0.99 > 0.98 > cosine_to_nearest_orthogonal(buffer)
 
 
 def test_a_missing_gradient_counts_as_zeros():
@@ -297,7 +314,8 @@ def test_every_parameter_of_the_model_is_in_its_group(arch):
     assert {n for n, g in found.items() if g["kind"] == "muon"} == {
         n for n, p in model.named_parameters() if n.startswith("transformer.h.") and min(p.shape) > 2}
     scale = (768 / model.config.n_embd) ** 0.5
-    rates = {"transformer.wte.weight": 0.2 * scale, "lm_head.weight": 0.004 * scale, "transformer.h.1.mlp.c_fc.weight": 0.02}
+    rates = {"transformer.wte.weight": 0.2 * scale, "lm_head.weight": 0.004 * scale,
+             "transformer.h.1.mlp.c_fc.weight": 0.02}
     if arch == "modern":
         rates |= {"value_embeds.1.weight": 0.2 * scale, "resid_lambdas": 0.005, "x0_lambdas": 0.5,
                   "transformer.h.1.attn.ve_gate.weight": 0.5}

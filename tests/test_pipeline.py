@@ -1,0 +1,156 @@
+"""The whole pipeline in small through speedrun.sh; two ranks against one; bad input."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from conftest import REPO, script
+
+SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=6", "--max_steps=6", "--max_items=20", "--core_items=8",
+         "--compile=False", "--dtype=float32", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
+SMALL_BY_PHASE = [s for s in SMALL if not s.startswith("--samples")]  # base_eval has a switch of that name
+
+
+def speedrun(state, *flags, timeout=400):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    return subprocess.run(["bash", "speedrun.sh", *flags], cwd=REPO, capture_output=True, text=True, timeout=timeout,
+                          env={**environment, "NANOCHAT_BASE_DIR": str(state)}, stdin=subprocess.DEVNULL)
+
+
+needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(), reason="speedrun.sh would install .venv; tests/run.sh makes it first")
+
+
+@needs_venv
+def test_all_phases_from_nothing_to_the_report_and_again(tmp_path):
+    out = speedrun(tmp_path, "--depth=1", "--", *SMALL_BY_PHASE)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    report = (tmp_path / "toy/report/report.md").read_text()
+    row = next(line for line in report.split("\n") if line.startswith("| toy-GSM8K"))
+    assert len(re.findall(r"\d\.\d{3}", row)) == 6, f"a score and an interval for MID, SFT and RL: {row}"
+    assert "| toy-ChatCORE |" in report and "Never ran" not in report and (tmp_path / "toy/report/base_loss.svg").exists()
+    models = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
+    assert len(models) == 4
+    again = speedrun(tmp_path, "--depth=1", "--", *SMALL_BY_PHASE)
+    assert again.returncode == 0 and again.stdout.count("done already") == 10, again.stdout
+    assert models == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
+
+    answer = script(tmp_path, "chat_cli.py", "-p", "Hello!", "--max_new_tokens=5")
+    assert answer.returncode == 0 and "rl model d1 of toy" in answer.stderr
+    status = script(tmp_path, "status.py")
+    assert status.returncode == 0 and status.stdout.count("done") >= 6
+
+    changed = speedrun(tmp_path, "--depth=1", "--only=base", "--", *SMALL_BY_PHASE, "--num_steps=7")
+    assert changed.returncode == 2 and "num_steps: 6 -> 7" in changed.stderr
+
+
+@needs_venv
+def test_the_flags_of_speedrun(tmp_path):
+    dry = speedrun(tmp_path, "--dry-run", "--from=sft", "--skip-rl-eval", "--nproc=2", "--", "--seed=5")
+    lines = dry.stdout.strip().split("\n")
+    assert dry.returncode == 0 and [next(w for w in line.split() if w.endswith(".py")) for line in lines] == ["chat_sft.py", "chat_eval.py", "chat_rl.py", "report.py"]
+    assert lines[0].startswith("torchrun --standalone --nproc_per_node=2 chat_sft.py --data=toy") and lines[0].endswith("--seed=5")
+    assert "seed" not in lines[3] and not any(tmp_path.iterdir())
+    for flags, says in [(["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"), (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
+                        (["--depth=0"], "--depth"), (["--", "--num_stepz=4"], "--num_steps"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
+        out = speedrun(tmp_path, *flags)
+        assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, (flags, out.stderr)
+        assert not any(tmp_path.iterdir()), f"{flags}: nothing may be written"
+    assert speedrun(tmp_path, "--help").stdout.count("--") > 10
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    state = tmp_path_factory.mktemp("prepared")
+    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+        assert script(state, *command).returncode == 0
+    return state
+
+
+BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=20", "--device_batch_size=4", "--device=cpu", "--dtype=float32",
+        "--threads=1", "--compile=False", "--eval_every=0", "--eval_tokens=4000", "--sample_every=0"]
+
+
+def losses(state, tag):
+    lines = [json.loads(line) for line in (state / f"toy/base_checkpoints/{tag}/metrics.jsonl").read_text().splitlines()]
+    return [m["loss"] for m in lines if m["kind"] == "train"], [m["val_bpb"] for m in lines if m["kind"] == "val"]
+
+
+def torchrun(state, ranks, *args):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args], cwd=REPO, capture_output=True, text=True,
+                          timeout=200, env={**environment, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"})
+
+
+def test_two_ranks_give_the_losses_of_one_and_their_checkpoint_continues_on_one(prepared):
+    assert script(prepared, *BASE, "--tag=one").returncode == 0
+    out = torchrun(prepared, 2, *BASE, "--tag=two")
+    assert out.returncode == 0, out.stderr[-3000:]
+    (one, one_bpb), (two, two_bpb) = losses(prepared, "one"), losses(prepared, "two")
+    assert len(one) == len(two) == 20
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and abs(one_bpb[-1] - two_bpb[-1]) < 1e-4
+    assert one[-1] < one[0] - 0.5, "it must have learned something for the comparison to mean anything"
+
+    half = torchrun(prepared, 2, *BASE, "--tag=moved", "--time_limit=0.0")  # stops at its first step, saved
+    assert half.returncode == 0 and "saved at step 0" in half.stdout, half.stdout + half.stderr[-2000:]
+    record = json.loads((prepared / "toy/base_checkpoints/moved/phase.json").read_text())
+    assert record["status"] == "interrupted" and record["code"] == 75
+    assert script(prepared, *BASE, "--tag=moved").returncode == 0
+    assert max(abs(a - b) for a, b in zip(one, losses(prepared, "moved")[0])) < 1e-4
+
+
+def snapshot(folder):
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file() and "tokens" not in p.parts)
+
+
+@pytest.mark.parametrize("args,says", [
+    (["base_train.py", "--data=toy", "--dept=4"], "--depth"),
+    (["base_train.py", "--data=toy", "--depth=four"], "takes a whole number"),
+    (["base_train.py", "--data=toy", "--depth=0"], "--depth must be"),
+    (["base_train.py", "--data=toy", "--total_batch_size=1000"], "multiple of --max_seq_len"),
+    (["base_train.py", "--data=/there/is/no/such/folder"], "does not exist"),
+    (["base_train.py", "--data=EMPTY"], "holds no text"),
+    (["base_train.py", "--data=CORRUPT"], "no readable parquet"),
+    (["tok_train.py", "--data=CORRUPT"], "no readable parquet"),
+    (["tok_train.py", "--data=toy", "--vocab_size=10"], "--vocab_size"),
+    (["prepare_data.py", "--data=/there/is/no/such/folder"], "does not exist"),
+    (["prepare_data.py", "--data=toy", "--size=0.0"], "--size"),
+    (["mid_train.py", "--data=toy"], "there is no base model"),
+    (["chat_sft.py", "--data=toy"], "there is no mid model"),
+    (["chat_rl.py", "--data=toy", "--samples=0"], "--samples"),
+    (["chat_rl.py", "--data=toy"], "there is no sft model"),
+    (["chat_eval.py", "--data=toy", "--source=xyz"], "--source"),
+    (["chat_eval.py", "--data=toy", "--tasks=nothing"], "nothing"),
+    (["base_eval.py", "--data=toy"], "there is no base model"),
+    (["chat_cli.py", "--source=rl", "--data=toy"], "there is no rl"),
+    (["chat_cli.py"], "there is no trained model")])
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(prepared, tmp_path, args, says):
+    state = tmp_path / "state"
+    subprocess.run(["cp", "-rp", str(prepared), str(state)], check=True)
+    subprocess.run(["rm", "-rf", str(state / "toy/base_checkpoints")], check=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 10000]}), tmp_path / "corrupt/a.parquet")
+    whole = (tmp_path / "corrupt/a.parquet").read_bytes()
+    (tmp_path / "corrupt/a.parquet").write_bytes(whole[:len(whole) // 2])
+    before = snapshot(state)
+    out = script(state, *[a.replace("EMPTY", str(tmp_path / "empty")).replace("CORRUPT", str(tmp_path / "corrupt")) for a in args])
+    assert out.returncode == 2 and says in out.stderr, out.stdout + out.stderr
+    assert out.stderr.count("\n") == 1 and "Traceback" not in out.stderr
+    assert snapshot(state) == before
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(prepared, tmp_path):
+    state = tmp_path / "state"
+    subprocess.run(["cp", "-rp", str(prepared), str(state)], check=True)
+    assert script(state, *BASE, "--num_steps=1", "--tag=v").returncode == 0
+    assert script(state, "tok_train.py", "--data=toy", "--vocab_size=500", "--start_over=True").returncode == 0
+    for args in (["mid_train.py", "--data=toy", "--tag=v", "--mixture=gsm8k:20"], ["chat_eval.py", "--data=toy", "--source=base", "--tag=v"], ["chat_cli.py", "--data=toy", "--tag=v", "-p", "x"],
+                 ["base_eval.py", "--data=toy", "--tag=v"]):
+        out = script(state, *args)
+        assert out.returncode == 2 and "vocabulary of 512" in out.stderr and "Traceback" not in out.stderr, out.stderr
