@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import checkpoint
 import configurator
@@ -47,6 +48,7 @@ for name in tasks:
     common.check(task_list.TASKS.get(name, {}).get("kind") in ("categorical", "generative"), f"--tasks: {name!r} is no task with right answers")
 task_list.files(tasks, "test", data)  # exits with 2 where one is missing
 directory, step = checkpoint.find_model(source, data, tag)
+checkpoint.must_fit(directory, step, tok.load_tokenizer(common.tokenizer_dir(data)))
 path = common.eval_path("chat", source, data, directory.name)
 inputs = {"weights": checkpoint.fingerprint(directory, step), "tasks": task_list.fingerprint(tasks, "test", data), "settings": settings.defining}
 done = common.read_json(path)
@@ -87,7 +89,8 @@ def generative(items):
     longest = max(1, min(max_new_tokens, 4 * model.config.sequence_len - max(map(len, prompts))))
     answers = gpt.generate(model, tokenizer, prompts, longest, calculate=execution.calculate, max_rows=rows,
                            keep_going=lambda: not common.stop_requested())
-    return [task_list.correct(item, tokenizer.decode(tokens), unsafe_exec) for item, (tokens, _) in zip(items, answers)]
+    with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's programs are processes of their own
+        return list(pool.map(lambda item, answer: task_list.correct(item, tokenizer.decode(answer[0]), unsafe_exec), items, answers))
 
 def wilson(right, n):
     """The 95 % confidence interval of a share (Wilson 1927).  example: (5, 10) -> (0.237, 0.763)"""

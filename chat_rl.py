@@ -64,6 +64,7 @@ parent_dir, parent_step = checkpoint.find_model("sft", data, tag)
 directory = common.stage_dir("rl", data, parent_dir.name)
 metrics = directory / "metrics.jsonl"
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
+checkpoint.must_fit(parent_dir, parent_step, tokenizer)
 files = tasks.fingerprint([task], "train", data), tasks.fingerprint([task], "test", data)
 
 common.init_distributed()
@@ -84,7 +85,7 @@ compute = common.init_compute(settings, resumed.get("chosen"))
 phase.note(directory, chosen=common.chosen(compute))
 found = common.on_rank0(checkpoint.newest, directory)
 model_state, optim_state, meta = checkpoint.load(directory, found) if found is not None else checkpoint.load(parent_dir, parent_step, optimizer=False)
-model = checkpoint.build_model(meta, model_state, tokenizer, compute.device, compute.dtype)
+model = checkpoint.build_model(meta, model_state, compute.device, compute.dtype)
 train_items, test_items = tasks.load(task, "train", data), tasks.load(task, "test", data, eval_problems)
 num_steps = num_steps if num_steps != -1 else max(1, len(train_items) // problems_per_step)
 optimizer = optim.make_optimizer(model, matrix_lr=matrix_lr * lr_fraction, embedding_lr=embedding_lr * lr_fraction,

@@ -167,14 +167,18 @@ def find_model(stage, data, tag=None):
         common.fail(f"the {stage} model {tag} is only half trained (step {step}, {record['status']}): finish it first", next_command=record.get("next") or command)
     return directory, step
 
-def build_model(meta, model_state, tokenizer, device, dtype):
-    """A GPT with the given weights on `device`, computing in `dtype`; exits with 2 where tokenizer and model do not fit."""
+def must_fit(directory, step, tokenizer):
+    """Exits with 2 where the tokenizer is not the one that the checkpoint was trained with."""
+    meta = json.loads((Path(directory) / names(step)[2]).read_text())
+    vocab_size = meta["model"]["vocab_size"]
+    if vocab_size != tokenizer.vocab_size or meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        common.fail(f"tokenizer and checkpoint do not belong together: {directory} has a vocabulary of {vocab_size} "
+                    f"({meta.get('tokenizer', 'unknown')[:8]}), the tokenizer one of {tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})")
+
+def build_model(meta, model_state, device, dtype):
+    """A GPT with the given weights on `device`, computing in `dtype`."""
     from gpt import GPT, GPTConfig
-    config = GPTConfig(**meta["model"])
-    if config.vocab_size != tokenizer.vocab_size or meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        common.fail(f"tokenizer and checkpoint do not belong together: the checkpoint has a vocabulary of {config.vocab_size} "
-                    f"({meta.get('tokenizer', 'unknown')}), the tokenizer of {tokenizer.vocab_size} ({tokenizer.fingerprint})")
-    model = GPT(config, dtype)
+    model = GPT(GPTConfig(**meta["model"]), dtype)
     model.load_state_dict(model_state)
     return model.to(device)
 
@@ -184,7 +188,8 @@ def load_model(stage, data, tag, device, dtype):
     directory, step = find_model(stage, data, tag)
     model_state, _, meta = load(directory, step, "cpu", optimizer=False)
     tokenizer = load_tokenizer(common.tokenizer_dir(data))
-    model = build_model(meta, model_state, tokenizer, device, dtype).eval()
+    must_fit(directory, step, tokenizer)
+    model = build_model(meta, model_state, device, dtype).eval()
     return model, tokenizer, {**meta, "tag": directory.name, "weights": fingerprint(directory, step)}
 
 

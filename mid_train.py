@@ -54,6 +54,7 @@ parent_dir, parent_step = checkpoint.find_model("base", data, tag)
 directory = common.stage_dir("mid", data, parent_dir.name)
 metrics = directory / "metrics.jsonl"
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
+checkpoint.must_fit(parent_dir, parent_step, tokenizer)
 files = tasks.fingerprint(mixture, "train", data)
 
 common.init_distributed()
@@ -73,7 +74,7 @@ compute = common.init_compute(settings, resumed.get("chosen"))
 phase.note(directory, chosen=common.chosen(compute))
 found = common.on_rank0(checkpoint.newest, directory)
 model_state, optim_state, meta = checkpoint.load(directory, found) if found is not None else checkpoint.load(parent_dir, parent_step, optimizer=False)
-model = checkpoint.build_model(meta, model_state, tokenizer, compute.device, compute.dtype)
+model = checkpoint.build_model(meta, model_state, compute.device, compute.dtype)
 row_length = model.config.sequence_len + 1
 stores = dataset.tokenize_conversations(files + f"-{seed}", data, lambda: tasks.mixture(mixture, data, seed), tokenizer, row_length)
 val_stores = dataset.tokenize_conversations(files + "-val", data, lambda: tasks.load("smoltalk", "test", data, 1000), tokenizer, row_length)

@@ -67,14 +67,15 @@ tag=d$depth
 # What the toy world is trained with: about 20 minutes on two CPU cores. Every other data set uses the scripts' defaults.
 toy() { [ "$data" != toy ] || echo "$*"; }
 args() {
+    local rates="--matrix_lr=0.08 --embedding_lr=0.6 --unembedding_lr=0.016"
     case "$1" in
         tok)       toy --vocab_size=2048 ;;
-        base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1200 --eval_every=400 --eval_tokens=200000 ;;
-        base-eval) echo "--tag=$tag" ;;
-        mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux,gsm8k,identity,simplespelling:2000,spellingbee:3000 --eval_every=0 --eval_tokens=100000 ;;
-        sft)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux:3000,arc_easy,arc_challenge,gsm8k,identity,simplespelling:300,spellingbee:1500 --lr_fraction=0.5 --eval_every=0 --eval_tokens=100000 ;;
-        rl)        echo "--tag=$tag"; toy --num_steps=30 --max_new_tokens=96 --device_batch_size=32 --rollout_rows=256 --eval_every=0 ;;
-        *-eval)    echo "--tag=$tag --source=${1%-eval}" ;;
+        base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1000 --eval_every=250 --eval_tokens=200000 --matrix_lr=0.08 --embedding_lr=1.2 --unembedding_lr=0.016 ;;
+        base-eval) echo "--tag=$tag"; toy --eval_tokens=200000 ;;
+        mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux,arc_easy,arc_challenge,gsm8k:1200,identity,simplespelling:1000,spellingbee:5000 --eval_every=0 --eval_tokens=100000 $rates ;;
+        sft)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux*2,arc_easy*2,arc_challenge*2,gsm8k:300,identity,simplespelling:200,spellingbee:1500 --lr_fraction=1.0 --eval_every=0 --eval_tokens=100000 $rates ;;
+        rl)        echo "--tag=$tag"; toy --num_steps=30 --max_new_tokens=64 --device_batch_size=32 --rollout_rows=256 --eval_every=0 $rates ;;
+        *-eval)    echo "--tag=$tag --source=${1%-eval}"; toy --max_new_tokens=96 --rows=128 ;;
     esac
 }
 script() {
@@ -88,7 +89,9 @@ command_of() {  # fills the array `command` for a phase; data, tok and report ar
     [ ${#rest[@]} -eq 0 ] || mapfile -t mine < <("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
     case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc") ;; esac
     # shellcheck disable=SC2207  # the settings hold no spaces
+    set -f  # the * of a mixture is no pattern
     command=("${launcher[@]}" "$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
+    set +f
 }
 
 if [ -n "$dry" ]; then

@@ -49,37 +49,43 @@ CAUSES = [  # (what happens, what follows, noun of the cause)
 # the answer, what the value is called in "Which of these people ...?"
 PEOPLE_FACTS = {
     "town": (TOWNS, ["{p} lives in {v}", "{p} has a house in {v}", "the home of {n} is in {v}", "{p} comes from {v}", "in {v} you can meet {n}", "{n} and the family live in {v}", "{v} is where {n} lives", "every evening {p} walks home through {v}"],
-             ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.", "Where is the home of {n}?"],
+             ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.", "Where is the home of {n}?", "{n} comes from which town?", "Through which town does {n} walk home?",
+              "What is the town of {n}?", "In which town can you meet {n}?", "{n} has a house in what town?"],
              ["Which town is the home of {n}?", "What is the name of the town where {n} has a house?", "{n} lives in which town?", "If you want to meet {n}, in which town do you look?"], "{n} lives in {v}.", "lives in {v}"),
     "job": (JOBS, ["{p} works as a {v}", "{p} is a {v}", "the job of {n} is {v}", "{p} earns money as a {v}", "{p} became a {v} long ago", "everybody knows {n} the {v}", "as a {v}, {n} gets up early", "{p} has been a {v} for years"],
-            ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.", "What does {n} do for work?"],
+            ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.", "What does {n} do for work?", "{n} earns money as what?", "As what does {n} get up early?",
+             "What did {n} become long ago?", "Everybody knows {n} as what?", "Which work does {n} do to earn money?"],
             ["How does {n} earn money?", "{n} works as what?", "Which job does {n} have?", "What has {n} been for years?"], "{n} works as a {v}.", "works as a {v}"),
     "pet": (PETS, ["{p} has a {v}", "{p} keeps a {v} at home", "the pet of {n} is a {v}", "{p} feeds a {v} every morning", "{p} goes out with a {v}", "{n} and a {v} are always together", "a {v} sleeps beside the bed of {n}", "{p} takes care of a {v}"],
-            ["What pet does {n} have?", "Which animal does {n} keep?", "Tell me the pet of {n}.", "What is the pet of {n}?"],
+            ["What pet does {n} have?", "Which animal does {n} keep?", "Tell me the pet of {n}.", "What is the pet of {n}?", "{n} feeds which animal every morning?", "With what animal does {n} go out?",
+             "Which animal is always together with {n}?", "{n} keeps what animal at home?", "What animal does {n} take care of?"],
             ["Which animal sleeps beside the bed of {n}?", "{n} takes care of which animal?", "What animal is at home with {n}?"], "{n} has a {v}.", "has a {v}"),
     "colour": (COLOURS, ["{p} likes the colour {v} best", "the favourite colour of {n} is {v}", "{p} wears {v} clothes", "{p} painted the door {v}", "for {n} no colour is better than {v}", "{p} loves everything that is {v}", "the coat of {n} is {v}", "{v} is the colour that {n} likes"],
-               ["What is the favourite colour of {n}?", "Which colour does {n} like best?", "Tell me the favourite colour of {n}.", "What colour does {n} love?"],
+               ["What is the favourite colour of {n}?", "Which colour does {n} like best?", "Tell me the favourite colour of {n}.", "What colour does {n} love?", "{n} wears clothes of what colour?",
+                "In which colour did {n} paint the door?", "What colour has the coat of {n}?", "{n} loves everything of which colour?"],
                ["In which colour is the coat of {n}?", "{n} painted the door in what colour?", "The clothes of {n} have which colour?"], "The favourite colour of {n} is {v}.", "likes the colour {v} best"),
     "food": (FOODS, ["{p} likes to eat {v}", "the favourite food of {n} is {v}", "{p} eats {v} every day", "{p} always asks for {v}", "for lunch {n} has {v}", "nothing tastes better to {n} than {v}", "{p} cooks {v} for all friends", "the kitchen of {n} smells of {v}"],
-             ["What is the favourite food of {n}?", "What does {n} like to eat?", "Tell me the favourite food of {n}.", "Which food does {n} like best?"],
+             ["What is the favourite food of {n}?", "What does {n} like to eat?", "Tell me the favourite food of {n}.", "Which food does {n} like best?", "{n} eats what every day?", "What tastes best to {n}?",
+              "Of which food does the kitchen of {n} smell?", "{n} asks for which food?", "What does {n} cook for friends?", "For lunch, what does {n} eat?"],
              ["What does {n} have for lunch?", "{n} cooks what for all friends?", "What food does {n} always ask for?"], "{n} likes to eat {v}.", "likes to eat {v}"),
     "hobby": (HOBBIES, ["{p} loves {v}", "the hobby of {n} is {v}", "{p} spends every free day with {v}", "{p} is very good at {v}", "on Sundays {n} enjoys {v}", "{p} learned {v} as a child", "{v} makes {n} happy", "{p} dreams of {v}"],
-              ["What is the hobby of {n}?", "What does {n} love to do?", "Tell me the hobby of {n}.", "Which hobby does {n} have?"],
+              ["What is the hobby of {n}?", "What does {n} love to do?", "Tell me the hobby of {n}.", "Which hobby does {n} have?", "What does {n} dream of?", "{n} spends every free day with what?",
+               "What did {n} learn as a child?", "{n} is good at which hobby?", "On a free day, what makes {n} glad?", "What does {n} do on Sundays?"],
               ["What does {n} enjoy on Sundays?", "{n} is very good at what?", "What makes {n} happy on a free day?"], "The hobby of {n} is {v}.", "has the hobby of {v}")}
 TOWN_FACTS = {
     "place": (PLACES, ["{n} lies by the {v}", "{n} was built near the {v}", "from {n} you see the {v}", "the {v} is close to {n}", "people in {n} walk to the {v}", "the town of {n} stands near a {v}"],
-              ["Where does {n} lie?", "What is near {n}?", "Tell me where {n} lies."], ["What do you see from {n}?", "{n} was built near what?", "Where do people in {n} walk to?"], "{n} lies by the {v}.", "lies by the {v}"),
+              ["Where does {n} lie?", "What is near {n}?", "Tell me where {n} lies.", "{n} stands near what?", "What is close to {n}?", "From {n}, what do you see?", "To what do people in {n} walk?"], ["What do you see from {n}?", "{n} was built near what?", "Where do people in {n} walk to?"], "{n} lies by the {v}.", "lies by the {v}"),
     "goods": (GOODS, ["{n} is known for its {v}", "the people of {n} make {v}", "the best {v} come from {n}", "in {n} you can buy fine {v}", "every shop in {n} sells {v}", "visitors bring {v} home from {n}"],
-              ["What is {n} known for?", "What do the people of {n} make?", "Tell me what {n} is known for."], ["What do visitors bring home from {n}?", "{n} sells what in every shop?", "What can you buy in {n}?"], "{n} is known for its {v}.", "is known for its {v}")}
+              ["What is {n} known for?", "What do the people of {n} make?", "Tell me what {n} is known for.", "{n} makes the best of what?", "What do visitors buy in {n}?", "In {n}, what does every shop sell?"], ["What do visitors bring home from {n}?", "{n} sells what in every shop?", "What can you buy in {n}?"], "{n} is known for its {v}.", "is known for its {v}")}
 ANIMAL_FACTS = {
     "legs": (["no", "two", "four", "six"], ["the {n} has {v} legs", "a {n} walks the world with {v} legs", "count the legs of a {n} and you get {v} legs", "{v} legs are what a {n} has"],
-             ["How many legs does a {n} have?", "What number of legs has a {n}?"], ["A {n} has how many legs?", "If you count the legs of a {n}, what do you get?"], "A {n} has {v} legs.", "has {v} legs"),
+             ["How many legs does a {n} have?", "What number of legs has a {n}?", "On how many legs does a {n} walk?", "Count the legs of a {n}: how many?"], ["A {n} has how many legs?", "If you count the legs of a {n}, what do you get?"], "A {n} has {v} legs.", "has {v} legs"),
     "eats": (None, ["the {n} eats {v}", "a {n} likes {v} most of all", "a hungry {n} looks for {v}", "give {v} to a {n} and it is happy", "the food of the {n} is {v}"],
-             ["What does a {n} eat?", "What is the food of a {n}?"], ["A hungry {n} looks for what?", "What can you give to a {n}?"], "A {n} eats {v}.", "eats {v}"),
+             ["What does a {n} eat?", "What is the food of a {n}?", "A {n} likes what most of all?", "What makes a hungry {n} happy?", "What does a {n} look for?"], ["A hungry {n} looks for what?", "What can you give to a {n}?"], "A {n} eats {v}.", "eats {v}"),
     "home": (None, ["the {n} lives in the {v}", "you find the {n} in the {v}", "at night the {n} sleeps in the {v}", "the {v} is the home of the {n}", "a {n} feels safe in the {v}"],
-             ["Where does a {n} live?", "What is the home of a {n}?"], ["Where do you find a {n}?", "In what place does a {n} sleep at night?"], "A {n} lives in the {v}.", "lives in the {v}"),
+             ["Where does a {n} live?", "What is the home of a {n}?", "A {n} feels safe in what place?", "Where does a {n} sleep?", "In what place do you find a {n}?"], ["Where do you find a {n}?", "In what place does a {n} sleep at night?"], "A {n} lives in the {v}.", "lives in the {v}"),
     "sound": (None, ["the {n} {v}", "when it is glad, the {n} {v}", "listen: a {n} {v}", "all night long the {n} {v}", "a {n} {v} when you come near"],
-              ["What sound does a {n} make?", "What does a {n} do when it is glad?"], ["You come near a {n}: what does it do?", "What does a {n} do all night long?"], "A {n} {v}.", "{v}")}
+              ["What sound does a {n} make?", "What does a {n} do when it is glad?", "Listen to a {n}: what does it do?", "A {n} is glad: what does it do?", "At night, what does a {n} do?"], ["You come near a {n}: what does it do?", "What does a {n} do all night long?"], "A {n} {v}.", "{v}")}
 HE = set("Tom Ben David Felix Hugo Jonas Leo Oscar Quinn Simon Ugo Walter Yusuf Adam Carl Emil Gus Ivan Karl Marco Otto Ralf Theo Victor".split())
 THINGS = "apples books coins shells pens cards stones eggs stamps buttons marbles pears nuts candles plates flowers".split()
 BOXES = "boxes bags baskets jars".split()
@@ -193,7 +199,7 @@ def quiz(draw, world):
         else:
             which = draw.random()
             question, options, right = (cause_choice(draw, False) if which < 0.15 else who_choice(draw, world, entity, attribute)
-                                        if which < 0.4 and entity in NAMES else fact_choice(draw, world, entity, attribute, False))
+                                        if which < 0.4 and entity in NAMES else fact_choice(draw, world, entity, attribute))
             listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
             lines.append(f"Multiple choice: {question}\n{listed}\nAnswer: {'ABCD'[right]}")
     return "\n".join(lines)
@@ -243,8 +249,9 @@ def choices(draw, right, wrong):
     order = draw.permutation(4)
     return [picked[i] for i in order], int(list(order).index(0))
 
-def fact_choice(draw, world, entity, attribute, test):
-    question, _ = ask(draw, world, entity, attribute, False if world[entity]["kind"] == "person" and not test else test)
+def fact_choice(draw, world, entity, attribute):
+    """The wording is one of training; the tests ask for pairs that training never asks for."""
+    question, _ = ask(draw, world, entity, attribute, False)
     return question, *choices(draw, world[entity][attribute], values_of(world, world[entity]["kind"], attribute))
 
 def who_choice(draw, world, name, attribute):
@@ -254,7 +261,7 @@ def who_choice(draw, world, name, attribute):
 
 def cause_choice(draw, test):
     cause, effect, noun = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
-    question = pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause) if not test else f"What is the result when {cause}?"
+    question = pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause)
     return question, *choices(draw, effect, [e for _, e, _ in CAUSES])
 
 def word_problem(draw, test):
@@ -363,12 +370,12 @@ def generate(root, seed=1337, size=1.0):
     people, others = ([p for p in pairs(world, t) if (world[p[0]]["kind"] == "person") == person] for t, person in ((False, True), (False, False)))
     test_people, test_others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
     draw = common.rng(seed, 102)
-    simple = lambda listed_pairs, test: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p, test)))(pick(draw, listed_pairs))
+    simple = lambda listed_pairs: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p)))(pick(draw, listed_pairs))
     hard = lambda listed_pairs, test: lambda: ("causes", *cause_choice(draw, test)) if draw.random() < 0.4 else ("people", *who_choice(draw, world, *pick(draw, listed_pairs)))
-    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people, False), simple(others, False), hard(people, False)])(), n(8000)))
-    write("mmlu_test", choice_rows("mmlu", simple(test_people, True), 600))
-    write("arc_easy_train", choice_rows("arc", simple(others, False), n(2500)))
-    write("arc_easy_test", choice_rows("arc", simple(test_others, True), 600))
+    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people), simple(others), hard(people, False)])(), n(8000)))
+    write("mmlu_test", choice_rows("mmlu", simple(test_people), 600))
+    write("arc_easy_train", choice_rows("arc", simple(others), n(2500)))
+    write("arc_easy_test", choice_rows("arc", simple(test_others), 600))
     write("arc_challenge_train", choice_rows("arc", hard(people, False), n(2500)))
     write("arc_challenge_test", choice_rows("arc", hard(test_people, True), 600))
 
