@@ -5,8 +5,7 @@ Measures a base model: bits per byte of training and validation text, a few samp
     python base_eval.py --data=fineweb_edu --tag=d20 --core_items=100       # quick: an impression, not called CORE
     torchrun --standalone --nproc_per_node=8 base_eval.py --data=fineweb_edu
 
-CORE (DCLM, arXiv 2406.11794) is the mean over 22 tasks of the accuracy, centred so that guessing is 0 and perfection 1.
-It is scored as in nanochat: same order of items, same examples before each, same prompts, same rule for what is right.
+Scores on the toy world's own tasks are called toy-CORE. CORE is CORE only if all items of all its tasks were measured.
 Writes report/core_base_<tag>.json. Every finished piece is kept beside it: an interrupted evaluation continues.
 """
 import common
@@ -24,7 +23,7 @@ import tokenizer as tok
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
 tag = ""                     # which model; empty: the newest
 core_items = -1              # items of each CORE task; -1: all (fewer is not CORE); 0: no CORE
-max_prompt = 2048            # tokens of a CORE prompt, the last ones of a longer one; -1: as many as the model's rows have
+max_prompt = 2048            # tokens of a CORE prompt, of a longer one the last; -1: as many as the model's rows have
 eval_tokens = 10_485_760     # tokens of each split measured for bits per byte (all, if there are fewer); 0: none
 samples = True               # whether samples are written
 seed = 1337                  # of the samples that are drawn
@@ -47,7 +46,8 @@ import training
 
 BLOCK = 64  # items dealt to a rank, sorted by length, measured and kept together; fixed, so that the batches are
 PROMPTS = ["The capital of France is", "The opposite of hot is", "If yesterday was Friday, then tomorrow will be",
-           "Once upon a time", "My favourite colour is", "The planets of the solar system are:", "If 5*x + 3 = 13, then x is"]
+           "Once upon a time", "My favourite colour is", "The planets of the solar system are:",
+           "If 5*x + 3 = 13, then x is"]
 
 def gather(value):
     """The value of every rank, on every rank."""
@@ -70,15 +70,18 @@ common.check(memory_gb >= 0 and device_batch_size >= 1 and eval_tokens >= 0,
              "--memory_gb and --eval_tokens must not be negative, --device_batch_size must be at least 1")
 directory, step = checkpoint.find_model("base", data, tag or None)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
+checkpoint.must_fit(directory, step, tokenizer)
 tasks, missing, bundle = [], [], None
 if core_items:
-    tasks, missing, bundle = core_eval.read_bundle(common.eval_bundle_dir(data), f"python prepare_data.py --data={data}")
+    where = common.eval_bundle_dir(data)
+    tasks, missing, bundle = core_eval.read_bundle(where, f"python prepare_data.py --data={data}")
 for label in missing:
-    common.print0(f"the file of the task {label} is missing in {common.eval_bundle_dir(data)}")
+    common.print0(f"the file of the task {label} is missing in {where}")
 common.init_distributed()
 splits = {split: dataset.tokenize_files(data, split, tokenizer) for split in ("train", "val")} if eval_tokens else {}
-inputs = {"weights": checkpoint.fingerprint(directory, step), "step": step, "tokenizer": tokenizer.fingerprint, "bundle": bundle,
-          "missing": missing, "data": dataset.fingerprint(sum(splits.values(), [])), "settings": {**settings.defining, "tag": directory.name}}
+inputs = {"weights": checkpoint.fingerprint(directory, step), "step": step, "tokenizer": tokenizer.fingerprint,
+          "data": dataset.fingerprint(sum(splits.values(), [])), "bundle": bundle, "missing": missing,
+          "settings": {**settings.defining, "tag": directory.name}}
 path = common.eval_path("core", "base", data, directory.name)
 if (common.read_json(path) or {}).get("inputs") == inputs:
     common.print0(f"base_eval {directory.name}: done already ({path})")
@@ -87,10 +90,12 @@ if (common.read_json(path) or {}).get("inputs") == inputs:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what an interrupted evaluation left: a line that says of what, then a line a piece
+
 partial = path.with_suffix(".partial.jsonl")
 lines = common.on_rank0(common.read_metrics, partial)
 if lines and lines[0].get("inputs") != inputs:
-    common.print0("what an evaluation with other inputs left is dropped: " + ", ".join(phase.differences(lines[0].get("inputs", {}), inputs)))
+    changed = ", ".join(phase.differences(lines[0].get("inputs", {}), inputs))
+    common.print0(f"what an evaluation with other inputs left is dropped: {changed}")
     lines = []
 compute = common.init_compute(settings, lines[0]["chosen"] if lines else None)
 lines = lines or [{"inputs": inputs, "chosen": common.chosen(compute)}]
@@ -100,10 +105,12 @@ if compute.rank == 0:
 if kept:
     common.print0(f"base_eval {directory.name}: continuing, {len(kept)} pieces are there already")
 
-def keep(piece, value):  # value None: asked to stop
+def keep(piece, value):
+    """Keeps a finished piece. None is the answer of a function that was asked to stop: ends the process with 75."""
     global spent, last
     if value is None:
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}, {len(kept)} pieces measured so far are kept")
+        why = common.stop_requested() or "another rank was asked"
+        phase.interrupted(directory, f"{why}; the {len(kept)} pieces measured so far are kept")
     seconds, last = time.time() - last, time.time()
     spent += seconds
     kept[piece] = value
@@ -116,23 +123,26 @@ common.set_deadline(time_limit)
 model, tokenizer, _ = checkpoint.load_model("base", data, directory.name, compute.device, compute.dtype)
 longest = model.config.sequence_len if max_prompt == -1 else max_prompt
 budget = 1e9 * (memory_gb or (0.2 if compute.device.type == "cpu" else 4.0))  # on a CPU more is no faster
-common.print0(f"base {directory.name}, step {step:,}: {compute.world} x {compute.device.type}, {compute.dtype}, {compute.threads} threads")
+common.print0(f"base {directory.name}, step {step:,}: {compute.world} x {compute.device.type}, {compute.dtype}, "
+              f"{compute.threads} threads")
+keep_going = lambda: not common.stop_requested()
 
 def write_samples(model, tokenizer):
-    """Greedy continuations of PROMPTS, and texts out of nothing drawn at temperature 1. -> [{"prompt", "text"}], None if stopped"""
-    keep_going = lambda: not common.stop_requested()
-    said = gpt.generate(model, tokenizer, [[tokenizer.bos, *tokenizer.encode(p)] for p in PROMPTS], 24, keep_going=keep_going)
+    """Greedy continuations of PROMPTS, and four texts out of nothing, drawn. -> [{"prompt", "text"}], None if stopped"""
+    asked = [[tokenizer.bos, *tokenizer.encode(p)] for p in PROMPTS]
+    said = gpt.generate(model, tokenizer, asked, 24, keep_going=keep_going)
     uniforms = np.stack([common.rng(seed, i).random(64) for i in range(4)])
     said += gpt.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms, keep_going=keep_going)
-    return [{"prompt": p, "text": tokenizer.decode(ids)} for p, (ids, _) in zip(PROMPTS + [""] * 4, said)] if keep_going() else None
+    texts = [{"prompt": p, "text": tokenizer.decode(ids)} for p, (ids, _) in zip(PROMPTS + [""] * 4, said)]
+    return texts if keep_going() else None
 
 for split, stores in splits.items():
     if f"{split} bpb" not in kept:
-        length, enough = model.config.sequence_len + 1, 1  # to pack every shard of a large data set takes longer than to measure
+        length, enough = model.config.sequence_len + 1, 1  # to pack every shard would take longer than to measure
         while enough < len(stores) and sum(s.facts["tokens"] for s in stores[:enough]) < 2 * eval_tokens:
             enough += 1
         plan = dataset.make_plan(stores[:enough], length, tokenizer.bos)
-        common.check(dataset.n_rows(plan), f"the {split} split of {data} has too little text for one row of {length} tokens")
+        common.check(dataset.n_rows(plan), f"the {split} split of {data} is too small for one row of {length} tokens")
         keep(f"{split} bpb", training.bits_per_byte(model, plan, tokenizer, eval_tokens, device_batch_size, compute))
     common.print0(f"{split}: {kept[f'{split} bpb']:.4f} bits per byte")
 if samples and "samples" not in kept:
@@ -142,23 +152,26 @@ for sample in kept.get("samples", []):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CORE: blocks of items are dealt to the ranks in turns
+
 name = "toy-CORE" if data == "toy" else "CORE"
 blocks = {t["label"]: [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
           for t in tasks for n in [len(t["items"]) if core_items == -1 else min(core_items, len(t["items"]))]}
 piece = lambda t, numbers: f"{t['label']} {numbers.start}"
 todo = [(t, numbers) for t in tasks for numbers in blocks[t["label"]] if piece(t, numbers) not in kept]
-effort = lambda work: sum((t["shots"] + 1) * t["bytes"] / len(t["items"]) for t, _ in work)  # goes with the length of a prompt
+effort = lambda work: sum((t["shots"] + 1) * t["bytes"] / len(t["items"]) for t, _ in work)  # as long as prompts are
 results, items, began, shown, total = {}, 0, time.time(), time.time(), effort(todo)
 while True:
     for t in tasks:
         if t["label"] not in results and all(piece(t, numbers) in kept for numbers in blocks[t["label"]]):
-            r = results[t["label"]] = core_eval.summary(t, [ok for numbers in blocks[t["label"]] for ok in kept[piece(t, numbers)]])
-            common.print0(f"  {t['label']:<32} accuracy {r['accuracy']:.4f}, centred {r['centred']:+.4f} +- {r['error95']:.4f} ({r['n']} items)")
+            r = core_eval.summary(t, [ok for numbers in blocks[t["label"]] for ok in kept[piece(t, numbers)]])
+            common.print0(f"  {t['label']:<32} accuracy {r['accuracy']:.4f}, centred {r['centred']:+.4f} "
+                          f"+- {r['error95']:.4f} ({r['n']} of {r['of']} items)")
+            results[t["label"]] = r
     if not todo:
         break
     due, todo = todo[:compute.world], todo[compute.world:]
     mine = due[compute.rank:compute.rank + 1]
-    values = gather([core_eval.evaluate(model, tokenizer, t, numbers, longest, budget, compute.threads, lambda: not common.stop_requested())
+    values = gather([core_eval.evaluate(model, tokenizer, t, numbers, longest, budget, compute.threads, keep_going)
                      for t, numbers in mine])
     for work, value in sorted(zip(due, values), key=lambda pair: pair[1] == [None]):  # those that stopped come last
         keep(piece(*work), value[0])
@@ -166,16 +179,19 @@ while True:
     if time.time() - shown > 10:
         shown = time.time()
         left = (shown - began) * effort(todo) / (total - effort(todo))
-        common.print0(f"{name}: {len(results)} of {len(tasks)} tasks, {items / (shown - began):.1f} items/s, about {common.clock(left)} left")
+        common.print0(f"{name}: {len(results)} of {len(tasks)} tasks, {items / (shown - began):.1f} items/s, "
+                      f"about {common.clock(left)} left")
 
 core, reason, mean = core_eval.core_of(results, missing)
-common.print0(f"{name} {core:.4f}" if core is not None else f"no {name}: {reason}" + (f" (mean of what was measured: {mean:.4f})" if results else ""))
+measured = f" (mean of what was measured: {mean:.4f})" if results else ""
+common.print0(f"{name} {core:.4f}" if core is not None else f"no {name}: {reason}{measured}")
 if compute.rank == 0:
     error = None if core is None else sum(r["error95"] ** 2 for r in results.values()) ** 0.5 / len(results)
     common.atomic_write(path, json.dumps({
-        "stage": "base", "data": data, "tag": directory.name, "step": step, "inputs": inputs, "train_bpb": kept.get("train bpb"),
-        "val_bpb": kept.get("val bpb"), "label": name, "core": core, "core_error95": error, "reason": reason, "mean_centred": mean,
-        "missing": missing, "tasks": results, "samples": kept.get("samples", []), "seconds": round(spent, 1)}, indent=1))
+        "stage": "base", "data": data, "tag": directory.name, "step": step, "inputs": inputs,
+        "train_bpb": kept.get("train bpb"), "val_bpb": kept.get("val bpb"), "label": name, "core": core,
+        "core_error95": error, "reason": reason, "mean_centred": mean, "missing": missing, "tasks": results,
+        "samples": kept.get("samples", []), "seconds": round(spent, 1)}, indent=1))
     partial.unlink(missing_ok=True)
 common.print0(f"base_eval {directory.name}: done in {common.clock(spent)} ({path})")
 common.outcome(0, "done")

@@ -1,12 +1,12 @@
 """
-CORE (DCLM, arXiv 2406.11794): the mean over 22 tasks of the accuracy, centred so that guessing is 0 and perfection 1. Scored
-as in nanochat: same order of items, same examples before each, same prompts, same rule for what is right.
+CORE (DCLM, arXiv 2406.11794): the mean over 22 tasks of the accuracy, centred so that guessing is 0 and perfection 1. It
+is scored as in nanochat: same order of items, same examples before each, same prompts, same rule for what is right.
 
     tasks, missing, _ = read_bundle(common.eval_bundle_dir("toy"))
     evaluate(model, tokenizer, tasks[0], range(64), 2048, 2e8)  # -> [True, False, ...]
 
-It is quick because rows of like length run together, the tokens that the choices of an item have in common run once, and
-logits are made only where something is scored.
+It is quick because rows of like length run together, the tokens that the choices of an item have in common run once,
+and logits are made only where something is scored.
 """
 import csv
 import hashlib
@@ -31,7 +31,7 @@ FIELDS = {"multiple_choice": {"query": str, "choices": list, "gold": int},
 # the bundle: core.yaml, eval_meta_data.csv, eval_data/
 
 def yaml_value(text):
-    """examples: winograd -> "winograd";  "\\nA: " (in quotes) -> its text;  [10] -> [10];  true -> True;  else ValueError"""
+    """examples: winograd -> "winograd";  "\\nA: " (in quotes) -> its text;  [10] -> [10];  else ValueError"""
     if re.fullmatch(r"'[^']*'", text):
         return text[1:-1]
     return text if re.fullmatch(r"[A-Za-z_./][\w./ -]*", text) and text not in ("true", "false") else json.loads(text)
@@ -58,29 +58,30 @@ def read_core_yaml(path):
             if key:
                 found[-1][key] = yaml_value(value)
         except (AttributeError, IndexError, TypeError, KeyError, ValueError):
-            common.fail(f"{path}:{number}: cannot read {line.strip()!r}; only icl_tasks: and under it `-` and `key: value` are known here")
+            common.fail(f"{path}:{number}: cannot read {line.strip()!r}: known are icl_tasks: and in it `-`, `key: value`")
     tasks = []
     for task in found or []:
         for key, whole in (("label", str), ("dataset_uri", str), ("num_fewshot", list), ("icl_task_type", str)):
-            common.check(isinstance(task.get(key), whole), f"{path}:{task['line']}: this task has no {key}, or not a {whole.__name__}")
+            common.check(isinstance(task.get(key), whole), f"{path}:{task['line']}: a task whose {key} is no {whole.__name__}")
         shots, kind = task["num_fewshot"][:1], task["icl_task_type"]
         common.check(shots and type(shots[0]) is int and shots[0] >= 0 and kind in FIELDS,
-                     f"{path}:{task['line']}: num_fewshot: {shots} or icl_task_type: {kind} is nothing that can be measured here")
+                     f"{path}:{task['line']}: num_fewshot {shots} or icl_task_type {kind} cannot be measured")
         tasks.append({"label": task["label"], "uri": task["dataset_uri"], "kind": kind, "shots": shots[0],
                       "delimiter": task.get("continuation_delimiter", " ")})
     common.check(tasks and len({t["label"] for t in tasks}) == len(tasks), f"{path} has no tasks, or two of one label")
     return tasks
 
 def read_items(path, kind):
-    """The items of a task in the order in which they are measured: shuffled with seed 1337. A broken one: exit 2, file and line."""
+    """The items of a task in the order of measuring: shuffled with seed 1337. A broken one: exit 2 with file and line."""
     items = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 items.append(json.loads(line))
-                options = items[-1]["choices" if kind == "multiple_choice" else "context_options"] if "gold" in FIELDS[kind] else [""]
-                whole = (all(isinstance(items[-1][key], wanted) for key, wanted in FIELDS[kind].items())
-                         and all(isinstance(o, str) for o in options) and 0 <= items[-1].get("gold", 0) < len(options))
+                whole = all(isinstance(items[-1][key], wanted) for key, wanted in FIELDS[kind].items())
+                if kind != "language_modeling":
+                    options = items[-1]["choices" if kind == "multiple_choice" else "context_options"]
+                    whole = whole and all(isinstance(o, str) for o in options) and 0 <= items[-1]["gold"] < len(options)
             except (ValueError, KeyError, TypeError):
                 whole = False
             common.check(whole, f"{path}:{number}: this is no {kind} item with {', '.join(FIELDS[kind])}")
@@ -88,9 +89,9 @@ def read_items(path, kind):
     return items
 
 def read_bundle(bundle, command=None):
-    """-> (tasks with "items", "baseline" in percent and "bytes" added, labels of tasks whose file is missing, hash of all)"""
+    """-> (tasks with "items", "baseline" in percent and "bytes" too, labels of tasks whose file is missing, hash of all)"""
     for name in ("core.yaml", "eval_meta_data.csv"):
-        common.check((bundle / name).is_file(), f"the CORE tasks are not in {bundle}: no {name} (--core_items=0 goes without)", command)
+        common.check((bundle / name).is_file(), f"no {name} of CORE in {bundle} (--core_items=0 goes without)", command)
     with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
         baselines = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
     tasks, missing, read, digest = [], [], {}, hashlib.sha256()
@@ -99,12 +100,13 @@ def read_bundle(bundle, command=None):
         if not path.is_file():
             missing.append(task["label"])
             continue
-        common.check(task["label"] in baselines, f"{bundle / 'eval_meta_data.csv'} has no random baseline for {task['label']}")
+        common.check(task["label"] in baselines, f"{bundle}/eval_meta_data.csv has no random baseline of {task['label']}")
         if path not in read:  # two tasks may share a file
             read[path] = read_items(path, task["kind"]), common.sha256_file(path)
         task |= {"items": read[path][0], "baseline": float(baselines[task["label"]]), "bytes": path.stat().st_size}
-        common.check(len(task["items"]) > task["shots"], f"{path} has too few items for {task['shots']} examples before each")
-        digest.update(json.dumps([read[path][1], *(task[k] for k in ("label", "kind", "shots", "delimiter", "baseline"))]).encode())
+        common.check(len(task["items"]) > task["shots"], f"{path} has too few items for {task['shots']} examples")
+        facts = [task[k] for k in ("label", "kind", "shots", "delimiter", "baseline")]
+        digest.update(json.dumps([*facts, read[path][1]]).encode())
         tasks.append(task)
     return tasks, missing, digest.hexdigest()[:16]
 
@@ -118,15 +120,17 @@ def examples(number, n, shots):
 def prompts(task, number):
     """
     The texts to compare: one a choice, or for language modelling the text without and with its continuation.
-    example: {"query": "2+2", "choices": ["4", "5"]} behind the example {"query": "1+1", "choices": ["2", "3"], "gold": 0},
+    example: {"query": "2+2", "choices": ["4", "5"]} behind {"query": "1+1", "choices": ["2", "3"], "gold": 0} and with the
     delimiter "=" -> ["1+1=2\\n\\n2+2=4", "1+1=2\\n\\n2+2=5"]
     """
     items, delimiter, item = task["items"], task["delimiter"], task["items"][number]
     texts = {"multiple_choice": lambda item: [item["query"] + delimiter + choice for choice in item["choices"]],
              "schema": lambda item: [context + delimiter + item["continuation"] for context in item["context_options"]],
-             "language_modeling": lambda item: [item["context"].strip() + delimiter + item["continuation"]]}[task["kind"]]
-    shown = "".join(texts(items[i])[items[i].get("gold", 0)] + "\n\n" for i in examples(number, len(items), task["shots"]))
-    if task["kind"] == "language_modeling":  # a space at the end would belong to the next token, so the first goes without
+             "language_modeling": lambda item: [item["context"].strip() + delimiter + item["continuation"]],
+             }[task["kind"]]
+    before = [items[i] for i in examples(number, len(items), task["shots"])]
+    shown = "".join(texts(b)[b.get("gold", 0)] + "\n\n" for b in before)
+    if task["kind"] == "language_modeling":  # a space at the end would belong to the next token: the first goes without
         return [(shown + item["context"].strip() + delimiter).strip(), shown + texts(item)[0]]
     return [shown + text for text in texts(item)]
 
@@ -138,8 +142,8 @@ Row = namedtuple("Row", "ids start end cut")  # ids[start:end] is scored; cut: h
 
 def rows_of(kind, tokens, longest):
     """
-    -> list of Row. Scored is, in multiple choice, what follows what all have in common; in a schema, the end that all have
-    in common; in language modelling, the continuation. Of more than `longest` tokens the last ones are kept.
+    -> list of Row. Scored is, in multiple choice, what follows what all have in common; in a schema, the end that all
+    have in common; in language modelling, the continuation. Of more than `longest` tokens the last ones are kept.
     """
     if kind == "language_modeling":
         spans = [(tokens[1], shared(tokens))]
@@ -149,16 +153,17 @@ def rows_of(kind, tokens, longest):
         suffix = shared([ids[::-1] for ids in tokens])
         spans = [(ids, len(ids) - suffix) for ids in tokens]
     cuts = [max(0, len(ids) - longest) for ids, _ in spans]  # of a continuation longer than that, what fits is scored
-    return [Row(ids[cut:], start - cut if start >= cut else 1, len(ids) - cut, cut) for (ids, start), cut in zip(spans, cuts)]
+    return [Row(ids[cut:], start - cut if start >= cut else 1, len(ids) - cut, cut)
+            for (ids, start), cut in zip(spans, cuts)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scoring: what the rows of an item share is run once, and logits are made only where something is scored
 
 def make_groups(rows):
     """
-    rows {(item, choice): Row} -> [(common, [keys])]: rows of an item that begin with the same `common` tokens, none of them
-    scored. Left out: rows with nothing to score (an empty choice) and repetitions of a row. Rows that were cut by different
-    amounts share nothing: the same token stands elsewhere in them and sees something else.
+    rows {(item, choice): Row} -> [(common, [keys])]: rows of an item that begin with the same `common` tokens, none of
+    them scored. Left out: rows with nothing to score (an empty choice) and repetitions of a row. Rows that were cut by
+    different amounts share nothing: the same token stands elsewhere in them and sees something else.
     """
     together, groups = {}, []
     for (item, choice), row in rows.items():
@@ -170,9 +175,9 @@ def make_groups(rows):
     return groups
 
 def make_batches(groups, rows, config, itemsize, budget):
-    """Groups of like length together, the longest first, each batch within about `budget` bytes. -> list of lists of groups"""
+    """-> list of batches, each a list of groups of like length that take about `budget` bytes; the longest first"""
     run = 24 * config.n_embd * itemsize  # bytes of a token in a block
-    held = 4 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * itemsize  # its keys and values, and a copy
+    held = 4 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * itemsize  # keys, values, and a copy
     longest = lambda group: max(len(rows[k].ids) for k in group[1])
     batches, used = [], 0
     for group in sorted(groups, key=lambda g: (g[0] > 0, longest(g), g[1]), reverse=True):
@@ -186,10 +191,10 @@ def make_batches(groups, rows, config, itemsize, budget):
     return batches
 
 def score(model, batch, rows, budget):
-    """-> {key: (mean loss over ids[start:end] in nats, whether each of them has the largest logit)} for the rows of a batch"""
+    """A batch of groups -> {key: (mean loss over ids[start:end] in nats, whether each of them has the largest logit)}"""
     at = model.lm_head.weight.device
     keys, skips = zip(*((k, n) for n, members in batch for k in members))
-    idx, _ = gpt.pad_right([rows[k].ids[n:rows[k].end - 1] for k, n in zip(keys, skips)])  # the last token predicts nothing
+    idx, _ = gpt.pad_right([rows[k].ids[n:rows[k].end - 1] for k, n in zip(keys, skips)])  # the last predicts nothing
     cache = None
     if skips[0]:
         prefixes, lengths = gpt.pad_right([rows[members[0]].ids[:n] for n, members in batch])
@@ -211,11 +216,13 @@ def score(model, batch, rows, budget):
 
 @torch.inference_mode()
 def evaluate(model, tokenizer, task, numbers, longest, budget, threads=1, keep_going=lambda: True):
-    """Items of a task by number -> whether each is answered rightly (bools); None where keep_going() said no between batches."""
+    """Items of a task by number -> whether each is answered rightly; None where keep_going() said no between batches."""
     texts = [prompts(task, n) for n in numbers]
     encoded = iter(tokenizer.encode_batch([text for some in texts for text in some], threads))
-    rows = {(n, choice): row for n, some in zip(numbers, texts)
-            for choice, row in enumerate(rows_of(task["kind"], [[tokenizer.bos, *next(encoded)] for _ in some], longest))}
+    rows = {}
+    for n, some in zip(numbers, texts):
+        tokens = [[tokenizer.bos, *next(encoded)] for _ in some]
+        rows |= {(n, choice): row for choice, row in enumerate(rows_of(task["kind"], tokens, longest))}
     scores = {key: (float("nan"), False) for key in rows}  # of what has nothing to score
     for batch in make_batches(make_groups(rows), rows, model.config, model.dtype.itemsize, budget):
         if not keep_going():
@@ -224,7 +231,7 @@ def evaluate(model, tokenizer, task, numbers, longest, budget, threads=1, keep_g
     if task["kind"] == "language_modeling":
         return [scores[n, 0][1] for n in numbers]
     verdicts = []
-    for n, some in zip(numbers, texts):  # the first of the smallest; nan, of an empty choice, wins where it stands first and loses elsewhere
+    for n, some in zip(numbers, texts):  # the first of the smallest; nan (an empty choice) wins as first, else loses
         mine = [rows[n, choice] for choice in range(len(some))]
         losses = [scores[n, mine.index(row)][0] for row in mine]
         verdicts.append(losses.index(min(losses)) == task["items"][n]["gold"])
@@ -238,13 +245,14 @@ def summary(task, outcomes):
     n, guess = len(outcomes), 0.01 * task["baseline"]
     accuracy = sum(outcomes) / n
     error = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5 / (1 - guess)
-    return {"accuracy": accuracy, "centred": (accuracy - guess) / (1 - guess), "error95": error, "n": n, "of": len(task["items"]),
-            "kind": task["kind"], "shots": task["shots"], "outcomes": outcomes}
+    return {"accuracy": accuracy, "centred": (accuracy - guess) / (1 - guess), "error95": error, "n": n,
+            "of": len(task["items"]), "kind": task["kind"], "shots": task["shots"], "outcomes": outcomes}
 
 def core_of(results, missing):
     """-> (CORE or None, why there is none or None, mean of the centred accuracies that were measured or None)"""
     few = sum(r["n"] < r["of"] for r in results.values())
-    reasons = [f"tasks without their file: {', '.join(missing)}"] * bool(missing) + [f"{few} tasks measured in part"] * bool(few)
+    reasons = [f"tasks without their file: {', '.join(missing)}"] if missing else []
+    reasons += [f"{few} tasks measured in part"] if few else []
     reasons += [] if results else ["nothing measured"]
     mean = sum(r["centred"] for r in results.values()) / len(results) if results else None
     return (None if reasons else mean), "; ".join(reasons) or None, mean

@@ -1,0 +1,74 @@
+"""tasks.py: rendering, mixtures, judging; chat_eval's interval."""
+import json
+
+import pytest
+
+import common
+import tasks
+
+
+@pytest.fixture
+def folder(state):
+    folder = common.task_dir("toy")
+    folder.mkdir(parents=True)
+    (folder / "words_alpha.txt").write_text("\n".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(20) for j in range(20)))
+    (folder / "gsm8k_train.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}) + "\n" for i in range(10)))
+    return folder
+
+
+def test_word_problems_become_calls_of_the_calculator():
+    assert tasks.word_problem_parts("5+7=<<5+7=12>>12 apples.\n#### 12") == [
+        {"type": "text", "text": "5+7="}, {"type": "python", "text": "5+7"}, {"type": "python_output", "text": "12"}, {"type": "text", "text": "12 apples.\n#### 12"}]
+
+
+def test_multiple_choice_has_its_letters_behind_the_choices():
+    item = tasks.convert("mmlu", {"question": "q?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 2})
+    assert "- c=C" in item["messages"][0]["content"] and item["messages"][1]["content"] == "C" and item["letters"] == list("ABCD")
+    item = tasks.convert("arc_easy", {"id": "1", "question": "q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"})
+    assert "- y=2" in item["messages"][0]["content"] and item["messages"][1]["content"] == "2"
+
+
+@pytest.mark.parametrize("text,number", [("so #### 12", "12"), ("#### 1,200.", "1200"), ("#### -3", "-3"), ("12", None), ("#### 1 #### 2", "2"), ("#### 2.5", "2.5")])
+def test_the_final_number(text, number):
+    assert tasks.final_number(text) == number
+
+
+def test_judging():
+    gsm = tasks.convert("gsm8k", {"question": "q", "answer": "#### 12"})
+    assert tasks.correct(gsm, "I say #### 12") and not tasks.correct(gsm, "12") and not tasks.correct(gsm, "#### 13")
+    fact = tasks.convert("facts", {"question": "q", "answer": "baker", "candidates": ["baker", "cook"]})
+    assert tasks.correct(fact, "A Baker.") and not tasks.correct(fact, "bakery") and not tasks.correct(fact, "a baker or a cook")
+
+
+def test_train_and_test_words_are_disjoint_and_the_items_count_right(folder):
+    train, test = (tasks.load("spellingbee", split, "toy", 300) for split in ("train", "test"))
+    assert not {i["row"]["word"] for i in train} & {i["row"]["word"] for i in test} and len(train) == len(test) == 300
+    assert train == tasks.load("spellingbee", "train", "toy", 300)
+    for item in train + test:
+        assert item["row"]["answer"] == str(item["row"]["word"].count(item["row"]["letter"]))
+        assert f"'{item['row']['word']}'" in item["messages"][0]["content"]
+        assert tasks.correct(item, item["messages"][1]["content"][-1]["text"])
+    spelled = tasks.load("simplespelling", "train", "toy", 5)[0]
+    assert tasks.correct(spelled, " ".join(spelled["row"]["word"])) and not tasks.correct(spelled, spelled["row"]["word"])
+
+
+def test_mixtures(folder):
+    items = tasks.mixture(["gsm8k:4*2", "spellingbee:5"], "toy", 1)
+    assert len(items) == 13 and items == tasks.mixture(["gsm8k:4*2", "spellingbee:5"], "toy", 1) != tasks.mixture(["gsm8k:4*2", "spellingbee:5"], "toy", 2)
+    own = folder / "own.jsonl"
+    own.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n")
+    assert len(tasks.mixture([f"{own}*3"], "toy", 1)) == 3
+
+
+@pytest.mark.parametrize("spec,says", [("nothing", "there is no task"), ("smoltalk", "prepare_data.py"), ("mmlu", "no train split"), ("absent.jsonl", "there is no file")])
+def test_what_is_missing_is_named(folder, capsys, spec, says):
+    with pytest.raises(SystemExit) as stopped:
+        tasks.mixture([spec], "toy", 1)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_broken_line_is_named(folder, capsys):
+    (folder / "gsm8k_train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{broken\n')
+    with pytest.raises(SystemExit):
+        tasks.load("gsm8k", "train", "toy")
+    assert "gsm8k_train.jsonl:2" in capsys.readouterr().err
