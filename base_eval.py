@@ -25,7 +25,7 @@ tag = ""                     # which model; empty: the newest
 core_items = -1              # items of each CORE task; -1: all (fewer is not CORE); 0: no CORE
 max_prompt = 2048            # tokens of a CORE prompt, of a longer one the last; -1: as many as the model's rows have
 eval_tokens = 10_485_760     # tokens of each split measured for bits per byte (all, if there are fewer); 0: none
-samples = True               # whether samples are written
+show_samples = True          # whether samples are written
 seed = 1337                  # of the samples that are drawn
 # ---- settings below may change at every resume
 memory_gb = 0.0              # GB that a CORE batch may take besides the model; 0: 0.2 on a CPU, else 4
@@ -145,7 +145,7 @@ for split, stores in splits.items():
         common.check(dataset.n_rows(plan), f"the {split} split of {data} is too small for one row of {length} tokens")
         keep(f"{split} bpb", training.bits_per_byte(model, plan, tokenizer, eval_tokens, device_batch_size, compute))
     common.print0(f"{split}: {kept[f'{split} bpb']:.4f} bits per byte")
-if samples and "samples" not in kept:
+if show_samples and "samples" not in kept:
     keep("samples", common.on_rank0(write_samples, model, tokenizer))
 for sample in kept.get("samples", []):
     common.print0(f"  {sample['prompt']} | {sample['text']}".replace("\n", "\\n"))

@@ -79,20 +79,23 @@ def print0(*args):
 outcome_hook = None  # phase.py puts its record-writing here once a phase has begun
 
 def outcome(code, reason, next_command=None):
-    """Leaves the outcome where a launcher finds it: torchrun turns every exit code into 1 (DESIGN, ruling 4)."""
+    """Leaves the outcome where a launcher finds it: torchrun turns every exit code into 1 ."""
     if rank_world()[0] == 0:
-        path = os.environ.get("NANOCHAT_OUTCOME")
-        if path:
-            atomic_write(Path(path), json.dumps({"code": code, "reason": reason, "next": next_command}))
-        if outcome_hook:
-            outcome_hook(code, reason, next_command)
+        try:
+            path = os.environ.get("NANOCHAT_OUTCOME")
+            if path:
+                atomic_write(Path(path), json.dumps({"code": code, "reason": reason, "next": next_command}))
+            if outcome_hook:
+                outcome_hook(code, reason, next_command)
+        except OSError as e:  # a full disk: the message and the exit code still have to get out
+            print(f"the outcome could not be recorded: {e}", file=sys.stderr, flush=True)
 
 def fail(message, code=2, next_command=None):
     """Ends the program with one clear line: what, where, what to do. code 2: nothing was started; 1: it failed."""
     message = " ".join(str(message).split())
-    outcome(code, message, next_command)
     if rank_world()[0] == 0:
         print(f"error: {message}" + (f"; run: {next_command}" if next_command else ""), file=sys.stderr, flush=True)
+    outcome(code, message, next_command)
     sys.stdout.flush()
     raise SystemExit(code)
 

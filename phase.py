@@ -190,7 +190,7 @@ def done(directory, **facts):
     common.outcome(0, "done")
 
 def interrupted(directory, reason):
-    """Marks the phase as saved and stopped, and ends the process: code 75, under torchrun 0 (ruling 4)."""
+    """Marks the phase as saved and stopped, and ends the process: code 75, under torchrun 0."""
     common.outcome(75, reason)
     common.print0(f"stopped: {reason}; run the same command again")
     world = common.rank_world()[2]

@@ -1,0 +1,205 @@
+"""phase.py, checkpoint.py and common.py: locks, records, damaged files, a full disk, stopping, metrics."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import phase
+import report
+import status
+from conftest import REPO, script
+
+SETTINGS = SimpleNamespace(defining={"depth": 4}, free={"rows": 8})
+
+
+@pytest.fixture
+def folder(state, monkeypatch):
+    folder = state / "toy" / "base_checkpoints" / "d4"
+    yield folder
+    phase.release(folder)
+    common.outcome_hook = None
+    sys.excepthook = sys.__excepthook__
+
+
+def begin(folder, settings=SETTINGS, inputs=None, verify=lambda: None, **more):
+    return phase.begin(folder, "base_train", settings, inputs or {"data": "abc"}, verify, **more)
+
+
+def tensors(seed):
+    return {"w": torch.full((1000,), float(seed))}
+
+
+def save(folder, step, keep=1):
+    return checkpoint.save(folder, step, tensors(step), {"w": tensors(step)}, {"loss": 1.0, "num_steps": 9}, keep)
+
+
+def exit_code(function, *args, **kwargs):
+    with pytest.raises(SystemExit) as stopped:
+        function(*args, **kwargs)
+    return stopped.value.code
+
+
+def lock_of(**changes):
+    return {"token": "x", "host": "elsewhere", "boot": "b", "pid": 1, "start": "1", "job": None, "restart": "0", **changes}
+
+
+def test_who_is_alive(monkeypatch):
+    mine = {"host": "here", "boot": phase.boot_id(), "pid": os.getpid(), "start": phase.process_start(os.getpid())}
+    alive = lambda now=0.0, **lock: phase.holder_alive(lock_of(**lock), 0.0, now=now, this_host="here")
+    assert alive(**mine)
+    assert not alive(**{**mine, "start": "7"}), "another process of that number"
+    assert not alive(**{**mine, "boot": "earlier"}), "the machine has been started anew"
+    assert alive(now=100.0) and not alive(now=phase.HEARTBEAT * phase.MISSED + 1), "another host lives as long as its heart beats"
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not alive(now=1.0, job="5", restart="0"), "an earlier life of this very job"
+    assert alive(now=1.0, job="6", restart="0")
+
+
+def test_done_half_done_changed(folder, capsys):
+    assert begin(folder) == {}
+    save(folder, 9)
+    phase.done(folder, val_bpb=1.0)
+    assert exit_code(begin, folder) == 0 and "done already" in capsys.readouterr().out
+    assert exit_code(begin, folder, SimpleNamespace(defining={"depth": 5}, free={})) == 2 and "depth: 4 -> 5" in capsys.readouterr().err
+    assert exit_code(begin, folder, inputs={"data": "other"}) == 2 and "data: abc -> other" in capsys.readouterr().err
+    assert begin(folder, SimpleNamespace(defining={"depth": 4}, free={"rows": 2}), verify=lambda: "damaged")["status"] == "done"
+    assert "rows: 8 -> 2" in capsys.readouterr().out, "what does not define the result is only logged"
+
+
+def test_starting_over_keeps_the_old(folder):
+    begin(folder)
+    save(folder, 3)
+    phase.release(folder)
+    assert begin(folder, start_over=True) == {} and checkpoint.steps(folder) == []
+    old, = folder.parent.glob("d4.old-*")
+    assert checkpoint.steps(old) == [3]
+
+
+def test_a_stopped_old_life_does_not_write_when_it_wakes_up(folder, capsys):
+    begin(folder)
+    save(folder, 1)
+    lock = common.read_json(folder / "lock.json")
+    common.atomic_write(folder / "lock.json", json.dumps({**lock, "token": "the new life's"}))
+    before = sorted(p.name for p in folder.iterdir())
+    record = (folder / "phase.json").read_text()
+    assert exit_code(save, folder, 2) == 1 and "lost the lock" in capsys.readouterr().err
+    assert checkpoint.steps(folder) == [1] and checkpoint.problem(folder, 1) is None and (folder / "phase.json").read_text() == record
+    assert [n for n in sorted(p.name for p in folder.iterdir()) if ".tmp" not in n] == before
+
+
+@pytest.mark.parametrize("damage,why", [
+    (lambda f: (f / "model_000002.pt").write_bytes((f / "model_000002.pt").read_bytes()[:-7]), "bytes, not"),
+    (lambda f: (f / "optim_000002.pt").unlink(), "missing"),
+    (lambda f: (f / "meta_000002.json").write_bytes((f / "meta_000002.json").read_bytes().replace(b"1.0", b"2.0")), "checksum"),
+    (lambda f: (f / "manifest_000002.json").write_text("{"), "manifest")])
+def test_a_damaged_checkpoint_is_passed_over(folder, damage, why):
+    begin(folder)
+    save(folder, 1, keep=2), save(folder, 2, keep=2)
+    assert checkpoint.newest(folder) == 2
+    damage(folder)
+    said = []
+    assert checkpoint.newest(folder, said.append) == 1 and why in said[0]
+    model, optim, meta = checkpoint.load(folder, 1)
+    assert torch.equal(model["w"], tensors(1)["w"]) and meta["step"] == 1
+
+
+def test_keep(folder):
+    begin(folder)
+    for step in range(5):
+        save(folder, step, keep=2)
+    assert checkpoint.steps(folder) == [4, 3] and len(list(folder.glob("*_0000*"))) == 8
+
+
+def test_a_full_disk_loses_nothing(folder, monkeypatch, capsys):
+    begin(folder)
+    save(folder, 1)
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert exit_code(save, folder, 2) == 1
+    monkeypatch.undo()
+    assert "No space left" in capsys.readouterr().err
+    assert checkpoint.newest(folder) == 1 and not list(folder.glob(".*.tmp"))
+
+
+def test_sweeping(folder):
+    begin(folder)
+    save(folder, 1)
+    for name in ("model_000002.pt", ".optim_000002.pt.tmp", "meta_000002.json"):
+        (folder / name).write_text("half")
+    checkpoint.sweep(folder)
+    assert checkpoint.newest(folder) == 1 and len(list(folder.glob("*00000*"))) == 4 and not list(folder.glob("*.tmp"))
+
+
+def test_metrics_survive_a_torn_line_and_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(5):
+        common.append_metrics(path, {"step": step, "loss": step})
+    with open(path, "a") as f:
+        f.write('{"step": 5, "lo')
+    common.trim_metrics(path, 3)
+    common.append_metrics(path, {"step": 3, "loss": 3})
+    assert [r["step"] for r in common.read_metrics(path)] == [0, 1, 2, 3]
+
+
+def test_signals_and_deadlines_ask_for_a_stop():
+    code = f"import sys, os, signal, time; sys.path.insert(0, {str(REPO)!r})\nimport common\ncommon.install_stop_handlers()\n"
+    out = subprocess.run([sys.executable, "-c", code + "print(common.stop_requested())\nos.kill(os.getpid(), signal.SIGUSR1)\nprint(common.stop_requested())"], capture_output=True, text=True)
+    assert out.stdout == "None\nsignal SIGUSR1\n"
+    out = subprocess.run([sys.executable, "-c", code + "common.set_deadline(60)\nprint(common.stop_requested())\ncommon._stop['deadline'] = time.time()\nprint(common.stop_requested())"], capture_output=True, text=True)
+    assert out.stdout == "None\ndeadline\n"
+    out = subprocess.run([sys.executable, "-c", code + "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"], capture_output=True, text=True)
+    assert out.returncode == 130 and out.stdout == ""
+
+
+def test_the_end_of_a_slurm_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="2026-11-24T12:00:00\n"))
+    assert common.slurm_end_time() == time.mktime(time.strptime("2026-11-24T12:00:00", "%Y-%m-%dT%H:%M:%S"))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
+    assert common.slurm_end_time() == 1234.0
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    common.atomic_write(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        common.atomic_write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_status_and_report_over_what_is_not_whole(state, folder, capsys):
+    assert script(state, "status.py").stdout.startswith("nothing in")
+    out = script(state, "report.py")
+    assert out.returncode == 0 and "Never ran" in (state / "toy/report/report.md").read_text()
+
+    begin(folder)
+    save(folder, 3)
+    with open(folder / "metrics.jsonl", "w") as f:
+        f.write("".join(json.dumps({"kind": "train", "step": i, "loss": 3.0 - i}) + "\n" for i in range(3)) + '{"kind": "tr')
+    with pytest.raises(SystemExit):
+        common.fail("the loss became nan", code=1, next_command="python base_train.py --matrix_lr=0.01")
+    out = script(state, "status.py")
+    assert "failed, saved at step 3 of 9" in out.stdout and "the loss became nan" in out.stdout and "next: python base_train.py --matrix_lr=0.01" in out.stdout
+    out = script(state, "report.py")
+    text = (state / "toy/report/report.md").read_text()
+    assert out.returncode == 0 and "**Failed**: the loss became nan, step 3 of 9" in text and (state / "toy/report/base_loss.svg").read_text().startswith("<svg")
+    record = phase.read(folder)
+    phase.write(folder, {**record, "status": "running", "pid": 10 ** 8})
+    assert "died without a word" in script(state, "status.py").stdout
+
+
+def test_the_report_judges_the_goals():
+    result = lambda a: {"accuracy": a}
+    chat = {"base": None, "mid": None, "sft": {"results": {n: result(0.65) for n in ("gsm8k", "arc_easy", "arc_challenge", "mmlu", "facts", "spellingbee")}}, "rl": {"results": {"gsm8k": result(0.71)}}}
+    assert [row[2] for row in report.goals(chat)] == ["NO", "yes", "yes", "NO", "yes"]
+    assert status.describe(None)[0] == "absent"
