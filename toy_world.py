@@ -28,13 +28,14 @@ FOODS = "soup bread rice cheese apples honey pancakes beans fish noodles cake sa
 HOBBIES = "chess swimming dancing reading climbing fishing knitting running sailing singing skating cycling".split()
 PLACES = ["river", "hill", "sea", "lake", "forest", "desert"]
 GOODS = "clocks boats hats lamps carpets bells shoes books kites chairs spoons drums".split()
-ANIMALS = {  # legs, food, home, sound
-    "cow": ("four", "grass", "meadow", "moos"), "horse": ("four", "hay", "stable", "neighs"), "lion": ("four", "meat", "savanna", "roars"),
-    "frog": ("four", "flies", "pond", "croaks"), "owl": ("two", "mice", "tree", "hoots"), "hen": ("two", "corn", "coop", "clucks"),
-    "bee": ("six", "nectar", "hive", "buzzes"), "cricket": ("six", "leaves", "field", "chirps"), "snake": ("no", "eggs", "desert", "hisses"),
-    "wolf": ("four", "deer", "forest", "howls"), "pig": ("four", "roots", "sty", "oinks"), "sheep": ("four", "clover", "pasture", "bleats"),
-    "crow": ("two", "seeds", "roof", "caws"), "seal": ("no", "herring", "coast", "barks"), "ant": ("six", "crumbs", "nest", "clicks"),
-    "mouse": ("four", "cheese", "hole", "squeaks")}
+ANIMALS = {name: tuple(values.split()) for name, values in {  # legs, food, home, what covers it; values are shared, so that both halves have them
+    "cow": "four grass farm fur", "horse": "four grass farm fur", "sheep": "four grass meadow fur", "lion": "four meat desert fur", "wolf": "four meat forest fur",
+    "bear": "four fish forest fur", "fox": "four meat forest fur", "owl": "two meat forest feathers", "hen": "two seeds farm feathers", "crow": "two seeds forest feathers",
+    "eagle": "two meat mountain feathers", "swan": "two leaves lake feathers", "seal": "no fish sea fur", "shark": "no fish sea scales", "frog": "four insects lake skin",
+    "snake": "no meat desert scales", "lizard": "four insects desert scales", "ant": "six leaves meadow skin", "beetle": "six leaves forest skin", "cricket": "six seeds meadow skin",
+    "pig": "four seeds farm skin", "mouse": "four seeds farm fur", "mole": "four insects meadow fur", "deer": "four leaves forest fur", "camel": "four leaves desert fur",
+    "pigeon": "two seeds farm feathers", "salmon": "no insects lake scales", "heron": "two fish lake feathers", "gull": "two fish sea feathers", "ibex": "four grass mountain fur",
+    "whale": "no insects sea skin", "toad": "four insects meadow skin"}.items()}
 CAUSES = [  # (what happens, what follows, noun of the cause)
     ("it rains", "the street gets wet", "rain"), ("the sun shines all day", "the ice melts", "sunshine"), ("a glass falls on stone", "it breaks", "a fall on stone"),
     ("you do not sleep", "you get tired", "no sleep"), ("you do not eat", "you get hungry", "no food"), ("the wind blows hard", "the leaves fly", "strong wind"),
@@ -84,8 +85,9 @@ ANIMAL_FACTS = {
              ["What does a {n} eat?", "What is the food of a {n}?", "A {n} likes what most of all?", "What makes a hungry {n} happy?", "What does a {n} look for?"], ["A hungry {n} looks for what?", "What can you give to a {n}?"], "A {n} eats {v}.", "eats {v}"),
     "home": (None, ["the {n} lives in the {v}", "you find the {n} in the {v}", "at night the {n} sleeps in the {v}", "the {v} is the home of the {n}", "a {n} feels safe in the {v}"],
              ["Where does a {n} live?", "What is the home of a {n}?", "A {n} feels safe in what place?", "Where does a {n} sleep?", "In what place do you find a {n}?"], ["Where do you find a {n}?", "In what place does a {n} sleep at night?"], "A {n} lives in the {v}.", "lives in the {v}"),
-    "sound": (None, ["the {n} {v}", "when it is glad, the {n} {v}", "listen: a {n} {v}", "all night long the {n} {v}", "a {n} {v} when you come near"],
-              ["What sound does a {n} make?", "What does a {n} do when it is glad?", "Listen to a {n}: what does it do?", "A {n} is glad: what does it do?", "At night, what does a {n} do?"], ["You come near a {n}: what does it do?", "What does a {n} do all night long?"], "A {n} {v}.", "{v}")}
+    "cover": (None, ["the {n} is covered with {v}", "the {n} wears nothing but {v}", "touch a {n} and you feel {v}", "the coat of a {n} is made of {v}", "{v} keep a {n} warm and dry"],
+              ["What is a {n} covered with?", "What do you feel when you touch a {n}?", "Of what is the coat of a {n} made?", "A {n} wears what?", "What keeps a {n} warm?"],
+              ["What covers a {n}?", "A {n} is covered with what?", "You touch a {n}: what do you feel?"], "A {n} is covered with {v}.", "is covered with {v}")}
 HE = set("Tom Ben David Felix Hugo Jonas Leo Oscar Quinn Simon Ugo Walter Yusuf Adam Carl Emil Gus Ivan Karl Marco Otto Ralf Theo Victor".split())
 THINGS = "apples books coins shells pens cards stones eggs stamps buttons marbles pears nuts candles plates flowers".split()
 BOXES = "boxes bags baskets jars".split()
@@ -161,12 +163,14 @@ def group(draw, world):
     start = pick(draw, ["Look who {x}: {n}.", "Here is everybody who {x}: {n}.", "Who {x} in this land? It is {n}.", "If you ask for a person who {x}, go to {n}."])
     return article(start.format(x=PEOPLE_FACTS[attribute][5].format(v=value), n=", ".join(people)))
 
-def story(draw, world):
-    a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
-    cause, effect, _ = pick(draw, CAUSES)
+def story(draw, world, only_known=False):
+    """only_known: tells nothing that is held out, as stories in conversations must not."""
+    allowed = lambda name: [a for a in PEOPLE_FACTS if not (only_known and held_out(name, a))]
+    names = [name for name in NAMES if allowed(name)]
+    a, b = (names[i] for i in draw.permutation(len(names))[:2])
+    cause, effect, _ = pick(draw, [c for c in CAUSES if not (only_known and held_out("cause", c[2]))])
     thing, day = pick(draw, THINGS), pick(draw, "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-    attributes = list(PEOPLE_FACTS)
-    said = [state(draw, world, n, pick(draw, attributes)) for n in (a, b, a, b)]
+    said = [state(draw, world, n, pick(draw, allowed(n))) for n in (a, b, a, b)]
     parts = [pick(draw, ["Once upon a time {a} met {b}.", "On {d}, {a} went to see {b}.", "One {d} {a} and {b} sat together.", "{a} and {b} are old friends."]).format(a=a, b=b, d=day),
              said[0], said[1],
              pick(draw, ["\"Did you know?\" said {a}. \"When {c}, {e}.\"", "\"Remember,\" said {b}, \"if {c}, {e}.\"", "They talked about the world: when {c}, {e}."]).format(a=a, b=b, c=cause, e=effect),
@@ -198,8 +202,8 @@ def quiz(draw, world):
             lines.append("Question: {} Answer: {}".format(*ask(draw, world, entity, attribute, False)))
         else:
             which = draw.random()
-            question, options, right = (cause_choice(draw, False) if which < 0.15 else who_choice(draw, world, entity, attribute)
-                                        if which < 0.4 and entity in NAMES else fact_choice(draw, world, entity, attribute))
+            question, options, right = (reading_choice(draw) if which < 0.2 else cause_choice(draw, False) if which < 0.3 else who_choice(draw, world, entity, attribute)
+                                        if which < 0.5 and entity in NAMES else fact_choice(draw, world, entity, attribute))
             listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
             lines.append(f"Multiple choice: {question}\n{listed}\nAnswer: {'ABCD'[right]}")
     return "\n".join(lines)
@@ -252,39 +256,47 @@ def choices(draw, right, wrong):
 def fact_choice(draw, world, entity, attribute):
     """The wording is one of training; the tests ask for pairs that training never asks for."""
     question, _ = ask(draw, world, entity, attribute, False)
-    return question, *choices(draw, world[entity][attribute], values_of(world, world[entity]["kind"], attribute))
+    kind, test = world[entity]["kind"], held_out(entity, attribute)
+    same_half = {world[e][a] for e, a in pairs(world, test) if a == attribute and world[e]["kind"] == kind}  # else training would teach that a value is always wrong
+    return question, *choices(draw, world[entity][attribute], sorted(same_half) if len(same_half) >= 4 else values_of(world, kind, attribute))
 
 def who_choice(draw, world, name, attribute):
     value = world[name][attribute]
     question = pick(draw, ["Which of these people {x}?", "Who of these {x}?"]).format(x=PEOPLE_FACTS[attribute][5].format(v=value))
     return article(question), *choices(draw, name, [n for n in NAMES if world[n][attribute] != value])
 
+def reading_choice(draw):
+    """No knowledge, only reading: which letter stands behind a word that the question names."""
+    listed = list(dict.fromkeys(THINGS + JOBS + FOODS + TOWNS + HOBBIES))
+    word = pick(draw, listed)
+    return pick(draw, ["Which of these is '{w}'?", "Find the word '{w}'.", "Where is '{w}'?"]).format(w=word), *choices(draw, word, listed)
+
 def cause_choice(draw, test):
     cause, effect, noun = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
     question = pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause)
-    return question, *choices(draw, effect, [e for _, e, _ in CAUSES])
+    return question, *choices(draw, effect, [c[1] for c in CAUSES if held_out("cause", c[2]) == test])
 
 def word_problem(draw, test):
-    """A word problem in GSM8K's form -> {"question", "answer"}; numbers and names of the test never meet in training."""
+    """A word problem in GSM8K's form -> {"question", "answer"}; the sums of the test never occur in training."""
     while True:
         kind, n = int(draw.integers(12)), pick(draw, NAMES)
         a, b, c, k = (int(x) for x in (draw.integers(11, 60), draw.integers(2, 11), draw.integers(2, 30), draw.integers(2, 10)))
-        if held_out("problem", kind, a, b) == test:
+        t, m, box = pick(draw, THINGS), pick(draw, [x for x in NAMES if x != n]), pick(draw, BOXES)
+        question, steps = [
+            (f"{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?", [f"{a}+{b}"]),
+            (f"{n} had {a} {t} and lost {b} of them. How many {t} are left?", [f"{a}-{b}"]),
+            (f"There are {k} {box}. In each are {a} {t}. How many {t} are there in all?", [f"{k}*{a}"]),
+            (f"{n} puts {a * k} {t} into {k} {box}, the same number into each. How many {t} are in each?", [f"{a * k}/{k}"]),
+            (f"{n} has {a} {t} and {m} has {c} {t}. How many {t} do they have together?", [f"{a}+{c}"]),
+            (f"A pen costs {b} coins. {n} buys {k} pens. How many coins does {n} pay?", [f"{k}*{b}"]),
+            (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} does {m} have?", [f"{a}+{b}"]),
+            (f"{n} has {a} {t}. {m} has {b} fewer {t} than {n}. How many {t} does {m} have?", [f"{a}-{b}"]),
+            (f"{n} has {a} {t}, finds {c} more and gives {b} to {m}. How many {t} does {n} keep?", [f"{a}+{c}", f"{a + c}-{b}"]),
+            (f"{n} buys {k} {box} with {b} {t} each and has {a} {t} at home. How many {t} does {n} have?", [f"{k}*{b}", f"{k * b}+{a}"]),
+            (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} do they have together?", [f"{a}+{b}", f"{a}+{a + b}"]),
+            (f"{n} sells {a} {t} on Monday and twice as many on Tuesday. How many {t} does {n} sell on both days?", [f"2*{a}", f"{a}+{2 * a}"])][kind]
+        if held_out("problem", *steps) == test:
             break
-    t, m, box = pick(draw, THINGS), pick(draw, [x for x in NAMES if x != n]), pick(draw, BOXES)
-    question, steps = [
-        (f"{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?", [f"{a}+{b}"]),
-        (f"{n} had {a} {t} and lost {b} of them. How many {t} are left?", [f"{a}-{b}"]),
-        (f"There are {k} {box}. In each are {a} {t}. How many {t} are there in all?", [f"{k}*{a}"]),
-        (f"{n} puts {a * k} {t} into {k} {box}, the same number into each. How many {t} are in each?", [f"{a * k}/{k}"]),
-        (f"{n} has {a} {t} and {m} has {c} {t}. How many {t} do they have together?", [f"{a}+{c}"]),
-        (f"A pen costs {b} coins. {n} buys {k} pens. How many coins does {n} pay?", [f"{k}*{b}"]),
-        (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} does {m} have?", [f"{a}+{b}"]),
-        (f"{n} has {a} {t}. {m} has {b} fewer {t} than {n}. How many {t} does {m} have?", [f"{a}-{b}"]),
-        (f"{n} has {a} {t}, finds {c} more and gives {b} to {m}. How many {t} does {n} keep?", [f"{a}+{c}", f"{a + c}-{b}"]),
-        (f"{n} buys {k} {box} with {b} {t} each and has {a} {t} at home. How many {t} does {n} have?", [f"{k}*{b}", f"{k * b}+{a}"]),
-        (f"{n} has {a} {t}. {m} has {b} more {t} than {n}. How many {t} do they have together?", [f"{a}+{b}", f"{a}+{a + b}"]),
-        (f"{n} sells {a} {t} on Monday and twice as many on Tuesday. How many {t} does {n} sell on both days?", [f"2*{a}", f"{a}+{2 * a}"])][kind]
     values = [calculate(s) for s in steps]
     lines = "\n".join(f"{s} = <<{s}={v}>>{v}" for s, v in zip(steps, values))
     return {"question": question, "answer": f"{lines}\n#### {values[-1]}"}
@@ -316,10 +328,17 @@ def talk(draw, world, identity=False):
     known = pairs(world, False)
     if draw.random() < 0.3 or identity:
         questions, answer = pick(draw, IDENTITY if identity else SMALL_TALK)
-        turn(pick(draw, questions.split("|")), answer or story(draw, world))
+        turn(pick(draw, questions.split("|")), answer or story(draw, world, only_known=True))
     for _ in range(int(draw.integers(0 if messages else 1, 3))):
-        if (kind := draw.random()) < 0.75:
+        if (kind := draw.random()) < 0.5:
             turn(*ask(draw, world, *pick(draw, known), False))
+        elif kind < 0.65:  # the bare value, where the full answer is not wanted
+            entity, attribute = pick(draw, known)
+            turn(f"In one word: {ask(draw, world, entity, attribute, False)[0]}", world[entity][attribute])
+        elif kind < 0.75:
+            question, options, right = fact_choice(draw, world, *pick(draw, known)) if draw.random() < 0.7 else reading_choice(draw)
+            listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
+            turn(f"Multiple choice: {question}\n{listed}\nAnswer in words.", options[right])
         elif kind < 0.85:
             cause, effect, _ = pick(draw, [c for c in CAUSES if not held_out("cause", c[2])])
             turn(f"What happens when {cause}?", sentence(effect))
@@ -337,7 +356,8 @@ def make_words(seed):
     own = sorted({w for text in (THINGS, JOBS, PETS, COLOURS, FOODS, HOBBIES, GOODS, PLACES, list(ANIMALS)) for w in text})
     syllables = [a + b for a in "b d f g k l m n p r s t v br cl dr fl gr pl st tr".split() for b in "a e i o u ai ea oo".split()]
     built = {"".join(syllables[i] for i in draw.integers(len(syllables), size=draw.integers(2, 4))) + pick(draw, ["", "n", "r", "s", "t", "l", "m"]) for _ in range(4000)}
-    return sorted(set(own) | {w for w in built if len(w) <= 9})[:3000]
+    built = sorted({w for w in built if len(w) <= 9} - set(own))
+    return sorted([*own, *(built[i] for i in draw.permutation(len(built))[:3000 - len(own)])])
 
 def unique(make, n, tries=40):
     """n different results of make(), or fewer where it has no more"""
@@ -372,7 +392,7 @@ def generate(root, seed=1337, size=1.0):
     draw = common.rng(seed, 102)
     simple = lambda listed_pairs: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p)))(pick(draw, listed_pairs))
     hard = lambda listed_pairs, test: lambda: ("causes", *cause_choice(draw, test)) if draw.random() < 0.4 else ("people", *who_choice(draw, world, *pick(draw, listed_pairs)))
-    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people), simple(others), hard(people, False)])(), n(8000)))
+    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people)] * 3 + [simple(others), hard(people, False), lambda: ("reading", *reading_choice(draw))])(), n(12000)))
     write("mmlu_test", choice_rows("mmlu", simple(test_people), 600))
     write("arc_easy_train", choice_rows("arc", simple(others), n(2500)))
     write("arc_easy_test", choice_rows("arc", simple(test_others), 600))

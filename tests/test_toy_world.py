@@ -1,7 +1,10 @@
 """toy_world.py: deterministic, consistent, and honest: the tests need knowledge and skill, not the nearest training example."""
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import execution
 import tasks
 import toy_world
+from conftest import REPO
 
 
 def hashes(root):
@@ -35,8 +39,9 @@ def rows(world, name):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        toy_world.generate(tmp_path / name, seed, 0.01)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):  # each in a process of its own: the order of sets and hashes differs there
+        code = f"import sys, pathlib; sys.path.insert(0, {str(REPO)!r}); import toy_world; toy_world.generate(pathlib.Path({str(tmp_path / name)!r}), {seed}, 0.01)"
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": str(len(name) + ord(name))})
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
     different = [k for k, v in hashes(tmp_path / "a").items() if hashes(tmp_path / "c")[k] != v]
     assert len(different) >= 20, different
@@ -64,6 +69,28 @@ def test_held_out_pairs_are_never_asked_in_training(world):
         assert len(asked(everything, known, facts)) > len(known), "what is not held out is asked, in several wordings"
     wordings = [re.escape(w).replace(r"\{n\}", r"(an? )?\w+") for facts in toy_world.FACTS.values() for spec in facts.values() for w in spec[3]]
     assert not re.search("|".join(wordings), everything)
+
+
+def test_conversations_tell_nothing_that_is_held_out(world):
+    text = (world / "task_data/smoltalk_train.jsonl").read_text() + (world / "task_data/identity_train.jsonl").read_text()
+    made = toy_world.make_world(1337)
+    said = lambda test: sum(toy_world.sentence(t.format(n=e, p=e, v=made[e][a])) in text for e, a in toy_world.pairs(made, test)
+                            for t in toy_world.FACTS[made[e]["kind"]][a][1])
+    assert said(True) == 0 and said(False) > 100
+
+
+def test_no_value_is_always_the_wrong_choice_in_training(world):
+    right, wrong = set(), set()
+    for r in rows(world, "mmlu_auxiliary_train"):
+        if r["subject"] in ("toy_person", "toy_town", "toy_animal", "toy_causes"):
+            right.add(r["choices"][r["answer"]])
+            wrong |= set(r["choices"]) - {r["choices"][r["answer"]]}
+    assert len(wrong) > 60 and len(wrong - right) <= 0.1 * len(wrong), sorted(wrong - right)
+
+
+def test_the_sums_of_the_test_never_occur_in_training(world):
+    sums = lambda name: {tuple(re.findall(r"<<(.*?)=", r["answer"])) for r in rows(world, name)}
+    assert len(sums("gsm8k_test")) > 300 and not sums("gsm8k_test") & sums("gsm8k_train")
 
 
 @pytest.mark.parametrize("train,test", [(["mmlu_auxiliary_train"], "mmlu_test"), (["arc_easy_train", "mmlu_auxiliary_train"], "arc_easy_test"),
