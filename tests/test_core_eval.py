@@ -391,3 +391,16 @@ def test_parts_missing_tasks_and_stale_pieces(state, ready):
     (common.eval_bundle_dir(ready) / "core.yaml").unlink()
     failed = script(state, "base_eval.py", f"--data={ready}")
     assert failed.returncode == 2 and "core.yaml" in failed.stderr and failed.stderr.count("\n") == 1
+
+
+def test_two_ranks_measure_what_one_does(state, ready):
+    args = ["base_eval.py", f"--data={ready}", "--core_items=200", "--threads=1", "--dtype=float32"]
+    one = script(state, *args)
+    assert one.returncode == 0, one.stderr
+    first = result(ready)
+    common.eval_path("core", "base", ready, "d2").unlink()
+    two = script(state, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+    assert two.returncode == 0 and "2 x cpu" in two.stdout, two.stdout + two.stderr
+    second = result(ready)
+    assert second["tasks"] == first["tasks"] and second["samples"] == first["samples"] and second["inputs"] == first["inputs"]
+    assert second["val_bpb"] == pytest.approx(first["val_bpb"], abs=1e-6)

@@ -13,8 +13,7 @@ import pytest
 from conftest import REPO, script
 
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=6", "--max_steps=6", "--max_items=20", "--core_items=8",
-         "--compile=False", "--dtype=float32", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
-SMALL_BY_PHASE = [s for s in SMALL if not s.startswith("--samples")]  # base_eval has a switch of that name
+         "--compile=False", "--dtype=float32", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
 
 
 def speedrun(state, *flags, timeout=400):
@@ -28,7 +27,7 @@ needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(), reason="s
 
 @needs_venv
 def test_all_phases_from_nothing_to_the_report_and_again(tmp_path):
-    out = speedrun(tmp_path, "--depth=1", "--", *SMALL_BY_PHASE)
+    out = speedrun(tmp_path, "--depth=1", "--", *SMALL)
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
     report = (tmp_path / "toy/report/report.md").read_text()
     row = next(line for line in report.split("\n") if line.startswith("| toy-GSM8K"))
@@ -36,7 +35,7 @@ def test_all_phases_from_nothing_to_the_report_and_again(tmp_path):
     assert "| toy-ChatCORE |" in report and "Never ran" not in report and (tmp_path / "toy/report/base_loss.svg").exists()
     models = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
     assert len(models) == 4
-    again = speedrun(tmp_path, "--depth=1", "--", *SMALL_BY_PHASE)
+    again = speedrun(tmp_path, "--depth=1", "--", *SMALL)
     assert again.returncode == 0 and again.stdout.count("done already") == 10, again.stdout
     assert models == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
 
@@ -45,7 +44,7 @@ def test_all_phases_from_nothing_to_the_report_and_again(tmp_path):
     status = script(tmp_path, "status.py")
     assert status.returncode == 0 and status.stdout.count("done") >= 6
 
-    changed = speedrun(tmp_path, "--depth=1", "--only=base", "--", *SMALL_BY_PHASE, "--num_steps=7")
+    changed = speedrun(tmp_path, "--depth=1", "--only=base", "--", *SMALL, "--num_steps=7")
     assert changed.returncode == 2 and "num_steps: 6 -> 7" in changed.stderr
 
 
