@@ -96,7 +96,7 @@ def wilson(right, n):
     """The 95 % confidence interval of a share (Wilson 1927).  example: (5, 10) -> (0.237, 0.763)"""
     z, p = 1.96, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 # partial results: one line a batch; those of other weights, tasks or settings are worth nothing
 identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -118,7 +118,9 @@ def main():
         return arg[2:].split("=", 1)[0].replace("-", "_")
     if sys.argv[1] == "accepted":
         known = {name for name, _, _ in declared(common.REPO / sys.argv[2])}
-        print("\n".join(arg for arg in sys.argv[3:] if key(arg) in known))
+        for arg in sys.argv[3:]:
+            if key(arg) in known:
+                print(arg)
     else:
         scripts = [p for p in common.REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name != "configurator.py"]
         known = {name for script in scripts for name, _, _ in declared(script)}

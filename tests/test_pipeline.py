@@ -93,7 +93,7 @@ def test_two_ranks_give_the_losses_of_one_and_their_checkpoint_continues_on_one(
     (one, one_bpb), (two, two_bpb) = losses(prepared, "one"), losses(prepared, "two")
     assert len(one) == len(two) == 20
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and abs(one_bpb[-1] - two_bpb[-1]) < 1e-4
-    assert one[-1] < one[0] - 0.5, "it must have learned something for the comparison to mean anything"
+    assert one[-1] < one[0] - 0.2, "it must have learned something for the comparison to mean anything"
 
     half = torchrun(prepared, 2, *BASE, "--tag=moved", "--time_limit=0.0")  # stops at its first step, saved
     assert half.returncode == 0 and "saved at step 0" in half.stdout, half.stdout + half.stderr[-2000:]
