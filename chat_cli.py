@@ -5,9 +5,11 @@ Talk to a model.
     python chat_cli.py -p "Who are you?"        # one answer, then back to the shell
     python chat_cli.py --source=base --data=toy # the base model goes on with what you type
 
-While it runs: /new starts a new conversation, /quit leaves, Ctrl-C stops an answer.
+While it runs: /new starts a new conversation, /quit leaves, Ctrl-C stops an answer, a second one leaves.
 """
 import codecs
+import contextlib
+import os
 import signal
 import sys
 
@@ -15,7 +17,7 @@ import checkpoint
 import common
 import configurator
 import execution
-import phase
+import status
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
 source = ""                  # base, mid, sft or rl; empty: the furthest that exists
@@ -24,108 +26,144 @@ prompt = ""                  # one prompt instead of a conversation (-p "..." fo
 temperature = 0.6            # 0: always the most likely token
 top_k = 50                   # of how many likely tokens it draws; 0: of all
 max_new_tokens = 256         # tokens of an answer
-seed = -1                    # of the draws; -1: another one each time
+seed = None                  # of the draws: the same one gives the same answers; None: another one each time
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads; 0: all cores
 compile = False              # not compiled: every length is another shape
-if "-p" in sys.argv[:-1]:
+if "-p" in sys.argv[1:-1]:
     at = sys.argv.index("-p")
     sys.argv[at:at + 2] = [f"--prompt={sys.argv[at + 1]}"]
 settings = configurator.configure(globals())
 
-common.check(temperature >= 0 and top_k >= 0 and max_new_tokens >= 1, "--temperature and --top_k must not be negative, --max_new_tokens at least 1")
-common.check(source in ("", *common.STAGES), f"--source is base, mid, sft or rl, not {source!r}")
+STAGES = list(common.STAGES)
+common.check(temperature >= 0 and top_k >= 0 and max_new_tokens >= 1,
+             "--temperature and --top_k must not be negative, --max_new_tokens at least 1")
+common.check(seed is None or (type(seed) is int and seed >= 0), f"--seed is a whole number from 0 on, not {seed!r}")
+common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {source!r}")
 
-def trained():
-    """[(when, data set, stage, tag)] of all finished models of all data sets"""
+# ---------------------------------------------------------------------------------------------------------------------
+# which model
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+def find():
+    """[(when, data set, stage, tag, state)] of everything with a checkpoint; state is "done" or what status.py says"""
     found = []
-    for root in {common.base_dir(), *(p for p in common.base_dir().glob("*") if p.is_dir())}:
+    for root, name in status.data_sets().items():
         for stage, folder in common.STAGES.items():
-            for manifest in root.glob(f"{folder}/*/manifest_*.json"):
-                record = phase.read(manifest.parent) or {"status": "done", "settings": {}}
-                name = record["settings"].get("data") or ("fineweb_edu" if root == common.base_dir() else root.name)
-                if record["status"] == "done" and ".old-" not in manifest.parent.name:
-                    found.append((manifest.stat().st_mtime, name, stage, manifest.parent.name))
+            for directory in (root / folder).glob("*"):
+                steps = checkpoint.steps(directory)
+                if steps and ".old-" not in directory.name and (not data or root == common.data_root(data)):
+                    when = (directory / checkpoint.manifest_name(steps[0])).stat().st_mtime
+                    found.append((when, data or name, stage, directory.name, status.describe(directory)[0]))
     return sorted(found)
 
-models = [m for m in trained() if (not data or common.data_root(m[1]) == common.data_root(data)) and (not source or m[2] == source) and (not tag or m[3] == tag)]
+def missing(found):
+    """Ends with 2: what is missing, what there is, and the command that makes it."""
+    sets = list(dict.fromkeys(name for _, name, *_ in found))
+    exists = "; ".join(f"{name}: {', '.join(checkpoint.what_exists(name))}" for name in sets)
+    half = [f"{stage} {name}" for _, _, stage, name, state in found if state != "done"]
+    wanted = " ".join(filter(None, (source or "trained", "model", tag, f"of {data}" if data else "")))
+    of = data or (sets or ["toy"])[-1]
+    command = f"bash speedrun.sh --data={of}"
+    for stage in STAGES[STAGES.index(source or found[-1][2])::-1] if found else []:  # back to what can be made now
+        directory = common.stage_dir(stage, of, tag or found[-1][3])
+        if status.describe(directory)[0] == "done":
+            break
+        usual = f"{checkpoint.COMMANDS[stage]} --data={of} --tag={directory.name}"
+        command = status.read(directory / "phase.json").get("next") or usual
+    common.fail(f"there is no {wanted} in {common.base_dir()}; there is: {exists or 'nothing'}"
+                + (f" (not finished: {', '.join(half)})" if half else ""), next_command=command)
+
+there = find()
+models = [m for m in there if m[4] == "done" and source in ("", m[2]) and tag in ("", m[3])]
 if not models:
-    sets = [data] if data else sorted({m[1] for m in trained()})
-    exists = "; ".join(f"{name}: {', '.join(checkpoint.what_exists(name))}" for name in sets if checkpoint.what_exists(name)) or "nothing"
-    wanted = " ".join(x for x in (source, tag, f"of {data}" if data else "") if x) or "trained"
-    common.fail(f"there is no {wanted} model in {common.base_dir()} (there is: {exists})",
-                next_command=f"{checkpoint.COMMANDS[source]} --data={data or (sets or ['toy'])[0]}" if source and (data or sets) else "bash speedrun.sh")
-data = data or models[-1][1]
-source = source or max((m[2] for m in models if m[1] == data), key=list(common.STAGES).index)
+    missing(there)
+data = models[-1][1]
+_, _, source, tag, _ = max((m for m in models if m[1] == data), key=lambda m: (STAGES.index(m[2]), m[0]))
+for _, name, stage, other, state in there:
+    if state != "done" and (name, other) == (data, tag) and STAGES.index(stage) > STAGES.index(source):
+        say(f"({stage} {other} is not finished, python status.py says why; this is what comes before it)")
+
+# Ctrl-C stops an answer; where there is none to stop it leaves
+answering = interrupted = False
+def on_interrupt(signum, frame):
+    global interrupted
+    if interrupted or not answering:
+        print()
+        sys.exit(130)
+    interrupted = True
+signal.signal(signal.SIGINT, on_interrupt)  # before torch is imported, which takes seconds
+sys.stdout.reconfigure(errors="replace")    # a terminal that lacks a character shows ? instead
 
 import torch
 import gpt
 
 compute = common.init_compute(settings)
-model, tokenizer, meta = checkpoint.load_model(source, data, tag or None, compute.device, compute.dtype)
-print(f"{source} model {meta['tag']} of {data}, step {meta['step']:,}" + ("; type something, /new, /quit" if not prompt else ""), file=sys.stderr)
-seed = seed if seed != -1 else int.from_bytes(__import__("os").urandom(4), "big")
-interrupted = False
+model, tokenizer, meta = checkpoint.load_model(source, data, tag, compute.device, compute.dtype)
+context = model.config.sequence_len
+room = min(max_new_tokens, context // 2)    # kept free for the answer
+loss = f", loss {meta['loss']:.3f}" if isinstance(meta.get("loss"), float) and source != "rl" else ""
+say(f"{source} model {tag} of {data}, step {meta['step']:,}{loss}" + ("" if prompt else "; /new, /quit"))
+seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+MARKS = {tokenizer.special(f"<|{name}_{end}|>"): mark for name, opens in (("python", "["), ("output", "[= "))
+         for end, mark in (("start", DIM + opens), ("end", "]" + PLAIN))}
 
-def on_interrupt(signum, frame):
-    global interrupted
-    if interrupted or not answering:
-        print()
-        sys.exit(0)
-    interrupted = True
-
-answering = False
-signal.signal(signal.SIGINT, on_interrupt)
-
-def answer(ids, turn):
-    """Streams the answer to the prompt `ids` to the terminal; the calculator's part is dimmed. -> its token ids"""
+def answer(ids, number):
+    """Streams the answer to the prompt `ids` to the terminal, the calculator's part dimmed. -> the token ids"""
     global interrupted, answering
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be cut between tokens
-    dim = {tokenizer.special(f"<|{n}_start|>"): "\x1b[2m[" for n in ("python", "output")} | {tokenizer.special(f"<|{n}_end|>"): "]\x1b[0m" for n in ("python", "output")}
     def show(row, token):
-        text = (dim[token] if sys.stdout.isatty() else dim[token].replace("\x1b[2m", "").replace("\x1b[0m", "")) if token in dim else decoder.decode(tokenizer.decode_bytes([token]))
-        print(text, end="", flush=True)
+        mark, new = MARKS.get(token), tokenizer.decode_bytes([token])
+        print(decoder.decode(b"", True) + mark if mark else decoder.decode(new), end="", flush=True)
+    most = max(1, min(max_new_tokens, context - len(ids)))
+    uniforms = common.rng(seed, number).random((1, max_new_tokens)) if temperature > 0 else None
     interrupted, answering = False, True
-    uniforms = common.rng(seed, turn).random((1, max_new_tokens)) if temperature > 0 else None
-    tokens, _ = gpt.generate(model, tokenizer, [ids], max_new_tokens, temperature, top_k, uniforms, execution.calculate if source != "base" else None,
+    calculate = None if source == "base" else execution.calculate
+    tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms, calculate,
                              on_token=show, keep_going=lambda: not interrupted)[0]
-    print(decoder.decode(b"", final=True), flush=True)
     answering = False
+    print(decoder.decode(b"", True) + PLAIN, flush=True)
+    if len(tokens) == most and source != "base":
+        say(f"(cut after {most} tokens: {'--max_new_tokens' if most == max_new_tokens else 'the context is full'})")
     return tokens
 
 def prompt_ids(turns):
-    """Token ids for the user's and assistant's turns so far; the oldest turns are dropped where the context would overflow."""
+    """Token ids for turns [user, assistant, user, ...], the user's as text and the assistant's as ids. The oldest are
+    removed from the list where the context would overflow; of a single one that is too long only the end is read."""
+    wrap = lambda role, ids: [tokenizer.special(f"<|{role}_start|>"), *ids, tokenizer.special(f"<|{role}_end|>")]
     while True:
-        if source == "base":
-            ids = [tokenizer.bos, *tokenizer.encode(turns[-1])]
-            return ids[-model.config.sequence_len:]
-        ids = [tokenizer.bos]
-        for i, turn in enumerate(turns):
-            role = "user" if i % 2 == 0 else "assistant"
-            ids += [tokenizer.special(f"<|{role}_start|>"), *(tokenizer.encode(turn) if isinstance(turn, str) else turn), tokenizer.special(f"<|{role}_end|>")]
-        ids.append(tokenizer.special("<|assistant_start|>"))
-        if len(ids) <= model.config.sequence_len - min(64, model.config.sequence_len // 4) or len(turns) == 1:
-            return ids if len(turns) > 1 else ids[:1] + ids[1:][-model.config.sequence_len:]
-        print("(the conversation is longer than the model's context: its oldest turn is forgotten)", file=sys.stderr)
+        parts = [wrap("assistant", t) if i % 2 else wrap("user", tokenizer.encode(t)) for i, t in enumerate(turns)]
+        too_many = max(0, sum(map(len, parts)) + 2 - (context - room))
+        if not too_many or len(turns) == 1:
+            break
+        say("(the conversation is longer than the model's context: its oldest turn is forgotten)")
         del turns[:2]
+    if too_many:
+        say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
+        parts = [wrap("user", tokenizer.encode(turns[0])[too_many:])]
+    if source == "base":  # it knows no turns: it goes on with the text
+        return [tokenizer.bos, *parts[0][1:-1]]
+    return [tokenizer.bos, *(t for part in parts for t in part), tokenizer.special("<|assistant_start|>")]
 
 if prompt:
     answer(prompt_ids([prompt]), 0)
-    raise SystemExit(0)
-turns, number = [], 0
-while True:
+    raise SystemExit(130 if interrupted else 0)
+with contextlib.suppress(ImportError):
+    import readline  # the arrow keys in input()
+turns, number, said = [], 0, ""
+while said != "/quit":
     try:
         said = input("\n> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        break
-    if said == "/quit":
+    except EOFError:
         break
     if said == "/new":
         turns = []
         print("(a new conversation)")
-    elif said:
-        turns.append(said)
+    elif said not in ("", "/quit"):
+        turns = [*turns, said] if source != "base" else [said]
         turns.append(answer(prompt_ids(turns), number))
         number += 1

@@ -75,6 +75,7 @@ args() {
         mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux,arc_easy,arc_challenge,gsm8k:1200,identity,simplespelling:1000,spellingbee:5000 --eval_every=0 --eval_tokens=100000 $rates ;;
         sft)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux*2,arc_easy*2,arc_challenge*2,gsm8k:300,identity,simplespelling:200,spellingbee:1500 --lr_fraction=1.0 --eval_every=0 --eval_tokens=100000 $rates ;;
         rl)        echo "--tag=$tag"; toy --num_steps=30 --max_new_tokens=64 --device_batch_size=32 --rollout_rows=256 --eval_every=0 $rates ;;
+        report)    echo "--tag=$tag" ;;
         *-eval)    echo "--tag=$tag --source=${1%-eval}"; toy --max_new_tokens=96 --rows=128 ;;
     esac
 }

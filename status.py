@@ -1,9 +1,11 @@
 """
-What is done, what is half done, what died and why, and what to run next.
+What is done, what is half done, what died and why; the last line is what to run next.
 
-    python status.py                # every data set in the state folder
-    python status.py --data=toy
+    python status.py                # every data set in the state folder, the one touched last at the end
+    python status.py --data=toy     # one of them
 """
+import contextlib
+import re
 import time
 
 import checkpoint
@@ -11,60 +13,118 @@ import common
 import configurator
 import phase
 
-data = ""                    # a data set (toy, fineweb_edu, climbmix or a folder); empty: all that have a state
+data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: every data set that has a state
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
+UNITS = ("data", "tok", "base", "base-eval", "mid", "mid-eval", "sft", "sft-eval", "rl", "rl-eval")  # as in speedrun.sh
 
-def folders(root):
-    """[(what, stage or None, directory)] of the phases of a data set, in order; a stage without any run has directory None"""
-    found = [("data", None, root / "base_data"), ("tok", None, root / "tokenizer")]
-    for stage, folder in common.STAGES.items():
-        runs = [d for d in sorted((root / folder).glob("*")) if d.is_dir() and ".old-" not in d.name]
-        found += [(stage, stage, d) for d in runs] or [(stage, stage, None)]
-    return found
+def read(path):
+    """The JSON object in `path`; {} where there is none that can be read."""
+    return found if isinstance(found := common.read_json(path), dict) else {}
+
+def saved(directory):
+    """(step, meta, manifest) of the newest checkpoint in `directory`; (None, {}, {}) where there is none"""
+    for step in checkpoint.steps(directory)[:1]:
+        return step, read(directory / checkpoint.names(step)[2]), read(directory / checkpoint.manifest_name(step))
+    return None, {}, {}
+
+def ago(when):
+    """when: seconds since the epoch, or a file written then.  example: "3m10s ago" """
+    with contextlib.suppress(OSError):  # the file may have been replaced by a newer one
+        return f"{common.clock(max(0, time.time() - (when if isinstance(when, float) else when.stat().st_mtime)))} ago"
+    return "just now"
+
+def gone(directory):
+    """What a phase that was done lacks now, or None. Looks at names and sizes only: checksums can take minutes."""
+    usual = {"base_data": {}, "tokenizer": {"tokenizer.json": 0}}.get(directory.name, {"its checkpoint": 0})
+    for name, size in ({n: size for n, (size, _) in saved(directory)[2].get("files", {}).items()} or usual).items():
+        if not (directory / name).exists() or (directory / name).stat().st_size < size:
+            return f"{name} is gone or cut short"
+    return None
 
 def describe(directory):
-    """-> (state, words): state is done, running, interrupted, died, failed or absent"""
-    record = phase.read(directory) if directory else None
-    if not record:
-        adopted = directory is not None and any(directory.glob("*"))
-        return ("done", "there, made elsewhere") if adopted else ("absent", "not started")
-    steps = checkpoint.steps(directory)
-    meta = (common.read_json(directory / checkpoint.names(steps[0])[2]) or {}) if steps else {}
-    where = f", saved at step {steps[0]}" + (f" of {meta['num_steps']}" if "num_steps" in meta else "") if steps else ""
-    age = common.clock(time.time() - record["updated"])
-    if record["status"] == "done":
-        return "done", f"done{where}, {age} ago"
-    if record["status"] == "running":
-        lock = common.read_json(directory / "lock.json")
-        if lock and phase.holder_alive(lock, (directory / "lock.json").stat().st_mtime):
-            return "running", f"running{where} (process {lock['pid']} on {lock['host']}, started {age} ago)"
-        return "died", f"died without a word{where} (process {record['pid']} on {record['host']}, started {age} ago; killed, or out of memory?)"
-    return record["status"], f"{record['status']}{where}, {age} ago: {record['reason']}"
+    """-> (state, words) of a phase; state is done, running, half, failed or absent.
+    example: ("half", "half done, saved at step 120 of 400, 3m10s ago (signal SIGTERM: saved at step 120 of 400)")"""
+    if directory is None:
+        return "absent", "not started"
+    record, (step, meta, _) = read(directory / "phase.json"), saved(directory)
+    where = "" if step is None else f"step {step:,} of " + (f"{meta['num_steps']:,}" if "num_steps" in meta else "?")
+    half = f"saved at {where}, {ago(directory / checkpoint.manifest_name(step))}" if where else "nothing saved yet"
+    reason, updated = record.get("reason") or "no reason was recorded", ago(float(record.get("updated") or 0))
+    match record.get("status"):
+        case "done":
+            lost, done = gone(directory), f"done, {where}{', ' if where else ''}{updated}"
+            return ("failed", f"was done, but {lost}") if lost else ("done", done)
+        case "interrupted":
+            return "half", f"half done, {half} ({reason})"
+        case "running":
+            lock = directory / "lock.json"
+            with contextlib.suppress(OSError, KeyError):  # it goes when the phase ends
+                if (holder := read(lock)) and phase.holder_alive(holder, lock.stat().st_mtime):
+                    return "running", f"running, {half} (process {holder['pid']} on {holder['host']})"
+            return "half", f"died without a word, {half} (process {record.get('pid')}: killed, or out of memory?)"
+        case None if (directory / "phase.json").exists():
+            return "failed", f"its record, phase.json, cannot be read; {half}"
+        case None:
+            there = directory.is_dir() and any(p.is_file() and "lock" not in p.name for p in directory.iterdir())
+            return ("done", "there, without a record: made elsewhere") if there else ("absent", "not started")
+    return "failed", f"failed, {half}: {reason}"
+
+def describe_eval(path, directory):
+    """The same for an evaluation with the result file `path` of the model in `directory`; one more state is stale."""
+    partial, result, (step, _, manifest) = path.with_suffix(".partial.jsonl"), read(path), saved(directory)
+    if partial.exists() and not (path.exists() and path.stat().st_mtime >= partial.stat().st_mtime):
+        return "half", f"half done, the last piece was kept {ago(partial)}"
+    if not result:
+        return ("failed", f"its result, {path.name}, cannot be read") if path.exists() else ("absent", "not started")
+    now = checkpoint.fingerprint(directory, step) if manifest else None
+    fits = not now or result.get("inputs", {}).get("weights", now) == now
+    return ("done", f"done, {ago(path)}") if fits else ("stale", "of other weights than those there now")
+
+def tags(root):
+    """The runs of a state folder, the one written last at the end.  example: ["d12", "d4"]"""
+    runs = [d for f in common.STAGES.values() for d in (root / f).glob("*") if d.is_dir() and ".old-" not in d.name]
+    return list(dict.fromkeys(d.name for d in sorted(runs, key=lambda d: -d.stat().st_mtime)))[::-1]
+
+def unit(root, name, tag):
+    """-> (state, words, directory) of a phase by speedrun.sh's name.  example: (root, "sft-eval", "d4")"""
+    stage = name.removesuffix("-eval")
+    folder = root / ({"data": "base_data", "tok": "tokenizer"}.get(stage) or f"{common.STAGES[stage]}/{tag or '-'}")
+    result = root / f"report/{'core' if stage == 'base' else 'chat'}_{stage}_{tag}.json"
+    return *(describe(folder) if stage == name else describe_eval(result, folder)), folder
+
+def following(states, name, tag):
+    """What to run next, given {unit: (state, words, directory)}: trainings before evaluations, what was begun first."""
+    left = sorted((u for u in UNITS if "done" not in states[u]), key=lambda u: ("-" in u, "absent" in states[u])) or [0]
+    depth = f" --depth={tag[1:]}" if re.fullmatch(r"d\d+", tag) and tag != ("d4" if name == "toy" else "d20") else ""
+    command = f"bash speedrun.sh --data={name}{depth}" if left[0] else f"python chat_cli.py --data={name}"
+    if left[0] and states[left[0]][0] == "running":
+        return f"wait for {left[0]}, then {command}"
+    return read(states[left[0]][2] / "phase.json").get("next") or command if left[0] in common.STAGES else command
+
+def data_sets():
+    """{state folder: data set}, the one touched last at the end"""
+    found, folders = [], ("base_data", "tokenizer", *common.STAGES.values())
+    for root in [common.base_dir(), *common.base_dir().glob("*")]:
+        if parts := [root / f for f in folders if (root / f).is_dir()]:
+            names = [read(p).get("settings", {}).get("data") for part in parts for p in part.glob("**/phase.json")]
+            name = next(filter(None, names), "fineweb_edu" if root == common.base_dir() else root.name)
+            found.append((max(d.stat().st_mtime for part in parts for d in (part, *part.glob("*/"))), root, name))
+    return {root: name for _, root, name in sorted(found)}
 
 def main():
-    known = {"toy": common.data_root("toy"), **{name: common.base_dir() for name in common.SHARED_DATA[:1]}}
-    roots = {data: common.data_root(data)} if data else {
-        **known, **{d.name: d for d in sorted(common.base_dir().glob("*")) if (d / "tokenizer").is_dir() and d.name != "toy"}}
-    following, shown = None, 0
-    for name, root in roots.items():
-        states = [(what, directory, *describe(directory)) for what, _, directory in folders(root)]
-        if not data and not any(state != "absent" for _, _, state, _ in states):
-            continue
-        shown += 1
+    common.check(not common.is_folder_data(data or "toy") or common.base_data_dir(data).is_dir(), f"there is no {data}")
+    sets, last = {common.data_root(data): data} if data else data_sets(), "bash speedrun.sh"
+    for root, name in sets.items():
         print(f"{name} ({root})")
-        for what, directory, state, words in states:
-            tag = f" {directory.name}" if directory and directory.name not in ("base_data", "tokenizer") else ""
-            print(f"  {what + tag:<12} {words}")
-            if state not in ("done", "running") and following is None:
-                record = (phase.read(directory) if directory else None) or {}
-                following = record.get("next") if state != "absent" else None
-        evaluations = sorted(p.name for p in (root / "report").glob("c*_*.json") if ".partial" not in p.name)
-        if evaluations:
-            print(f"  evaluated    {', '.join(evaluations)}")
-    if not shown:
-        print(f"nothing in {common.base_dir()} yet")
-    print(f"next: {following or 'bash speedrun.sh' + (f' --data={data}' if data else '')}")
+        for tag in tags(root) or [""]:
+            states = {u: unit(root, u, tag) for u in UNITS}
+            if common.is_folder_data(name):
+                states["data"] = "done", "your own folder", None
+            for u, (_, words, _) in states.items():
+                print(f"  {u if u in ('data', 'tok') else f'{u} {tag}':<14} {words}")
+            last = following(states, name, tag)
+    print(f"next: {last}" if sets else f"nothing in {common.base_dir()} yet\nnext: {last}")
 
 if __name__ == "__main__":
     main()
