@@ -13,6 +13,7 @@ common.install_stop_handlers()  # before torch is imported
 import hashlib
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,6 +44,7 @@ CHATCORE = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling
 BATCH = 256  # items that are dealt, measured and kept together; fixed, so that a resume has the same batches
 
 common.check(source in common.STAGES, f"--source is base, mid, sft or rl, not {source!r}")
+common.check(max_items == -1 or max_items > 0, "--max_items is at least 1, or -1 for all")
 tasks = tasks + (["facts"] if data == "toy" and "facts" not in tasks else [])
 for name in tasks:
     common.check(task_list.TASKS.get(name, {}).get("kind") in ("categorical", "generative"), f"--tasks: {name!r} is no task with right answers")
@@ -51,23 +53,32 @@ directory, step = checkpoint.find_model(source, data, tag)
 checkpoint.must_fit(directory, step, tok.load_tokenizer(common.tokenizer_dir(data)))
 path = common.eval_path("chat", source, data, directory.name)
 inputs = {"weights": checkpoint.fingerprint(directory, step), "tasks": task_list.fingerprint(tasks, "test", data), "settings": settings.defining}
+common.init_distributed()  # does nothing, and imports nothing, for one process
+
+def leave(code):
+    """Ends all ranks; torchrun would start a worker again that says anything but 0."""
+    if common.rank_world()[2] > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()
+    raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else code)
+
+sandbox, no_sandbox = execution.sandbox_available() if "humaneval" in tasks else (True, "")
+left_out = ["humaneval"] if common.agree(0 if sandbox or unsafe_exec else 1) else []  # nodes may differ
+tasks = [t for t in tasks if t not in left_out]
 done = common.read_json(path)
-if done and done["inputs"] == inputs:
+if done and done.get("inputs") == inputs and set(tasks) <= set(done["results"]):  # what was left out then may be possible now
     common.print0(f"chat_eval {source} {directory.name}: done already ({path})")
     common.outcome(0, "done already")
-    raise SystemExit(0)
+    leave(0)
 
-common.init_distributed()
 import torch
 import gpt
 
 compute = common.init_compute(settings)
 common.set_deadline(time_limit)
 model, tokenizer, meta = checkpoint.load_model(source, data, directory.name, compute.device, compute.dtype)
-sandbox, no_sandbox = execution.sandbox_available()
-if "humaneval" in tasks and not sandbox and not unsafe_exec:
+if left_out:
     common.print0(f"HumanEval is left out: its programs cannot be run in a sandbox here ({no_sandbox}); --unsafe_exec=True runs them without")
-    tasks = [t for t in tasks if t != "humaneval"]
 
 
 @torch.inference_mode()
@@ -86,7 +97,7 @@ def categorical(items):
 def generative(items):
     """Whether the greedy answer is right. -> list of bool"""
     prompts = [tokenizer.render_for_completion(item)[-model.config.sequence_len:] for item in items]
-    longest = max(1, min(max_new_tokens, 4 * model.config.sequence_len - max(map(len, prompts))))
+    longest = min(max_new_tokens, 3 * model.config.sequence_len)  # not of the prompts: these differ with the number of ranks
     answers = gpt.generate(model, tokenizer, prompts, longest, calculate=execution.calculate, max_rows=rows,
                            keep_going=lambda: not common.stop_requested())
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's programs are processes of their own
@@ -118,7 +129,7 @@ for name in tasks:
             if common.agree(1 if common.stop_requested() else 0):  # what was cut short is measured again
                 common.outcome(75, f"stopped in {name} at item {start}, everything before is kept")
                 common.print0(f"stopped in {name} at item {start}; everything before is kept, run the same command again")
-                raise SystemExit(0 if compute.world > 1 else 75)
+                leave(75)
             if compute.world > 1:
                 parts = [None] * compute.world
                 torch.distributed.all_gather_object(parts, mine)
@@ -134,11 +145,10 @@ for name in tasks:
 
 missing = [name for name in CHATCORE if name not in results]
 chatcore = None if missing else sum(results[name]["centred"] for name in CHATCORE) / len(CHATCORE)
-common.print0(f"ChatCORE {chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
+common.print0(f"{'toy-' if data == 'toy' else ''}ChatCORE {chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
 if compute.rank == 0:
     common.atomic_write(path, json.dumps({"source": source, "data": data, "tag": directory.name, "step": step, "inputs": inputs, "results": results,
                                           "chatcore": chatcore, "missing": missing, "seconds": time.time() - t0}, indent=1))
     partial.unlink(missing_ok=True)
 common.outcome(0, "done")
-if compute.world > 1:
-    torch.distributed.destroy_process_group()
+leave(0)

@@ -28,8 +28,9 @@ def test_multiple_choice_has_its_letters_behind_the_choices():
     assert "- y=2" in item["messages"][0]["content"] and item["messages"][1]["content"] == "2"
 
 
-@pytest.mark.parametrize("text,number", [("so #### 12", "12"), ("#### 1,200.", "1200"), ("#### -3", "-3"), ("12", None), ("#### 1 #### 2", "2"), ("#### 2.5", "2.5")])
-def test_the_final_number(text, number):
+@pytest.mark.parametrize("text,number", [("so #### 12", "12"), ("#### 1,200", "1200"), ("#### -3", "-3"), ("12", None), ("#### 1 #### 2", "1"), ("#### 2.5", "2.5"),
+                                         ("#### 12.", "12."), ("####12", None), ("#### $5", None)])
+def test_the_final_number_is_taken_as_the_authors_of_gsm8k_take_it(text, number):
     assert tasks.final_number(text) == number
 
 
@@ -72,3 +73,31 @@ def test_a_broken_line_is_named(folder, capsys):
     with pytest.raises(SystemExit):
         tasks.load("gsm8k", "train", "toy")
     assert "gsm8k_train.jsonl:2" in capsys.readouterr().err
+
+
+PROBLEM = {"task_id": "T/0", "entry_point": "twice", "prompt": "import math\n\ndef helper(x):\n    return math.floor(x)\n\ndef twice(x):\n    \"\"\" 2 x \"\"\"\n",
+           "canonical_solution": "    return 2 * helper(x)\n", "test": "def check(candidate):\n    assert candidate(helper(3.5)) == 6\n"}
+
+
+@pytest.mark.parametrize("completion,right", [
+    ("    return 2 * helper(x)\n", True), ("    return x\n", False), ("    return 2 * helper(x)\n\nprint(twice(1))", True), ("", False), ("nonsense (", False),
+    ("```python\n    return 2 * helper(x)\n```\nThis doubles.", True), ("Here:\n```python\ndef twice(x):\n    return 2 * helper(x)\n```", True),
+    ("def twice(x):\n    return 2 * helper(x)\n", True), ("```\ndef twice(x):\n    return 2 * math.floor(x)", True), ("def twice_more(x):\n    return 1", False),
+    ("    return E()\nclass E:\n    def __eq__(self, other): return True", False), ("    import os\n    os._exit(0)", False)])
+def test_completions_of_functions(completion, right):
+    import execution
+    if not execution.sandbox_available()[0]:
+        pytest.skip(f"no namespaces here: {execution.sandbox_available()[1]}")
+    assert tasks.correct(tasks.convert("humaneval", PROBLEM), completion) is right
+
+
+@pytest.mark.parametrize("name,content", [
+    ("gsm8k_train.jsonl", b""), ("gsm8k_train.jsonl", b"\n\n"), ("gsm8k_train.jsonl", b'{"question": "\xff\xfe"}\n'), ("gsm8k_train.jsonl", b"[1, 2]\n"),
+    ("gsm8k_train.jsonl.gz", b"no gzip"), ("gsm8k_train.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab"), ("gsm8k_train.parquet", b"PAR1 no parquet")])
+def test_a_damaged_file_is_one_clear_line(folder, capsys, name, content):
+    (folder / "gsm8k_train.jsonl").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        tasks.load("gsm8k", "train", "toy")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and name in error and error.count("\n") == 1
