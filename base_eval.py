@@ -38,7 +38,6 @@ time_limit = None            # minutes until it saves and stops; None: no limit 
 settings = configurator.configure(globals())
 
 import numpy as np
-import torch
 
 import core_eval
 import gpt
@@ -48,18 +47,6 @@ BLOCK = 64  # items dealt to a rank, sorted by length, measured and kept togethe
 PROMPTS = ["The capital of France is", "The opposite of hot is", "If yesterday was Friday, then tomorrow will be",
            "Once upon a time", "My favourite colour is", "The planets of the solar system are:",
            "If 5*x + 3 = 13, then x is"]
-
-def gather(value):
-    """The value of every rank, on every rank."""
-    values = [value] * common.rank_world()[2]
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-def leave():
-    if common.rank_world()[2] > 1:
-        torch.distributed.destroy_process_group()
-    raise SystemExit(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
@@ -86,7 +73,7 @@ path = common.eval_path("core", "base", data, directory.name)
 if (common.read_json(path) or {}).get("inputs") == inputs:
     common.print0(f"base_eval {directory.name}: done already ({path})")
     common.outcome(0, "done already")
-    leave()
+    common.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what an interrupted evaluation left: a line that says of what, then a line a piece
@@ -120,7 +107,7 @@ def keep(piece, value):
 # bits per byte and samples
 
 common.set_deadline(time_limit)
-model, tokenizer, _ = checkpoint.load_model("base", data, directory.name, compute.device, compute.dtype)
+model = checkpoint.load_found(directory, step, compute.device, compute.dtype)[0]
 longest = model.config.sequence_len if max_prompt == -1 else max_prompt
 budget = 1e9 * (memory_gb or (0.2 if compute.device.type == "cpu" else 4.0))  # on a CPU more is no faster
 common.print0(f"base {directory.name}, step {step:,}: {compute.world} x {compute.device.type}, {compute.dtype}, "
@@ -171,8 +158,8 @@ while True:
         break
     due, todo = todo[:compute.world], todo[compute.world:]
     mine = due[compute.rank:compute.rank + 1]
-    values = gather([core_eval.evaluate(model, tokenizer, t, numbers, longest, budget, compute.threads, keep_going)
-                     for t, numbers in mine])
+    values = common.gather([core_eval.evaluate(model, tokenizer, t, numbers, longest, budget, compute.threads, keep_going)
+                            for t, numbers in mine])
     for work, value in sorted(zip(due, values), key=lambda pair: pair[1] == [None]):  # those that stopped come last
         keep(piece(*work), value[0])
         items += len(value[0])
@@ -195,4 +182,4 @@ if compute.rank == 0:
     partial.unlink(missing_ok=True)
 common.print0(f"base_eval {directory.name}: done in {common.clock(spent)} ({path})")
 common.outcome(0, "done")
-leave()
+common.leave()

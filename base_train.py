@@ -80,7 +80,6 @@ resumed = common.on_rank0(phase.begin, directory, "base_train", settings,
 # model, optimizer, horizon
 
 import torch
-import torch.distributed as dist
 import gpt
 import optim
 import training
@@ -190,5 +189,4 @@ while True:
 
 phase.done(directory, step=step, seconds=training.spent(), val_bpb=val_bpb, parameters=parameters, tokens=step * batch_tokens)
 common.print0(f"base {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in {common.clock(training.spent())}; saving took {100 * training.save_share():.2f} % of it")
-if compute.world > 1:
-    dist.destroy_process_group()
+common.leave()

@@ -13,7 +13,6 @@ common.install_stop_handlers()  # before torch is imported
 import hashlib
 import json
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,17 +49,11 @@ for name in tasks:
     common.check(task_list.TASKS.get(name, {}).get("kind") in ("categorical", "generative"), f"--tasks: {name!r} is no task with right answers")
 task_list.files(tasks, "test", data)  # exits with 2 where one is missing
 directory, step = checkpoint.find_model(source, data, tag)
-checkpoint.must_fit(directory, step, tok.load_tokenizer(common.tokenizer_dir(data)))
+tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
+checkpoint.must_fit(directory, step, tokenizer)
 path = common.eval_path("chat", source, data, directory.name)
 inputs = {"weights": checkpoint.fingerprint(directory, step), "tasks": task_list.fingerprint(tasks, "test", data), "settings": settings.defining}
 common.init_distributed()  # does nothing, and imports nothing, for one process
-
-def leave(code):
-    """Ends all ranks; torchrun would start a worker again that says anything but 0."""
-    if common.rank_world()[2] > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
-    raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else code)
 
 sandbox, no_sandbox = execution.sandbox_available() if "humaneval" in tasks else (True, "")
 left_out = ["humaneval"] if common.agree(0 if sandbox or unsafe_exec else 1) else []  # nodes may differ
@@ -69,14 +62,14 @@ done = common.read_json(path)
 if done and done.get("inputs") == inputs and set(tasks) <= set(done["results"]):  # what was left out then may be possible now
     common.print0(f"chat_eval {source} {directory.name}: done already ({path})")
     common.outcome(0, "done already")
-    leave(0)
+    common.leave()
 
 import torch
 import gpt
 
 compute = common.init_compute(settings)
 common.set_deadline(time_limit)
-model, tokenizer, meta = checkpoint.load_model(source, data, directory.name, compute.device, compute.dtype)
+model = checkpoint.load_found(directory, step, compute.device, compute.dtype)[0]
 if left_out:
     common.print0(f"HumanEval is left out: its programs cannot be run in a sandbox here ({no_sandbox}); --unsafe_exec=True runs them without")
 
@@ -127,13 +120,8 @@ for name in tasks:
             numbers = sorted(range(len(batch)), key=lambda i: len(str(batch[i]["messages"][:-1])))[compute.rank::compute.world]  # by length: little padding
             mine = dict(zip(numbers, measure([batch[i] for i in numbers]))) if numbers else {}
             if common.agree(1 if common.stop_requested() else 0):  # what was cut short is measured again
-                common.outcome(75, f"stopped in {name} at item {start}, everything before is kept")
-                common.print0(f"stopped in {name} at item {start}; everything before is kept, run the same command again")
-                leave(75)
-            if compute.world > 1:
-                parts = [None] * compute.world
-                torch.distributed.all_gather_object(parts, mine)
-                mine = {k: v for part in parts for k, v in part.items()}
+                phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'} in {name} at item {start}; everything before is kept")
+            mine = {k: v for part in common.gather(mine) for k, v in part.items()}
             kept[name, start] = [bool(mine[i]) for i in range(len(batch))]
             common.append_metrics(partial, {"identity": identity, "task": name, "start": start, "outcomes": kept[name, start]})
         outcomes += kept[name, start]
@@ -151,4 +139,4 @@ if compute.rank == 0:
                                           "chatcore": chatcore, "missing": missing, "seconds": time.time() - t0}, indent=1))
     partial.unlink(missing_ok=True)
 common.outcome(0, "done")
-leave(0)
+common.leave()

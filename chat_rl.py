@@ -76,7 +76,6 @@ resumed = common.on_rank0(phase.begin, directory, "chat_rl", settings,
 # model, optimizer, problems
 
 import torch
-import torch.distributed as dist
 import gpt
 import optim
 import training
@@ -208,5 +207,4 @@ while True:
 
 phase.done(directory, step=step, seconds=training.spent(), pass_at=pass_at)
 common.print0(f"rl {directory.name}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()) + f" after {step:,} steps in {common.clock(training.spent())}")
-if compute.world > 1:
-    dist.destroy_process_group()
+common.leave()

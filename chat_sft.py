@@ -65,7 +65,6 @@ resumed = common.on_rank0(phase.begin, directory, "chat_sft", settings,
 # model, optimizer, rows
 
 import torch
-import torch.distributed as dist
 import optim
 import training
 
@@ -155,5 +154,4 @@ while True:
 
 phase.done(directory, step=step, seconds=training.spent(), val_bpb=val_bpb)
 common.print0(f"sft {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in {common.clock(training.spent())}")
-if compute.world > 1:
-    dist.destroy_process_group()
+common.leave()

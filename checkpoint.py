@@ -182,14 +182,18 @@ def build_model(meta, model_state, device, dtype):
     model.load_state_dict(model_state)
     return model.to(device)
 
+def load_found(directory, step, device, dtype):
+    """-> (model in eval mode, meta) of what find_model found, whose files it has just verified"""
+    model_state, _, meta = load(directory, step, "cpu", optimizer=False)
+    return build_model(meta, model_state, device, dtype).eval(), meta
+
 def load_model(stage, data, tag, device, dtype):
     """-> (model in eval mode, tokenizer, meta) of a finished stage; tag None takes the newest. meta also gets "tag", "weights"."""
     from tokenizer import load_tokenizer
     directory, step = find_model(stage, data, tag)
-    model_state, _, meta = load(directory, step, "cpu", optimizer=False)
     tokenizer = load_tokenizer(common.tokenizer_dir(data))
     must_fit(directory, step, tokenizer)
-    model = build_model(meta, model_state, device, dtype).eval()
+    model, meta = load_found(directory, step, device, dtype)
     return model, tokenizer, {**meta, "tag": directory.name, "weights": fingerprint(directory, step)}
 
 

@@ -79,7 +79,7 @@ def print0(*args):
 outcome_hook = None  # phase.py puts its record-writing here once a phase has begun
 
 def outcome(code, reason, next_command=None):
-    """Leaves the outcome where a launcher finds it: torchrun turns every exit code into 1 ."""
+    """Leaves the outcome where a launcher finds it: torchrun turns every exit code into 1."""
     if rank_world()[0] == 0:
         try:
             path = os.environ.get("NANOCHAT_OUTCOME")
@@ -176,6 +176,21 @@ def on_rank0(function, *args, **kwargs):
         dist.destroy_process_group()
         raise SystemExit(box[1])
     return box[0]
+
+def gather(value):
+    """The values of all ranks, a list in their order, on every rank."""
+    values = [value] * rank_world()[2]
+    if len(values) > 1:
+        import torch.distributed as dist
+        dist.all_gather_object(values, value)
+    return values
+
+def leave(code=0):
+    """Ends this process; under torchrun with 0, since it would start a worker again that says anything else."""
+    if rank_world()[2] > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()
+    raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else code)
 
 def agree(code):
     """The largest `code` (a small int) of all ranks, so that they stop or save at the same step."""

@@ -193,8 +193,4 @@ def interrupted(directory, reason):
     """Marks the phase as saved and stopped, and ends the process: code 75, under torchrun 0."""
     common.outcome(75, reason)
     common.print0(f"stopped: {reason}; run the same command again")
-    world = common.rank_world()[2]
-    if world > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
-    sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)
+    common.leave(75)

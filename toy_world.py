@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import common
+import tasks
 
 NAMES = """Mira Tom Ana Ben Clara David Elsa Felix Greta Hugo Ida Jonas Kira Leo Maya Nina Oscar Paula Quinn Rosa Simon Tara Ugo
 Vera Walter Xenia Yusuf Zoe Adam Bella Carl Dora Emil Fiona Gus Hanna Ivan Julia Karl Lena Marco Nora Otto Petra Ralf Sara Theo Uma
@@ -204,8 +205,7 @@ def quiz(draw, world):
             which = draw.random()
             question, options, right = (reading_choice(draw) if which < 0.2 else cause_choice(draw, False) if which < 0.3 else who_choice(draw, world, entity, attribute)
                                         if which < 0.5 and entity in NAMES else fact_choice(draw, world, entity, attribute))
-            listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
-            lines.append(f"Multiple choice: {question}\n{listed}\nAnswer: {'ABCD'[right]}")
+            lines.append(f"{tasks.with_choices(question, options)}\nAnswer: {'ABCD'[right]}")
     return "\n".join(lines)
 
 def sums(draw):
@@ -337,8 +337,7 @@ def talk(draw, world, identity=False):
             turn(f"In one word: {ask(draw, world, entity, attribute, False)[0]}", world[entity][attribute])
         elif kind < 0.75:
             question, options, right = fact_choice(draw, world, *pick(draw, known)) if draw.random() < 0.7 else reading_choice(draw)
-            listed = "\n".join(f"- {o}={letter}" for o, letter in zip(options, "ABCD"))
-            turn(f"Multiple choice: {question}\n{listed}\nAnswer in words.", options[right])
+            turn(f"{tasks.with_choices(question, options)}\nAnswer in words.", options[right])
         elif kind < 0.85:
             cause, effect, _ = pick(draw, [c for c in CAUSES if not held_out("cause", c[2])])
             turn(f"What happens when {cause}?", sentence(effect))
@@ -451,11 +450,11 @@ def core_bundle(root, draw, world):
     def copying():
         words = " ".join(pick(draw, THINGS) for _ in range(4))
         return {"context": f"{words}, {words}, {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
-    tasks = [("toy_people", "multiple_choice", 0, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
+    forms = [("toy_people", "multiple_choice", 0, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
              ("toy_causes", "multiple_choice", 0, cause, 25), ("toy_who", "schema", 0, schema, 50), ("toy_facts", "language_modeling", 3, modelling, 0),
              ("toy_copying", "language_modeling", 0, copying, 0)]
     yaml, table = "icl_tasks:\n", "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description\n"
-    for label, kind, shots, make, baseline in tasks:
+    for label, kind, shots, make, baseline in forms:
         rows = unique(make, 500)
         common.atomic_write(root / "eval_data" / "toy" / f"{label}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         yaml += f"-\n  label: {label}\n  dataset_uri: toy/{label}.jsonl\n  num_fewshot: [{shots}]\n  icl_task_type: {kind}\n"

@@ -128,12 +128,9 @@ def bits_per_byte(model, plan, tokenizer, tokens, micro_rows, compute):
 
 
 def print_samples(model, tokenizer, prompts, max_new_tokens=48):
-    """Greedy continuations of a few prompts, on rank 0. -> list of texts"""
-    texts = []
+    """Greedy continuations of a few prompts, on rank 0."""
     if common.rank_world()[0] == 0:
         for prompt in prompts:
             tokens, _ = gpt.generate(model, tokenizer, [[tokenizer.bos, *tokenizer.encode(prompt)]], max_new_tokens,
                                      keep_going=lambda: not common.stop_requested())[0]
-            texts.append(prompt + tokenizer.decode(tokens))
-            common.print0(f"  sample: {texts[-1]!r}"[:300])
-    return texts
+            common.print0(f"  sample: {prompt + tokenizer.decode(tokens)!r}"[:300])
