@@ -35,9 +35,11 @@ def boot_id():
     return ""
 
 def process_start(pid):
-    """When process `pid` started, in clock ticks since boot ("" if there is none): tells a process from a later one of the same number."""
+    """When process `pid` started, in clock ticks since boot: tells a process from a later one of the same number. "" if there is
+    none, or a zombie: where process 1 does not reap, as in many containers, a killed process stays one for good."""
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()  # from the state on; the name before may hold anything
+        return "" if fields[0] in "ZX" else fields[19]
     return ""
 
 def holder_alive(lock, mtime, now=None, this_host=None):

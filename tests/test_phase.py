@@ -64,6 +64,18 @@ def test_who_is_alive(monkeypatch):
     assert alive(now=1.0, job="6", restart="0")
 
 
+def test_a_killed_process_that_nobody_has_reaped_is_dead():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    lock = lock_of(host="here", boot=phase.boot_id(), pid=child.pid, start=phase.process_start(child.pid))
+    assert phase.holder_alive(lock, 0.0, this_host="here")
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is dead now, and stays a zombie
+    stat = open(f"/proc/{child.pid}/stat").read()
+    assert stat.rsplit(")", 1)[1].split()[0] == "Z", "the test must look at a zombie"
+    assert not phase.holder_alive(lock, 0.0, this_host="here")
+    child.wait()
+
+
 def test_done_half_done_changed(folder, capsys):
     assert begin(folder) == {}
     save(folder, 9)
