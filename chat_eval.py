@@ -47,7 +47,6 @@ common.check(max_items == -1 or max_items > 0, "--max_items is at least 1, or -1
 tasks = tasks + (["facts"] if data == "toy" and "facts" not in tasks else [])
 for name in tasks:
     common.check(task_list.TASKS.get(name, {}).get("kind") in ("categorical", "generative"), f"--tasks: {name!r} is no task with right answers")
-task_list.files(tasks, "test", data)  # exits with 2 where one is missing
 directory, step = checkpoint.find_model(source, data, tag)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 checkpoint.must_fit(directory, step, tokenizer)

@@ -43,7 +43,8 @@ def tokenizer_dir(data):
     return data_root(data) / "tokenizer"
 
 def base_data_dir(data):
-    return data_root(data) / "base_data" if not is_folder_data(data) else Path(data).expanduser().resolve()
+    """climbmix has its own, as nanochat has it: its files have the names of fineweb_edu's"""
+    return Path(data).expanduser().resolve() if is_folder_data(data) else data_root(data) / ("base_data_climbmix" if data == "climbmix" else "base_data")
 
 def token_dir(data):
     return data_root(data) / "tokens"

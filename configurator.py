@@ -16,6 +16,7 @@ import difflib
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import common
 
@@ -28,21 +29,28 @@ class Settings(dict):
     free: dict
 
 
-def declared(path, upto=None):
-    """The settings of the script at `path`: a list of (name, comment, defining) in the order of the file.
-    example: a line `depth = 4  # layers` above the marker -> [("depth", "layers", True)]"""
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
-    lines = source.split("\n")
-    marker = next((i for i, line in enumerate(lines, 1) if line.startswith("#") and MARKER in line), len(lines) + 1)
-    found = []
+def assignments(source):
+    """The settings in the text of a script, as nodes of its syntax tree."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and "configure(" in ast.unparse(node.value):
-            break  # what comes after configure(globals()) is no setting
+            return  # what comes after configure(globals()) is no setting
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            comment = [line.split("  #", 1)[1].strip() for line in lines[node.lineno - 1:node.end_lineno] if "  #" in line]
-            found.append((node.targets[0].id, " ".join(comment), node.lineno < marker))
-    return found
+            yield node
+
+
+def declared(path):
+    """The settings of the script at `path`: a list of (name, comment, defining) in the order of the file.
+    example: a line `depth = 4  # layers` above the marker -> [("depth", "layers", True)]"""
+    source = Path(path).read_text(encoding="utf-8")
+    lines = source.split("\n")
+    marker = next((i for i, line in enumerate(lines, 1) if line.startswith("#") and MARKER in line), len(lines) + 1)
+    comment = lambda node: " ".join(line.split("  #", 1)[1].strip() for line in lines[node.lineno - 1:node.end_lineno] if "  #" in line)
+    return [(node.targets[0].id, comment(node), node.lineno < marker) for node in assignments(source)]
+
+
+def defaults(path):
+    """{setting: default} of the script at `path`, without running it."""
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments(Path(path).read_text(encoding="utf-8"))}
 
 
 def convert(name, value, default):

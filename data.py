@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def dataset_files(data):
     if not files:
         common.fail(f"the data folder {folder} holds no text: it has no file of {', '.join(ENDINGS)} that is not empty", next_command=command)
     for path in files:
-        if path.name.endswith(".parquet"):
-            open_parquet(path)
+        if path.name.endswith(".parquet") and (why := parquet_problem(path, ["text"])):
+            common.fail(why)
     if data in VAL_SHARD:
         val = [p for p in files if p.name == VAL_SHARD[data]]
         if not val:
@@ -53,24 +54,60 @@ def dataset_files(data):
         return [p for p in files if p not in val], val
     return (files[:-1], files[-1:]) if len(files) > 1 else (files, files)
 
-def open_parquet(path):
+def parquet_problem(path, columns):
+    """None, or why the parquet file cannot be read: looks at its footer and for the columns."""
     import pyarrow
     import pyarrow.parquet
     try:
         parquet = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as e:
-        common.fail(f"{path} is no readable parquet file: {str(e).splitlines()[0][:120]}")
-    if "text" not in parquet.schema_arrow.names:
-        common.fail(f"{path} has no column `text` (it has {', '.join(parquet.schema_arrow.names)})")
-    return parquet
+        return f"{path} is no readable parquet file: {str(e).splitlines()[0][:120]}"
+    absent = [c for c in columns if c not in parquet.schema_arrow.names]
+    return f"{path} has no column `{absent[0]}` (it has {', '.join(parquet.schema_arrow.names)})" if absent else None
+
+def read_lines(path):
+    """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes); exits with 2 where the file is damaged."""
+    number = 0
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as e:
+        common.fail(f"{path} is damaged behind line {number}: {e}; remove it and prepare the data again")
+
+def sound(path, numbered, convert):
+    """
+    convert(x) for each (number, x). What convert refuses is reported as path:number and left out; more than 1 % of that
+    (and more than 5) end the run with 2.
+    """
+    broken, total = 0, 0
+    for number, x in numbered:
+        total += 1
+        try:
+            value = convert(x)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+            broken += 1
+            common.print0(f"{path}:{number}: left out, broken ({type(e).__name__}: {str(e)[:80]})")
+            if broken >= 100 and broken > total / 100:
+                break
+        else:
+            yield value
+    common.check(broken <= 5 or broken <= total / 100, f"{path} has {broken} broken lines or rows among {total}; the first ones are named above")
+
+def text_of(line):
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError("text is no string")
+    return text
 
 def read_documents(path):
     """All documents of one file, in order, as str. A jsonl line is {"text": ...}; of a .txt file paragraphs (split at
-    blank lines) are gathered into documents of about 10,000 characters. A broken line is reported with file and line
-    number; more than 1 % of broken lines (and at least 10) end the run with 2."""
+    blank lines) are gathered into documents of about 10,000 characters. Of broken lines see `sound`."""
     name = path.name
     if name.endswith(".parquet"):
-        parquet = open_parquet(path)
+        import pyarrow.parquet
+        parquet = pyarrow.parquet.ParquetFile(path)
         for group in range(parquet.num_row_groups):
             try:
                 texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
@@ -88,24 +125,7 @@ def read_documents(path):
         if "".join(gathered).strip():
             yield "\n\n".join(gathered)
     else:
-        broken, number = 0, 0
-        try:
-            with (gzip.open if name.endswith(".gz") else open)(path, "rb") as f:
-                for number, line in enumerate(f, 1):
-                    try:
-                        text = json.loads(line)["text"]
-                        if not isinstance(text, str):
-                            raise TypeError("text is no string")
-                    except (ValueError, KeyError, TypeError) as e:
-                        broken += 1
-                        print(f"{path}:{number}: left out, broken line ({type(e).__name__}: {str(e)[:80]})", flush=True)
-                        if broken >= 10 and broken > number / 100:
-                            common.fail(f"{path} has {broken} broken lines in its first {number}; is it JSON lines with a field `text`?")
-                        continue
-                    if text:
-                        yield text
-        except (OSError, EOFError) as e:
-            common.fail(f"{path} is damaged after line {number}: {e}")
+        yield from (t for t in sound(path, read_lines(path), text_of) if t)
 
 def documents(path, split, alone):
     """The documents of `path` that belong to `split`; alone: the file is the whole data set, so HOLD_OUT decides."""

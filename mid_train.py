@@ -33,7 +33,8 @@ seed = 1337                  # decides the order
 # ---- settings below may change at every resume
 device_batch_size = 32       # rows a device holds at once
 eval_every = 150             # steps between measurements on held-out conversations; 0: only at the end
-eval_tokens = 1_048_576      # tokens of held-out conversations measured
+held_out = ["smoltalk:1000"]   # conversations it is measured on, of the test splits
+eval_tokens = 1_048_576      # tokens of them
 save_minutes = 3.0           # minutes between saves
 keep = 1                     # checkpoints kept
 time_limit = None            # minutes until it saves and stops; None: no limit (under Slurm the job's)
@@ -55,7 +56,7 @@ directory = common.stage_dir("mid", data, parent_dir.name)
 metrics = directory / "metrics.jsonl"
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 checkpoint.must_fit(parent_dir, parent_step, tokenizer)
-files = tasks.fingerprint(mixture, "train", data)
+files, val_files = tasks.fingerprint(mixture, "train", data), tasks.fingerprint(held_out, "test", data)
 
 common.init_distributed()
 resumed = common.on_rank0(phase.begin, directory, "mid_train", settings,
@@ -76,7 +77,7 @@ model_state, optim_state, meta = checkpoint.load(directory, found) if found is n
 model = checkpoint.build_model(meta, model_state, compute.device, compute.dtype)
 row_length = model.config.sequence_len + 1
 stores = dataset.tokenize_conversations(files + f"-{seed}", data, lambda: tasks.mixture(mixture, data, seed), tokenizer, row_length)
-val_stores = dataset.tokenize_conversations(files + "-val", data, lambda: tasks.load("smoltalk", "test", data, 1000), tokenizer, row_length)
+val_stores = dataset.tokenize_conversations(val_files + "-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer, row_length)
 stores, val_stores = ([s._replace(mask=None) for s in part] for part in (stores, val_stores))  # every token counts
 plan = dataset.make_plan(stores, row_length, tokenizer.bos, split=False)
 val_plan = dataset.make_plan(val_stores, row_length, tokenizer.bos, split=False)

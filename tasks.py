@@ -12,10 +12,11 @@ import gzip
 import hashlib
 import json
 import re
-import zlib
 from pathlib import Path
 
 import common
+import data as dataset
+import tokenizer as tok
 
 # kind: chat (only trained on), categorical (answered by a letter), generative (answered by free text)
 TASKS = {
@@ -44,45 +45,45 @@ def parse(spec):
         common.fail(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, or a .jsonl file of conversations")
     return name, int(limit) if limit else None, int(epochs or 1)
 
+def located(stem, data):
+    """The files of a split: one, or all the parts that their names speak of (x-00000-of-00004.parquet, ...); [] where there are none."""
+    folder = common.task_dir(data)
+    for ending in ENDINGS:
+        if (path := folder / (stem + ending)).exists():
+            return [path]
+    parts = sorted(folder.glob(f"{stem}-[0-9]*-of-[0-9]*.parquet"))
+    return parts if parts and len(parts) == int(parts[0].stem.rsplit("-", 1)[1]) else []
+
 def find(name, split, data):
-    """The file that holds a split of a task; exits with 2, naming it, where it is missing."""
+    """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
     if name not in TASKS:
         common.check(Path(name).is_file(), f"there is no file of conversations {name}")
-        return Path(name)
+        return [Path(name)]
     stem = TASKS[name].get(split)
     common.check(stem, f"the task {name} has no {split} split")
-    for ending in ENDINGS:
-        path = common.task_dir(data) / (stem + ending)
-        if path.exists():
-            return path
-    common.fail(f"{common.task_dir(data) / stem}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads it",
-                next_command=f"python prepare_data.py --data={data}")
-
-def files(specs, split, data):
-    """{task: path} of all that load() or mixture() would read; exits with 2 where a file is missing."""
-    return {parse(spec)[0]: find(parse(spec)[0], split, data) for spec in specs}
+    found = located(stem, data)
+    common.check(found, f"{common.task_dir(data) / stem}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads it: link or copy it there",
+                 f"python prepare_data.py --data={data}")
+    return found
 
 def fingerprint(specs, split, data):
-    """Identifies what mixture(specs) is made of: 16 hex digits"""
-    parts = [f"{spec} {common.sha256_file(find(parse(spec)[0], split, data))}" for spec in specs]
+    """Identifies what mixture(specs) is made of: 16 hex digits; exits with 2 where a file is missing."""
+    parts = [f"{spec} {common.sha256_file(path)}" for spec in specs for path in find(parse(spec)[0], split, data)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-def read_rows(path):
-    """All rows of a .parquet or .jsonl(.gz) file as dicts (or lists). A broken line exits with 2, naming file and line."""
-    rows, number = [], 0
+def rows_of(path):
+    """(number, row) for each row of a .parquet or .jsonl(.gz) file; exits with 2 where it is damaged."""
+    if not path.name.endswith(".parquet"):
+        yield from dataset.read_lines(path)
+        return
+    import pyarrow.parquet
+    number = 0
     try:
-        if path.name.endswith(".parquet"):
-            import pyarrow.parquet
-            return pyarrow.parquet.read_table(path).to_pylist()
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-        return rows
-    except json.JSONDecodeError as e:
-        common.fail(f"{path}:{number} is no JSON: {e}")
-    except (OSError, EOFError, ValueError, zlib.error) as e:  # cut short, no gzip, no parquet, not UTF-8
-        common.fail(f"{path} is damaged behind line {number}: {e}; remove it and prepare the data again")
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from enumerate(batch.to_pylist(), number + 1)
+            number += len(batch)
+    except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
+        common.fail(f"{path} is damaged behind row {number}: {str(e).splitlines()[0][:120]}; remove it and prepare the data again")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows into conversations
@@ -122,7 +123,9 @@ def convert(name, row):
         return item(name, row, f"Complete this Python function.\n{row['prompt']}", row["canonical_solution"])
     if name == "facts":
         return item(name, row, row["question"], row["answer"])
-    return {"messages": row["messages"] if isinstance(row, dict) else row, "task": name, "row": None}
+    conversation = {"messages": row["messages"] if isinstance(row, dict) else row, "task": name, "row": None}
+    tok.messages_of(conversation)  # a ValueError where it is none
+    return conversation
 
 SPELLING_QUESTIONS = ["How many '{c}' are in '{w}'?", "How many times does '{c}' occur in '{w}'?", "Count the letter '{c}' in '{w}'.",
                       "In the word '{w}', how many '{c}' are there?", "How often is '{c}' in '{w}'?", "What number of '{c}' does '{w}' have?",
@@ -130,7 +133,7 @@ SPELLING_QUESTIONS = ["How many '{c}' are in '{w}'?", "How many times does '{c}'
 
 def words(split, data):
     """The words of a split: one in ten, by its hash, is a test word."""
-    path = find("spellingbee", split, data)
+    path = find("spellingbee", split, data)[0]
     with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
         listed = [w for w in f.read().split() if 3 <= len(w) <= 15 and w.isascii() and w.isalpha() and w.islower()]
     held_out = lambda w: hashlib.sha256(w.encode()).digest()[0] % 10 == 0
@@ -155,24 +158,30 @@ def spelling(name, split, data, n):
             {"type": "python_output", "text": str(word.count(letter))}, {"type": "text", "text": f"\n#### {word.count(letter)}"}]))
     return items
 
+def read(name, path):
+    """All items of a file of a task, in order; broken lines or rows are named and left out."""
+    return dataset.sound(path, rows_of(path), lambda row: convert(name, json.loads(row) if isinstance(row, bytes) else row))
+
 def load(name, split, data, limit=None):
-    """The items of a split of a task, the first `limit` of them (generated tasks: limit items, GENERATED by default)."""
+    """
+    The items of a split of a task, in order; with a limit so many of them drawn (the same whatever else is asked: real
+    files are sorted by subject or source). Of generated tasks: limit items, GENERATED by default.
+    """
     if name in ("spellingbee", "simplespelling"):
         return spelling(name, split, data, GENERATED if limit is None else limit)
-    path = find(name, split, data)
-    rows = read_rows(path)
-    common.check(rows, f"{path} holds no rows; the task {name} reads it", f"python prepare_data.py --data={data}")
-    try:
-        return [convert(name, row) for row in rows[:limit]]
-    except (KeyError, TypeError, IndexError) as e:
-        common.fail(f"{path} does not have the fields of {name}: {type(e).__name__} {e}")
+    paths = find(name, split, data)
+    items = [item for path in paths for item in read(name, path)]
+    common.check(items, f"{paths[0]} holds no rows; the task {name} reads it", f"python prepare_data.py --data={data}")
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i] for i in sorted(common.rng(12).permutation(len(items))[:limit])]
 
-def mixture(specs, data, seed):
-    """All items of the train splits of `specs`, shuffled by seed."""
+def mixture(specs, data, seed, split="train"):
+    """All items of a split of `specs`, shuffled by seed."""
     items = []
     for spec in specs:
         name, limit, epochs = parse(spec)
-        items += load(name, "train", data, limit) * epochs
+        items += load(name, split, data, limit) * epochs
     return [items[i] for i in common.rng(seed, 4).permutation(len(items))]
 
 # ---------------------------------------------------------------------------------------------------------------------

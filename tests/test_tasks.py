@@ -68,11 +68,44 @@ def test_what_is_missing_is_named(folder, capsys, spec, says):
     assert stopped.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_a_broken_line_is_named(folder, capsys):
-    (folder / "gsm8k_train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{broken\n')
-    with pytest.raises(SystemExit):
+def test_a_broken_line_is_named_and_left_out_and_many_of_them_end_the_run(folder, capsys):
+    good = '{"question": "q", "answer": "#### 1"}\n'
+    path = folder / "gsm8k_train.jsonl"
+    path.write_text(good + "{broken\n" + '{"no": 1}\n\n' + good)
+    assert len(tasks.load("gsm8k", "train", "toy")) == 2
+    said = capsys.readouterr().out
+    assert "gsm8k_train.jsonl:2: left out" in said and "gsm8k_train.jsonl:3: left out" in said and said.count("left out") == 2
+    path.write_text(good * 594 + "{broken\n" * 6)  # 1 %
+    assert len(tasks.load("gsm8k", "train", "toy")) == 594
+    path.write_text(good * 593 + "{broken\n" * 6)
+    with pytest.raises(SystemExit) as stopped:
         tasks.load("gsm8k", "train", "toy")
-    assert "gsm8k_train.jsonl:2" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "6 broken lines" in capsys.readouterr().err
+
+
+def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
+    own = folder / "own.jsonl"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    own.write_text("".join(json.dumps(c) + "\n" for c in (talk, {"messages": talk}, talk[::-1], {"messages": []}, {"text": "a"}, 5, [{"role": "user", "content": 5}])))
+    assert len(tasks.load(str(own), "train", "toy")) == 2
+    said = capsys.readouterr().out
+    assert all(f"own.jsonl:{n}: left out" in said for n in (3, 4, 5, 6, 7))
+
+
+def test_a_set_in_parts_is_whole_or_missing_and_parquet_reads_as_jsonl(folder, capsys):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{"id": str(i), "question": f"q{i}", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"} for i in range(9)]
+    (folder / "arc_easy_test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    expected = tasks.load("arc_easy", "test", "toy")
+    (folder / "arc_easy_test.jsonl").unlink()
+    for i in range(3):
+        with pytest.raises(SystemExit):
+            tasks.load("arc_easy", "test", "toy")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[3 * i:3 * i + 3]), folder / f"arc_easy_test-{i:05d}-of-00003.parquet")
+    assert tasks.load("arc_easy", "test", "toy") == expected
+    five = tasks.load("arc_easy", "test", "toy", 5)
+    assert five == tasks.load("arc_easy", "test", "toy", 5) != expected[:5] and all(i in expected for i in five)
 
 
 PROBLEM = {"task_id": "T/0", "entry_point": "twice", "prompt": "import math\n\ndef helper(x):\n    return math.floor(x)\n\ndef twice(x):\n    \"\"\" 2 x \"\"\"\n",
