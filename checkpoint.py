@@ -6,14 +6,17 @@ Checkpoints that cannot be hurt by killing the writer. A checkpoint of step 400 
     meta_000400.json    step, settings, model shape, fingerprints, data position, time spent
     manifest_000400.json   size and SHA-256 of the other three, written last: without it there is no checkpoint
 
-Each is written under a temporary name, flushed to disk, read back, then renamed. Older ones go only after the new one
-verified. Nothing random has to be saved: every draw is a function of (seed, step, item) (see common.rng).
+Each is written under a temporary name, flushed to disk, read back, then renamed, by a thread while the training goes on.
+Older ones go only after the new one verified. Nothing random has to be saved: every draw is a function of (seed, step, item) (see common.rng).
 """
 import contextlib
+import hashlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import phase
@@ -59,45 +62,80 @@ def free_bytes(directory):
     return stat.f_bavail * stat.f_frsize
 
 def write_file(directory, name, write):
-    """Temporary name, write(file), flush to disk, checksum read back from the file, lock looked at, rename. -> [size, sha256]"""
-    temporary = directory / f".{name}.tmp"
+    """Temporary name, write(file), flush to disk, read back and compared, lock looked at, rename. -> [size, sha256]; OSError where it fails"""
+    temporary = directory / f".{name}.tmp-{os.getpid()}-{time.time_ns()}"  # an old life that wakes up writes into another file than the new one
+    written = hashlib.sha256()
     with open(temporary, "wb") as f:
-        write(f)
+        write(SimpleNamespace(write=lambda part: (written.update(part), f.write(part))[1], flush=f.flush))
         f.flush()
         os.fsync(f.fileno())
-    entry = [temporary.stat().st_size, common.sha256_file(temporary)]
-    phase.must_hold(directory)
+    if common.sha256_file(temporary) != written.hexdigest():
+        raise OSError(f"{name} reads back other than it was written")
+    if not phase.still_mine(directory):
+        raise OSError("the lock is lost")
+    size = temporary.stat().st_size
     os.replace(temporary, directory / name)
-    return entry
+    return [size, written.hexdigest()]
 
-def save(directory, step, model_state, optim_state, meta, keep=1):
-    """
-    Writes the checkpoint of `step` (rank 0 only; the lock of `directory` must be held) and then removes all but the
-    `keep` newest. model_state: {name: tensor}; optim_state: {name: {name: tensor or number}} or {}; meta: JSON-able.
-    A full disk ends the phase with code 1; what was good before stays. -> seconds it took
-    """
+def write(directory, step, model_state, optim_state, meta, keep):
+    """The three files, their manifest, and then all but the `keep` newest go. OSError or RuntimeError (torch's) where it fails."""
     import torch
-    directory, t0 = Path(directory), time.time()
-    if step in steps(directory) and problem(directory, step) is None:
-        return 0.0
-    try:
-        files = {}
-        model_name, optim_name, meta_name = names(step)
-        files[model_name] = write_file(directory, model_name, lambda f: torch.save(model_state, f))
-        files[optim_name] = write_file(directory, optim_name, lambda f: torch.save(optim_state, f))
-        files[meta_name] = write_file(directory, meta_name, lambda f: f.write(json.dumps({**meta, "step": step}, indent=1).encode()))
-        common.fsync_dir(directory)
-        write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": files}).encode()))
-        common.fsync_dir(directory)
-    except (OSError, RuntimeError) as e:  # torch reports a failed write as a RuntimeError
-        sweep(directory)
-        common.fail(f"could not save step {step} in {directory}: {e} ({free_bytes(directory) / 1e9:.1f} GB free); "
-                    f"the checkpoint before it is untouched, make room and run the same command again", code=1)
+    model_name, optim_name, meta_name = names(step)
+    files = {model_name: write_file(directory, model_name, lambda f: torch.save(model_state, f)),
+             optim_name: write_file(directory, optim_name, lambda f: torch.save(optim_state, f)),
+             meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps({**meta, "step": step}, indent=1).encode()))}
+    common.fsync_dir(directory)
+    write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": files}).encode()))
+    common.fsync_dir(directory)
     whole = [s for s in steps(directory) if problem(directory, s) is None] if keep > 1 else [step]
     for old in steps(directory):
         if old not in whole[:keep]:
             remove(directory, old)
-    return time.time() - t0
+    sweep(directory)
+
+_save = {"thread": None, "at": None, "error": None}  # the save that a thread is writing, or wrote last; at: (directory, step)
+
+def save(directory, step, model_state, optim_state, meta, keep=1, wait=True):
+    """
+    Saves the checkpoint of `step` and then removes all but the `keep` newest (rank 0 only; the lock of `directory` must be held).
+    model_state: {name: tensor}, copied at once, since the loop goes on changing it; optim_state: {name: {name: tensor or number}}
+    or {}, already a copy; meta: JSON-able. A thread does the writing; wait=False returns while it is at it, but only one is ever
+    in flight. If it cannot be written the phase ends with code 1, here or at the next save() or finish(); what was good stays.
+    """
+    directory = Path(directory)
+    finish()
+    if _save["at"] == (directory, step) or (step in steps(directory) and problem(directory, step) is None):
+        return
+    model_state = {name: tensor.to("cpu", copy=True) for name, tensor in model_state.items()}
+    def work():
+        try:
+            write(directory, step, model_state, optim_state, meta, keep)
+        except Exception as e:  # the main thread tells it: see finish()
+            _save["error"] = e
+    _save.update(at=(directory, step), thread=threading.Thread(target=work, name=f"save of step {step}"))
+    phase.writer = _save["thread"]  # the lock is not given back before it has ended
+    _save["thread"].start()
+    if wait:
+        finish()
+
+def save_failed():
+    """Whether the save in flight has failed: the next save() or finish() will say so."""
+    return _save["error"] is not None
+
+def finish():
+    """Waits for the save in flight. If it failed: ends the phase with code 1, and what was good before stays."""
+    if _save["thread"]:
+        _save["thread"].join()
+        _save["thread"] = None
+    if (e := _save["error"]):
+        directory, step = _save["at"]
+        _save.update(at=None, error=None)
+        phase.must_hold(directory)  # an old life that wakes up says so, and touches nothing
+        sweep(directory)
+        last = next(iter(steps(directory)), None)
+        common.fail(f"could not save step {step} in {directory}: {e} ({free_bytes(directory) / 1e9:.1f} GB free); "
+                    + ("nothing was saved before" if last is None else f"the checkpoint of step {last} is untouched")
+                    + ", make room or make it writable and run the same command again", code=1)
 
 def remove(directory, step):
     """The manifest first: a checkpoint half removed is no checkpoint."""
@@ -111,7 +149,7 @@ def sweep(directory):
     for path in Path(directory).iterdir():
         parts = path.name.split(".")[0].split("_")
         orphan = parts[0] in ("model", "optim", "meta") and parts[-1].isdigit() and int(parts[-1]) not in kept
-        if orphan or (path.name.startswith(".") and ".tmp" in path.name):
+        if orphan or (path.name.startswith((".model_", ".optim_", ".meta_", ".manifest_")) and ".tmp" in path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 

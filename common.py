@@ -301,8 +301,11 @@ def sha256_file(path):
 def append_metrics(path, record):
     """Appends one JSON line. A reading of the clock belongs into record["clock"], everything else is reproducible."""
     if rank_world()[0] == 0:
-        with open(path, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            fail(f"could not write to {path}: {e}; what is saved is untouched, make room or make it writable and run the same command again", code=1)
 
 def read_metrics(path):
     """All whole lines of a metrics file; a line torn by a death is left out."""

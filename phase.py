@@ -25,6 +25,7 @@ import common
 HEARTBEAT = 20.0     # seconds between touches of the lock
 MISSED = 30          # a holder on another host is dead after so many missed heartbeats
 _held = {}           # directory -> our token in its lock
+writer = None        # the thread that saves under a lock of ours (checkpoint.py): the lock is given back after it has ended
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the lock
@@ -94,13 +95,15 @@ def still_mine(directory):
     return bool(lock) and lock.get("token") == _held.get(str(directory))
 
 def must_hold(directory):
-    """A writer calls this right before it renames: an old life that wakes up must not write over the new one."""
+    """Ends an old life that has woken up: it must not write over the new one."""
     if not still_mine(directory):
         os.environ.pop("NANOCHAT_OUTCOME", None)
         common.outcome_hook = None  # the record is no longer ours either
         common.fail(f"lost the lock of {directory} to another process; stopping without writing", code=1)
 
 def release(directory):
+    if writer:
+        writer.join()
     if still_mine(directory):
         with contextlib.suppress(OSError):
             (Path(directory) / "lock.json").unlink()
@@ -156,8 +159,11 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
             sys.exit(0)
         for line in differences(old["free"], settings.free):
             common.print0(f"{name}: setting changed since the last start: {line}")
-    directory.mkdir(parents=True, exist_ok=True)
-    take_lock(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        take_lock(directory)
+    except OSError as e:
+        common.fail(f"cannot write in {directory}: {e}; make it writable, or make room")
     commit, difference = source_version()
     if old and (commit, difference) != (old.get("commit"), old.get("difference")):
         common.print0(f"{name}: the source changed since the last start ({old.get('commit', '?')[:8]} -> {commit[:8]})")

@@ -86,8 +86,9 @@ script() {
     esac
 }
 command_of() {  # fills the array `command` for a phase; data, tok and report are single processes, the others run on all
-    local mine=() launcher=("$python")
-    [ ${#rest[@]} -eq 0 ] || mapfile -t mine < <("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
+    local mine=() launcher=("$python") accepted=""
+    [ ${#rest[@]} -eq 0 ] || accepted=$("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
+    [ -z "$accepted" ] || mapfile -t mine <<< "$accepted"
     case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc") ;; esac
     # shellcheck disable=SC2207  # the settings hold no spaces
     set -f  # the * of a mixture is no pattern
@@ -129,23 +130,24 @@ finish() {  # $1: exit code, $2: the last line
 }
 for p in "${run[@]}"; do
     command_of "$p"
+    [ -z "$asked" ] || finish 75 "stopped before $p with everything saved: run the same command again"
     echo
     echo "=== $p: ${command[*]}"
     rm -f "$NANOCHAT_OUTCOME"
     code=0
     "${command[@]}" < /dev/null &
     child=$!
+    [ -z "$asked" ] || stop  # a signal that came since
     while :; do
         code=0
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break  # the wait was broken by a signal: the phase is still saving
     done
     child=""
-    # torchrun turns every code into 1, so a phase leaves its own in a file
-    recorded=$("$python" -c 'import json,os,sys
-try: print(json.load(open(os.environ["NANOCHAT_OUTCOME"]))["code"])
-except Exception: print("")')
-    [ -z "$recorded" ] || [ "$code" -ge 128 ] || code=$recorded
+    # torchrun turns every code into 1, so a phase leaves its own in a file: what stands there also holds where a signal hit it after its end
+    recorded=$(sed -n 's/^{"code": \([0-9]*\),.*/\1/p' "$NANOCHAT_OUTCOME" 2>/dev/null || true)
+    code=${recorded:-$code}
+    case "$code" in 130|138|143) code=75 ;; esac  # INT, USR1, TERM before its handlers stood: it had not begun
     [ -z "$asked" ] || [ "$code" -ne 0 ] || code=75
     [ "$code" -ne 0 ] || continue
     if [ "$code" -eq 75 ]; then
