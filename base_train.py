@@ -135,14 +135,17 @@ common.trim_metrics(metrics, step)
 common.set_deadline(time_limit)
 forward = torch.compile(model, dynamic=False) if compute.compile else model
 training.start_clock(num_steps, step, spent, save_minutes)
+training.explain_out_of_memory("base", device_batch_size=device_batch_size)
 
-def save():
+def save(wait=True):
+    t0 = time.time()
     state = optimizer.state_dict()  # a collective call: gathers the shards
     if compute.rank == 0:
-        training.saved(checkpoint.save(directory, step, model.state_dict(), state, {
+        checkpoint.save(directory, step, model.state_dict(), state, {
             "model": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint, "settings": settings, "num_steps": num_steps,
             "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "epoch": step * rows / dataset.n_rows(plan), "seconds": training.spent(),
-            "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, keep))
+            "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, keep, wait)
+    training.saved(t0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
@@ -150,17 +153,16 @@ def save():
 while True:
     last = step == num_steps
     due = common.agree(2 if common.stop_requested() else 1 if training.save_due() else 0)
-    if due or last:
-        save()
+    measuring = last or (eval_every and step % eval_every == 0)
+    if last or ((due or (measuring and step)) and not training.exploding()):
+        save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
     if due == 2 and not last:
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {step} of {num_steps}")
+        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
 
-    if last or (eval_every and step % eval_every == 0):
-        if step and not due and not last:
-            save()  # before measuring: an evaluation that dies loses nothing
+    if measuring:
         val_bpb = training.bits_per_byte(model, val_plan, tokenizer, eval_tokens, micro_rows, compute)
         if val_bpb is None:
-            phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.newest(directory)} of {num_steps}")
+            phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.last_step(directory)} of {num_steps}")
         common.append_metrics(metrics, {"kind": "val", "step": step, "val_bpb": val_bpb})
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
     if last or (sample_every and step and step % sample_every == 0):
@@ -183,6 +185,7 @@ while True:
     step += 1
 
     skipped = training.count_skipped(skipped, loss, norm, max_skipped, directory)
+    training.watch(loss, directory)
     reading = training.tick(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, model.flops_per_token(), compute)
     common.append_metrics(metrics, {"kind": "train", "step": step - 1, "loss": loss, "norm": norm, "lr_scale": lr_scale,
                                     "epoch": int((step - 1) * rows / dataset.n_rows(plan)), "clock": reading})

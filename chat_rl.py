@@ -11,6 +11,8 @@ Needs the finetuned model (chat_sft.py) and the task files (prepare_data.py). Ki
 import common
 common.install_stop_handlers()  # before torch is imported
 
+import time
+
 import numpy as np
 
 import checkpoint
@@ -100,13 +102,16 @@ if found is not None:
 common.trim_metrics(metrics, step)
 common.set_deadline(time_limit)
 training.start_clock(num_steps, step, spent, save_minutes)
+training.explain_out_of_memory("rl", device_batch_size=device_batch_size, rollout_rows=rollout_rows)
 
-def save():
+def save(wait=True):
+    t0 = time.time()
     state = optimizer.state_dict()  # a collective call: gathers the shards
     if compute.rank == 0:
-        training.saved(checkpoint.save(directory, step, model.state_dict(), state, {
+        checkpoint.save(directory, step, model.state_dict(), state, {
             "model": meta["model"], "batch_tokens": meta["batch_tokens"], "tokenizer": tokenizer.fingerprint, "settings": settings,
-            "num_steps": num_steps, "seconds": training.spent(), "skipped": skipped, "flat": flat, "reward": reward, "pass_at": pass_at}, keep))
+            "num_steps": num_steps, "seconds": training.spent(), "skipped": skipped, "flat": flat, "reward": reward, "pass_at": pass_at}, keep, wait)
+    training.saved(t0)
 
 def rollout(items, numbers, n, stream, turn):
     """
@@ -142,17 +147,16 @@ def measure():
 while True:
     last = step == num_steps
     due = common.agree(2 if common.stop_requested() else 1 if training.save_due() else 0)
-    if due or last:
-        save()
+    measuring = last or (eval_every and step % eval_every == 0)
+    if last or ((due or (measuring and step)) and not training.exploding()):
+        save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
     if due == 2 and not last:
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {step} of {num_steps}")
+        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
 
-    if last or (eval_every and step % eval_every == 0):
-        if step and not due and not last:
-            save()  # before measuring: an evaluation that dies loses nothing
+    if measuring:
         measured = measure()
         if measured is None:
-            phase.interrupted(directory, f"stopped while measuring; saved at step {step} of {num_steps}")
+            phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.last_step(directory)} of {num_steps}")
         pass_at = measured
         common.append_metrics(metrics, {"kind": "val", "step": step, **{f"pass@{k}": v for k, v in pass_at.items()}})
         common.print0(f"step {step:,}: held-out problems " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()))
@@ -164,7 +168,7 @@ while True:
     groups = rollout(train_items, mine, samples, 2, step) if (mine := numbers[compute.rank::compute.world]) else []
     if common.agree(1 if common.stop_requested() else 0):
         save()  # the samples of this step are drawn again, the same ones, when it continues
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {step} of {num_steps}")
+        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
 
     sequences, rewards, lengths = [], [], []
     for group in groups:
@@ -206,5 +210,5 @@ while True:
                                     "tokens": int(counted), "lr_scale": lr_scale, "clock": reading})
 
 phase.done(directory, step=step, seconds=training.spent(), pass_at=pass_at)
-common.print0(f"rl {directory.name}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()) + f" after {step:,} steps in {common.clock(training.spent())}")
+common.print0(f"rl {directory.name}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()) + f" after {step:,} steps in {common.clock(training.spent())}; saving took {100 * training.save_share():.2f} % of it")
 common.leave()

@@ -33,6 +33,11 @@ def steps(directory):
     found = [p.name[len("manifest_"):-len(".json")] for p in Path(directory).glob("manifest_*.json")]
     return sorted((int(s) for s in found if s.isdigit()), reverse=True)
 
+def last_step(directory):
+    """The newest step that a manifest stands for, the save in flight included; 0 without one."""
+    finish()
+    return max(steps(directory), default=0)
+
 def problem(directory, step):
     """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not."""
     manifest = common.read_json(Path(directory) / manifest_name(step))

@@ -2,6 +2,7 @@
 Training on conversations, the loop of both midtraining (mid_train.py) and supervised finetuning (chat_sft.py). They differ in
 their settings, in the model that they go on from, and in what counts: every token, or only what the assistant says.
 """
+import time
 from types import SimpleNamespace
 
 import checkpoint
@@ -79,14 +80,17 @@ def run(stage, parent, settings, every_token):
     common.set_deadline(s.time_limit)
     forward = torch.compile(model, dynamic=False) if compute.compile else model
     training.start_clock(num_steps, step, spent, s.save_minutes)
+    training.explain_out_of_memory(stage, device_batch_size=s.device_batch_size)
 
-    def save():
+    def save(wait=True):
+        t0 = time.time()
         state = optimizer.state_dict()  # a collective call: gathers the shards
         if compute.rank == 0:
-            training.saved(checkpoint.save(directory, step, model.state_dict(), state, {
+            checkpoint.save(directory, step, model.state_dict(), state, {
                 "model": meta["model"], "tokenizer": tokenizer.fingerprint, "settings": settings, "num_steps": num_steps,
                 "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "seconds": training.spent(),
-                "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, s.keep))
+                "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, s.keep, wait)
+        training.saved(t0)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the loop: save when due, measure when due, then train one step
@@ -94,17 +98,16 @@ def run(stage, parent, settings, every_token):
     while True:
         last = step == num_steps
         due = common.agree(2 if common.stop_requested() else 1 if training.save_due() else 0)
-        if due or last:
-            save()
+        measuring = last or (s.eval_every and step % s.eval_every == 0)
+        if last or ((due or (measuring and step)) and not training.exploding()):
+            save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
         if due == 2 and not last:
-            phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {step} of {num_steps}")
+            phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
 
-        if last or (s.eval_every and step % s.eval_every == 0):
-            if step and not due and not last:
-                save()  # before measuring: an evaluation that dies loses nothing
+        if measuring:
             val_bpb = training.bits_per_byte(model, val_plan, tokenizer, s.eval_tokens, micro_rows, compute)
             if val_bpb is None:
-                phase.interrupted(directory, f"stopped while measuring; saved at step {step} of {num_steps}")
+                phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.last_step(directory)} of {num_steps}")
             common.append_metrics(metrics, {"kind": "val", "step": step, "val_bpb": val_bpb})
             common.print0(f"step {step:,}: held-out conversations {val_bpb:.4f} bits per byte")
         if last:
@@ -125,9 +128,10 @@ def run(stage, parent, settings, every_token):
         step += 1
 
         skipped = training.count_skipped(skipped, loss, norm, s.max_skipped, directory)
+        training.watch(loss, directory)
         reading = training.tick(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, model.flops_per_token(), compute)
         common.append_metrics(metrics, {"kind": "train", "step": step - 1, "loss": loss, "norm": norm, "lr_scale": lr_scale, "clock": reading})
 
     phase.done(directory, step=step, seconds=training.spent(), val_bpb=val_bpb)
-    common.print0(f"{stage} {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in {common.clock(training.spent())}")
+    common.print0(f"{stage} {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in {common.clock(training.spent())}; saving took {100 * training.save_share():.2f} % of it")
     common.leave()

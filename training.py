@@ -3,11 +3,13 @@ What the training scripts share besides their loops, which each of them has in s
 when to save, sums over ranks, bits per byte, samples. Plain functions; the clock is one dict of this process.
 """
 import math
+import sys
 import time
 
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import common
 import data as dataset
 import gpt
@@ -45,14 +47,61 @@ def all_sum(value):
     return box.item()
 
 
+def stop_for(directory, why, advice):
+    """Ends the phase with 1, naming the last good checkpoint."""
+    checkpoint.finish()
+    last = next(iter(checkpoint.steps(directory)), None)
+    common.fail(f"{why}; " + (f"the last good checkpoint is that of step {last} in {directory}" if last is not None else f"there is no checkpoint in {directory} yet")
+                + f": {advice}", code=1)
+
+
 def count_skipped(skipped, loss, norm, limit, directory):
     """How many steps in a row had a gradient that is not finite (the optimizer left such steps out); ends the phase with 1 after `limit`."""
     if math.isfinite(loss) and math.isfinite(norm):
         return 0
     common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped ({skipped + 1} in a row)")
     if skipped + 1 > limit:
-        common.fail(f"{skipped + 1} steps in a row had no finite gradient; the last good checkpoint is in {directory}: lower the learning rates, or look at the data", code=1)
+        stop_for(directory, f"{skipped + 1} steps in a row had no finite gradient", "lower the learning rates, or look at the data")
     return skipped + 1
+
+
+EXPLODED = 50  # steps in a row with a loss far above its level before it gives up
+
+def watch(loss, directory):
+    """Follows the level of the loss, a mean over about 50 steps. Far above it nothing is saved (the checkpoint of better days would go),
+    and after EXPLODED such steps in a row the phase ends with 1."""
+    if not math.isfinite(loss):
+        return  # count_skipped's
+    level = _clock.setdefault("level", loss)
+    if loss <= 1.5 * level + 0.5:
+        _clock.update(level=level + 0.02 * (loss - level), high=0)
+        return
+    _clock["high"] = _clock.get("high", 0) + 1
+    if _clock["high"] == 1 or _clock["high"] % 10 == 0:
+        common.print0(f"loss {loss:.4f} is far above its level of {level:.4f} ({_clock['high']} steps in a row): nothing is saved meanwhile")
+    if _clock["high"] >= EXPLODED:
+        stop_for(directory, f"the loss has exploded: {loss:.4f}, and for {EXPLODED} steps far above its level of {level:.4f}", "lower the learning rates, or look at the data")
+
+def exploding():
+    return _clock.get("high", 0) > 0
+
+
+def is_out_of_memory(e):
+    """True for CUDA's, MPS's and the host allocator's ways to say so."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(e) or "out of memory" in str(e)
+
+def explain_out_of_memory(name, **rows):
+    """From here on running out of memory ends the phase `name` with 1 and one line that says what to try. rows: the settings that decide
+    about memory, with their values, e.g. device_batch_size=32."""
+    before = sys.excepthook
+    def hook(kind, value, trace):
+        if not is_out_of_memory(value):
+            return before(kind, value, trace)
+        try_this = " ".join(f"--{key}={max(1, n // 2)}" for key, n in rows.items())
+        print(f"error: rank {common.rank_world()[0]} ran out of memory in {name} ({str(value).splitlines()[0][:150]}); run the same command with {try_this}: "
+              "the result stays the same to rounding, and what is saved goes on", file=sys.stderr, flush=True)
+        common.outcome(1, f"out of memory in {name}: try {try_this}")
+    sys.excepthook = hook
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,14 +120,16 @@ def spent():
     return _clock["spent"] + time.time() - _clock["start"]
 
 def save_due():
-    return time.time() - _clock["last_save"] >= _clock["interval"]
+    """When the interval is over; and at once where the save in flight has failed, to say so."""
+    return (time.time() - _clock["last_save"] >= _clock["interval"] and not exploding()) or checkpoint.save_failed()
 
-def saved(seconds):
+def saved(since):
+    """The training has waited for a save from `since` to now."""
     _clock["last_save"] = time.time()
-    _clock["save_seconds"] += seconds
+    _clock["save_seconds"] += _clock["last_save"] - since
 
 def save_share():
-    """Share of this life's time that went into saving, 0 to 1."""
+    """Share of this life's time that the training waited for saves, 0 to 1."""
     return _clock["save_seconds"] / max(time.time() - _clock["start"], 1e-9)
 
 def tick(step, text, tokens, flops_per_token, compute):

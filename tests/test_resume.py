@@ -74,7 +74,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(straight, tmp_path,
     for later in list(PHASES)[list(PHASES).index(name):]:
         shutil.rmtree(directory(state, later))
     folder = directory(state, name)
-    saving = lambda: any(folder.glob(".model_*.tmp")) or any(folder.glob(".optim_*.tmp"))
+    saving = lambda: any(folder.glob(".model_*.tmp*")) or any(folder.glob(".optim_*.tmp*"))
     reached = lambda n: lambda: any(int(p.stem.split("_")[1]) >= n for p in folder.glob("manifest_*.json"))
 
     in_a_save = 0
