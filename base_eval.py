@@ -11,13 +11,12 @@ Writes report/core_base_<tag>.json. Every finished piece is kept beside it: an i
 import common
 common.install_stop_handlers()  # before torch is imported
 
-import json
 import time
 
 import checkpoint
 import configurator
 import data as dataset
-import phase
+import evaluation
 import tokenizer as tok
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
@@ -70,38 +69,7 @@ inputs = {"weights": checkpoint.fingerprint(directory, step), "step": step, "tok
           "data": dataset.fingerprint(sum(splits.values(), [])), "bundle": bundle, "missing": missing,
           "settings": {**settings.defining, "tag": directory.name}}
 path = common.eval_path("core", "base", data, directory.name)
-if (common.read_json(path) or {}).get("inputs") == inputs:
-    common.print0(f"base_eval {directory.name}: done already ({path})")
-    common.outcome(0, "done already")
-    common.leave()
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what an interrupted evaluation left: a line that says of what, then a line a piece
-
-partial = path.with_suffix(".partial.jsonl")
-lines = common.on_rank0(common.read_metrics, partial)
-if lines and lines[0].get("inputs") != inputs:
-    changed = ", ".join(phase.differences(lines[0].get("inputs", {}), inputs))
-    common.print0(f"what an evaluation with other inputs left is dropped: {changed}")
-    lines = []
-compute = common.init_compute(settings, lines[0]["chosen"] if lines else None)
-lines = lines or [{"inputs": inputs, "chosen": common.chosen(compute)}]
-kept, spent, last = {r["piece"]: r["value"] for r in lines[1:]}, sum(r["seconds"] for r in lines[1:]), time.time()
-if compute.rank == 0:
-    common.atomic_write(partial, "".join(json.dumps(r) + "\n" for r in lines))  # without a line torn by a death
-if kept:
-    common.print0(f"base_eval {directory.name}: continuing, {len(kept)} pieces are there already")
-
-def keep(piece, value):
-    """Keeps a finished piece. None is the answer of a function that was asked to stop: ends the process with 75."""
-    global spent, last
-    if value is None:
-        why = common.stop_requested() or "another rank was asked"
-        phase.interrupted(directory, f"{why}; the {len(kept)} pieces measured so far are kept")
-    seconds, last = time.time() - last, time.time()
-    spent += seconds
-    kept[piece] = value
-    common.append_metrics(partial, {"piece": piece, "value": value, "seconds": round(seconds, 3)})
+compute, kept = evaluation.begin(path, inputs, settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bits per byte and samples
@@ -130,10 +98,10 @@ for split, stores in splits.items():
             enough += 1
         plan = dataset.make_plan(stores[:enough], length, tokenizer.bos)
         common.check(dataset.n_rows(plan), f"the {split} split of {data} is too small for one row of {length} tokens")
-        keep(f"{split} bpb", training.bits_per_byte(model, plan, tokenizer, eval_tokens, device_batch_size, compute))
+        evaluation.keep(f"{split} bpb", training.bits_per_byte(model, plan, tokenizer, eval_tokens, device_batch_size, compute))
     common.print0(f"{split}: {kept[f'{split} bpb']:.4f} bits per byte")
 if show_samples and "samples" not in kept:
-    keep("samples", common.on_rank0(write_samples, model, tokenizer))
+    evaluation.keep("samples", common.on_rank0(write_samples, model, tokenizer))
 for sample in kept.get("samples", []):
     common.print0(f"  {sample['prompt']} | {sample['text']}".replace("\n", "\\n"))
 
@@ -151,8 +119,7 @@ while True:
     for t in tasks:
         if t["label"] not in results and all(piece(t, numbers) in kept for numbers in blocks[t["label"]]):
             r = core_eval.summary(t, [ok for numbers in blocks[t["label"]] for ok in kept[piece(t, numbers)]])
-            common.print0(f"  {t['label']:<32} accuracy {r['accuracy']:.4f}, centred {r['centred']:+.4f} "
-                          f"+- {r['error95']:.4f} ({r['n']} of {r['of']} items)")
+            common.print0(f"  {t['label']:<32} {r['accuracy']:.4f}  ({r['low']:.4f} to {r['high']:.4f}, centred {r['centred']:+.4f}, {r['n']} of {r['of']} items)")
             results[t["label"]] = r
     if not todo:
         break
@@ -161,7 +128,7 @@ while True:
     values = common.gather([core_eval.evaluate(model, tokenizer, t, numbers, longest, budget, compute.threads, keep_going)
                             for t, numbers in mine])
     for work, value in sorted(zip(due, values), key=lambda pair: pair[1] == [None]):  # those that stopped come last
-        keep(piece(*work), value[0])
+        evaluation.keep(piece(*work), value[0])
         items += len(value[0])
     if time.time() - shown > 10:
         shown = time.time()
@@ -172,14 +139,5 @@ while True:
 core, reason, mean = core_eval.core_of(results, missing)
 measured = f" (mean of what was measured: {mean:.4f})" if results else ""
 common.print0(f"{name} {core:.4f}" if core is not None else f"no {name}: {reason}{measured}")
-if compute.rank == 0:
-    error = None if core is None else sum(r["error95"] ** 2 for r in results.values()) ** 0.5 / len(results)
-    common.atomic_write(path, json.dumps({
-        "stage": "base", "data": data, "tag": directory.name, "step": step, "inputs": inputs,
-        "train_bpb": kept.get("train bpb"), "val_bpb": kept.get("val bpb"), "label": name, "core": core,
-        "core_error95": error, "reason": reason, "mean_centred": mean, "missing": missing, "tasks": results,
-        "samples": kept.get("samples", []), "seconds": round(spent, 1)}, indent=1))
-    partial.unlink(missing_ok=True)
-common.print0(f"base_eval {directory.name}: done in {common.clock(spent)} ({path})")
-common.outcome(0, "done")
-common.leave()
+evaluation.done(stage="base", data=data, tag=directory.name, step=step, train_bpb=kept.get("train bpb"), val_bpb=kept.get("val bpb"), label=name,
+                core=core, reason=reason, mean_centred=mean, missing=missing, tasks=results, samples=kept.get("samples", []))

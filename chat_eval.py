@@ -1,6 +1,6 @@
 """
 Measures a chat model on tasks with right answers: multiple choice by the logits of the letters, the others by greedy
-answers with the calculator at hand. Confidence intervals are Wilson's, 95 %.
+answers with the calculator at hand.
 
     python chat_eval.py --data=toy --source=sft
     torchrun --standalone --nproc_per_node=8 chat_eval.py --source=mid
@@ -10,16 +10,13 @@ Writes report/chat_<source>_<tag>.json. What was measured is kept batch by batch
 import common
 common.install_stop_handlers()  # before torch is imported
 
-import hashlib
-import json
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import checkpoint
 import configurator
+import evaluation
 import execution
-import phase
 import tasks as task_list
 import tokenizer as tok
 
@@ -40,6 +37,7 @@ time_limit = None            # minutes until it saves and stops; None: no limit 
 settings = configurator.configure(globals())
 
 CHATCORE = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee"]  # ChatCORE is the mean over these
+prefix = "toy-" if data == "toy" else ""
 BATCH = 256  # items that are dealt, measured and kept together; fixed, so that a resume has the same batches
 
 common.check(source in common.STAGES, f"--source is base, mid, sft or rl, not {source!r}")
@@ -57,16 +55,11 @@ common.init_distributed()  # does nothing, and imports nothing, for one process
 sandbox, no_sandbox = execution.sandbox_available() if "humaneval" in tasks else (True, "")
 left_out = ["humaneval"] if common.agree(0 if sandbox or unsafe_exec else 1) else []  # nodes may differ
 tasks = [t for t in tasks if t not in left_out]
-done = common.read_json(path)
-if done and done.get("inputs") == inputs and set(tasks) <= set(done["results"]):  # what was left out then may be possible now
-    common.print0(f"chat_eval {source} {directory.name}: done already ({path})")
-    common.outcome(0, "done already")
-    common.leave()
+compute, kept = evaluation.begin(path, inputs, settings, lambda result: set(tasks) <= set(result["results"]))  # what was left out then may be possible now
 
 import torch
 import gpt
 
-compute = common.init_compute(settings)
 common.set_deadline(time_limit)
 model = checkpoint.load_found(directory, step, compute.device, compute.dtype)[0]
 if left_out:
@@ -95,47 +88,23 @@ def generative(items):
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's programs are processes of their own
         return list(pool.map(lambda item, answer: task_list.correct(item, tokenizer.decode(answer[0]), unsafe_exec), items, answers))
 
-def wilson(right, n):
-    """The 95 % confidence interval of a share (Wilson 1927).  example: (5, 10) -> (0.237, 0.763)"""
-    z, p = 1.96, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-# partial results: one line a batch; those of other weights, tasks or settings are worth nothing
-identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-partial = path.with_suffix(".partial.jsonl")
-kept = {(r["task"], r["start"]): r["outcomes"] for r in common.read_metrics(partial) if r.get("identity") == identity}
-common.on_rank0(lambda: common.atomic_write(partial, "".join(
-    json.dumps({"identity": identity, "task": t, "start": s, "outcomes": o}) + "\n" for (t, s), o in kept.items())))
-
-results, t0 = {}, time.time()
+results = {}
 for name in tasks:
     items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
     measure = categorical if task_list.TASKS[name]["kind"] == "categorical" else generative
-    outcomes, t1 = [], time.time()
-    for start in range(0, len(items), BATCH):
-        if (name, start) not in kept:
-            batch = items[start:start + BATCH]
+    t0, pieces = time.time(), [(f"{name} {start}", items[start:start + BATCH]) for start in range(0, len(items), BATCH)]
+    for piece, batch in pieces:
+        if piece not in kept:
             numbers = sorted(range(len(batch)), key=lambda i: len(str(batch[i]["messages"][:-1])))[compute.rank::compute.world]  # by length: little padding
             mine = dict(zip(numbers, measure([batch[i] for i in numbers]))) if numbers else {}
-            if common.agree(1 if common.stop_requested() else 0):  # what was cut short is measured again
-                phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'} in {name} at item {start}; everything before is kept")
-            mine = {k: v for part in common.gather(mine) for k, v in part.items()}
-            kept[name, start] = [bool(mine[i]) for i in range(len(batch))]
-            common.append_metrics(partial, {"identity": identity, "task": name, "start": start, "outcomes": kept[name, start]})
-        outcomes += kept[name, start]
-    right, n, chance = sum(outcomes), len(outcomes), task_list.TASKS[name]["chance"]
-    low, high = wilson(right, n)
-    results[name] = {"accuracy": right / n, "n": n, "low": low, "high": high, "chance": chance, "centred": (right / n - chance) / (1 - chance), "outcomes": outcomes}
-    shown = ("toy-" if data == "toy" else "") + name
-    common.print0(f"{shown:<18} {right / n:.3f}  ({low:.3f} to {high:.3f}, {n} items, chance {chance:.2f}, {common.clock(time.time() - t1)})")
+            stopped = common.agree(1 if common.stop_requested() else 0)  # what was cut short is measured again
+            found = {k: bool(v) for part in common.gather(mine) for k, v in part.items()}
+            evaluation.keep(piece, None if stopped else [found[i] for i in range(len(batch))])
+    results[name] = r = evaluation.score([ok for piece, _ in pieces for ok in kept[piece]], task_list.TASKS[name]["chance"])
+    common.print0(f"{prefix + name:<18} {r['accuracy']:.3f}  ({r['low']:.3f} to {r['high']:.3f}, {r['n']} items, chance {r['chance']:.2f}, "
+                  f"{common.clock(time.time() - t0)})")
 
 missing = [name for name in CHATCORE if name not in results]
 chatcore = None if missing else sum(results[name]["centred"] for name in CHATCORE) / len(CHATCORE)
-common.print0(f"{'toy-' if data == 'toy' else ''}ChatCORE {chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
-if compute.rank == 0:
-    common.atomic_write(path, json.dumps({"source": source, "data": data, "tag": directory.name, "step": step, "inputs": inputs, "results": results,
-                                          "chatcore": chatcore, "missing": missing, "seconds": time.time() - t0}, indent=1))
-    partial.unlink(missing_ok=True)
-common.outcome(0, "done")
-common.leave()
+common.print0(f"{prefix}ChatCORE {chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
+evaluation.done(source=source, data=data, tag=directory.name, step=step, results=results, chatcore=chatcore, missing=missing)

@@ -308,13 +308,13 @@ def append_metrics(path, record):
             fail(f"could not write to {path}: {e}; what is saved is untouched, make room or make it writable and run the same command again", code=1)
 
 def read_metrics(path):
-    """All whole lines of a metrics file; a line torn by a death is left out."""
+    """All whole lines (dicts) of a metrics file; a line torn by a death is left out."""
     records = []
     with contextlib.suppress(OSError):
-        for line in Path(path).read_text().split("\n"):
+        for line in Path(path).read_text(errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 def trim_metrics(path, step):
     """Before a resume at `step`: keeps what steps before it wrote (they will not run again) and drops the rest."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import evaluation
 import gpt
 
 WORTH = 8  # tokens in common from which on they are run once
@@ -241,12 +242,7 @@ def evaluate(model, tokenizer, task, numbers, longest, budget, threads=1, keep_g
 # the numbers
 
 def summary(task, outcomes):
-    """Accuracy, the same centred on guessing (0) and perfection (1), and half of the 95 % interval of the latter."""
-    n, guess = len(outcomes), 0.01 * task["baseline"]
-    accuracy = sum(outcomes) / n
-    error = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5 / (1 - guess)
-    return {"accuracy": accuracy, "centred": (accuracy - guess) / (1 - guess), "error95": error, "n": n,
-            "of": len(task["items"]), "kind": task["kind"], "shots": task["shots"], "outcomes": outcomes}
+    return {**evaluation.score(outcomes, 0.01 * task["baseline"]), "of": len(task["items"]), "kind": task["kind"], "shots": task["shots"]}
 
 def core_of(results, missing):
     """-> (CORE or None, why there is none or None, mean of the centred accuracies that were measured or None)"""

@@ -55,12 +55,8 @@ def guarded(function, *args):
         return [f"This part could not be made: {type(e).__name__}: {e}", ""]
 
 def metrics_of(directory):
-    """The lines of a metrics file that are whole: dicts with a step."""
-    try:
-        lines = common.read_metrics(directory / "metrics.jsonl")
-    except ValueError:  # bytes that are no text, as a crash of the machine can leave them
-        return []
-    return [m for m in lines if isinstance(m, dict) and isinstance(m.get("step"), int)]
+    """The lines of a metrics file that are whole, with a step."""
+    return [m for m in common.read_metrics(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
 
 def points(metrics, kind, key):
     """[(step, value)] of one curve, steps rising, each once"""
@@ -226,9 +222,9 @@ def interval(results):
 def table(stages):
     """The rows of the final table, its head first: [name, BASE, MID, SFT, RL] as texts"""
     prefix = "toy-" if data == "toy" else ""
-    cell = lambda value, half, digits: show(value, digits) + (f" ±{half:.{digits}f}" if half else "")
+    cell = lambda value, half, digits: show(value, digits) + (f" ±{half:.{digits}f}" if half and number(value) is not None else "")
     rows = [["", *(name.upper() for name in STAGES)],
-            [prefix + "CORE", *(cell(s["core"].get("core"), number(s["core"].get("core_error95")), 4) for s in stages)]]
+            [prefix + "CORE", *(cell(s["core"].get("core"), interval((s["core"].get("tasks") or {}).values()), 4) for s in stages)]]
     for name, shown in SCORES.items():
         if name != "facts" or data == "toy":
             found = [(s["chat"].get("results") or {}).get(name) or {} for s in stages]
@@ -236,7 +232,7 @@ def table(stages):
     rows.append([prefix + "ChatCORE"])
     for chat in (s["chat"] for s in stages):
         parts = [r for name, r in (chat.get("results") or {}).items() if name in SCORES and name != "facts"]
-        rows[-1].append(cell(chat.get("chatcore"), number(chat.get("chatcore")) is not None and interval(parts), 4))
+        rows[-1].append(cell(chat.get("chatcore"), interval(parts), 4))
     return rows
 
 def goals(chat):

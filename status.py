@@ -74,7 +74,10 @@ def describe_eval(path, directory):
     """The same for an evaluation with the result file `path` of the model in `directory`; one more state is stale."""
     partial, result, (step, _, manifest) = path.with_suffix(".partial.jsonl"), read(path), saved(directory)
     if partial.exists() and not (path.exists() and path.stat().st_mtime >= partial.stat().st_mtime):
-        return "half", f"half done, the last piece was kept {ago(partial)}"
+        last = (common.read_metrics(partial) or [{}])[-1]  # says why it ended, if it could
+        if last.get("code", 75) != 75:
+            return "failed", f"failed, {ago(partial)}: {last['reason']}"
+        return "half", f"half done, the last piece was kept {ago(partial)}" + (f" ({last['reason']})" if "reason" in last else "")
     if not result:
         return ("failed", f"its result, {path.name}, cannot be read") if path.exists() else ("absent", "not started")
     now = checkpoint.fingerprint(directory, step) if manifest else None

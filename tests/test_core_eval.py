@@ -130,7 +130,7 @@ def test_a_missing_task_is_named_and_there_is_no_core(tmp_path, capsys):
 def test_centred_by_hand():
     r = core_eval.summary(a_task("multiple_choice", LM), [True, False, True, False])
     assert r["accuracy"] == 0.5 and r["centred"] == pytest.approx(1 / 3) and (r["n"], r["of"]) == (4, 5)
-    assert r["error95"] == pytest.approx(1.96 * 0.25 / 0.75)
+    assert r["chance"] == 0.25 and (r["low"], r["high"]) == pytest.approx((0.150, 0.850), abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_an_interrupted_evaluation_continues(state, ready):
     with open(partial, "a") as f:
         f.write('{"piece": "choose 1408", "val')  # as a death in the middle of a line leaves it
     resumed = script(state, *args)
-    assert resumed.returncode == 0 and f"{kept - 1} pieces are there already" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert resumed.returncode == 0 and f"{kept - 2} pieces are there already" in resumed.stdout, resumed.stdout + resumed.stderr
     second = result(ready)
     assert not partial.exists()
     assert {k: v for k, v in second.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}

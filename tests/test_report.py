@@ -54,8 +54,8 @@ def evaluations(root, stages=("mid", "sft", "rl")):
         write(root / f"report/chat_{name}_d4.json", {"inputs": {"weights": f"{name}-weights-0123456789"[:16]}, "results": results,
                                                      "chatcore": a, "missing": [], "seconds": 30.0})
     write(root / "report/core_base_d4.json", {
-        "core": 0.2042, "core_error95": 0.01, "label": "toy-CORE", "seconds": 60.0, "inputs": {"weights": "base-weights-0123456789"[:16]},
-        "tasks": {"x": {"accuracy": 0.5, "centred": 0.2, "n": 10}}, "samples": [{"prompt": "The | cat", "text": "sat\n```"}]})
+        "core": 0.2042, "label": "toy-CORE", "seconds": 60.0, "inputs": {"weights": "base-weights-0123456789"[:16]},
+        "tasks": {"x": {"accuracy": 0.5, "low": 0.4925, "high": 0.5075, "chance": 0.25, "centred": 0.2, "n": 10}}, "samples": [{"prompt": "The | cat", "text": "sat\n```"}]})
 
 
 @pytest.fixture
@@ -145,6 +145,12 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
         path.unlink()
     (root / "chatrl_checkpoints/d4").rmdir()
     (root / "chatsft_checkpoints/d4/manifest_000040.json").unlink()
+    (root / "report/chat_mid_d4.json").rename(root / "kept.json")
+    write(root / "report/chat_mid_d4.partial.jsonl", '{"inputs": {}}\n{"code": 1, "reason": "OSError: out of memory"}\n')
+    text, printed = run(whole)
+    assert re.search(r"evaluation: failed, \S+ ago: OSError: out of memory", text) and re.search("not done: mid-eval: failed, .*OSError", printed)
+    (root / "report/chat_mid_d4.partial.jsonl").unlink()
+    (root / "kept.json").rename(root / "report/chat_mid_d4.json")
     text, printed = run(whole)
     sft = text[text.index("## Supervised"):text.index("## Reinforcement")]
     assert "**Failed**: ValueError: the reason why, step 20 of 40" in sft and "step 20 of 40" in sft and "the reason why" in sft and "`python chat_sft.py --data=toy`" in sft

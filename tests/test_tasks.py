@@ -1,4 +1,4 @@
-"""tasks.py: rendering, mixtures, judging; chat_eval's interval."""
+"""tasks.py: rendering, mixtures, judging."""
 import json
 
 import pytest
