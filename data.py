@@ -30,27 +30,28 @@ HOLD_OUT = 20   # of a data set in a single file every 20th document is held out
 # ---------------------------------------------------------------------------------------------------------------------
 # files and documents
 
+def text_files(data):
+    """The files of a data set that are not empty, sorted by name; exits with 2 where there is none."""
+    folder = common.base_data_dir(data)
+    command = None if common.is_folder_data(data) else f"python prepare_data.py --data={data}"
+    common.check(folder.is_dir(), f"the data folder {folder} does not exist", command)
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith(".") and p.stat().st_size > 0)
+    common.check(files, f"the data folder {folder} holds no text: it has no file of {', '.join(ENDINGS)} that is not empty", command)
+    return files
+
 def dataset_files(data):
     """
     -> (train files, validation files), lists of Path sorted by name. The validation file is the last by name (of known
     data sets a fixed name). A single file is in both lists: HOLD_OUT splits its documents.
     Exits with 2: missing or empty folder, a parquet file that does not open or has no string column `text`.
     """
-    folder = common.base_data_dir(data)
-    command = None if common.is_folder_data(data) else f"python prepare_data.py --data={data}"
-    if not folder.is_dir():
-        common.fail(f"the data folder {folder} does not exist", next_command=command)
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
-    files = [p for p in files if p.stat().st_size > 0]
-    if not files:
-        common.fail(f"the data folder {folder} holds no text: it has no file of {', '.join(ENDINGS)} that is not empty", next_command=command)
+    files = text_files(data)
     for path in files:
         if path.name.endswith(".parquet") and (why := parquet_problem(path, ["text"])):
             common.fail(why)
     if data in VAL_SHARD:
         val = [p for p in files if p.name == VAL_SHARD[data]]
-        if not val:
-            common.fail(f"the validation shard {VAL_SHARD[data]} is missing in {folder}", next_command=command)
+        common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in {files[0].parent}", f"python prepare_data.py --data={data}")
         return [p for p in files if p not in val], val
     return (files[:-1], files[-1:]) if len(files) > 1 else (files, files)
 
@@ -66,7 +67,7 @@ def parquet_problem(path, columns):
     return f"{path} has no column `{absent[0]}` (it has {', '.join(parquet.schema_arrow.names)})" if absent else None
 
 def read_lines(path):
-    """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes); exits with 2 where the file is damaged."""
+    """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes). A damaged file is a ValueError."""
     number = 0
     try:
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
@@ -74,26 +75,51 @@ def read_lines(path):
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as e:
-        common.fail(f"{path} is damaged behind line {number}: {e}; remove it and prepare the data again")
+        raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
+
+def refused(convert, x):
+    """convert(x) -> (its value, None), or (None, why it refused)"""
+    try:
+        return convert(x), None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+        return None, f"{type(e).__name__}: {str(e)[:80]}"
+
+def too_many(broken, total):
+    return broken > 5 and broken > total / 100
 
 def sound(path, numbered, convert):
     """
     convert(x) for each (number, x). What convert refuses is reported as path:number and left out; more than 1 % of that
-    (and more than 5) end the run with 2.
+    (and more than 5) end the run with 2, as does a damaged file.
     """
     broken, total = 0, 0
-    for number, x in numbered:
-        total += 1
-        try:
-            value = convert(x)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+    try:
+        for total, (number, x) in enumerate(numbered, 1):
+            value, why = refused(convert, x)
+            if why is None:
+                yield value
+                continue
             broken += 1
-            common.print0(f"{path}:{number}: left out, broken ({type(e).__name__}: {str(e)[:80]})")
-            if broken >= 100 and broken > total / 100:
+            common.print0(f"{path}:{number}: left out, broken ({why})")
+            if broken >= 100 and too_many(broken, total):
                 break
-        else:
-            yield value
-    common.check(broken <= 5 or broken <= total / 100, f"{path} has {broken} broken lines or rows among {total}; the first ones are named above")
+    except ValueError as e:
+        common.fail(f"{e}; remove it and prepare the data again")
+    common.check(not too_many(broken, total), f"{path} has {broken} broken lines or rows among {total}; the first ones are named above")
+
+def problem(path, numbered, convert, enough=None):
+    """None, or why sound() would end the run; looks at all, or until `enough` are good."""
+    broken, good = [], 0
+    try:
+        for number, x in numbered:
+            why = refused(convert, x)[1]
+            good, broken = (good + 1, broken) if why is None else (good, broken + [f"{path}:{number} ({why})"])
+            if good == enough or len(broken) >= 100 and too_many(len(broken), good + len(broken)):
+                break
+    except ValueError as e:
+        return str(e)
+    if too_many(len(broken), good + len(broken)) or not good:
+        return f"{len(broken)} of {good + len(broken)} lines or rows are broken, the first: {broken[0]}" if broken else f"{path} holds no rows"
 
 def text_of(line):
     text = json.loads(line)["text"]

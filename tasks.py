@@ -32,6 +32,7 @@ TASKS = {
     "simplespelling": {"kind": "generative", "chance": 0.0, "train": "words_alpha", "test": "words_alpha"},
     "facts":          {"kind": "generative", "chance": 0.0, "test": "facts_test"},
 }
+STEMS = {t[split] for t in TASKS.values() for split in ("train", "test") if split in t}  # of the files
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 GENERATED = 500  # items of a generated task where no number is given
 
@@ -72,7 +73,7 @@ def fingerprint(specs, split, data):
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 def rows_of(path):
-    """(number, row) for each row of a .parquet or .jsonl(.gz) file; exits with 2 where it is damaged."""
+    """(number, row) for each row of a .parquet or .jsonl(.gz) file, of the latter as bytes. A damaged file is a ValueError."""
     if not path.name.endswith(".parquet"):
         yield from dataset.read_lines(path)
         return
@@ -83,7 +84,7 @@ def rows_of(path):
             yield from enumerate(batch.to_pylist(), number + 1)
             number += len(batch)
     except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
-        common.fail(f"{path} is damaged behind row {number}: {str(e).splitlines()[0][:120]}; remove it and prepare the data again")
+        raise ValueError(f"{path} is damaged behind row {number}: {str(e).splitlines()[0][:120]}") from e
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows into conversations
@@ -111,7 +112,8 @@ def word_problem_parts(answer):
     return parts
 
 def convert(name, row):
-    """A row of a file as an item."""
+    """A row of a file (of a .jsonl file: the line) as an item."""
+    row = json.loads(row) if isinstance(row, bytes) else row
     if name in ("mmlu", "mmlu_aux"):
         letters = "ABCD"[:len(row["choices"])]
         return multiple_choice(name, row, row["question"], row["choices"], letters, letters[row["answer"]])
@@ -131,11 +133,14 @@ SPELLING_QUESTIONS = ["How many '{c}' are in '{w}'?", "How many times does '{c}'
                       "In the word '{w}', how many '{c}' are there?", "How often is '{c}' in '{w}'?", "What number of '{c}' does '{w}' have?",
                       "Tell me how many '{c}' you find in '{w}'.", "The word '{w}': how many '{c}'?"]
 
+def read_words(path):
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        return [w for w in f.read().split() if 3 <= len(w) <= 15 and w.isascii() and w.isalpha() and w.islower()]
+
 def words(split, data):
     """The words of a split: one in ten, by its hash, is a test word."""
     path = find("spellingbee", split, data)[0]
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-        listed = [w for w in f.read().split() if 3 <= len(w) <= 15 and w.isascii() and w.isalpha() and w.islower()]
+    listed = read_words(path)
     held_out = lambda w: hashlib.sha256(w.encode()).digest()[0] % 10 == 0
     listed = [w for w in listed if held_out(w) == (split == "test")]
     common.check(listed, f"{path} holds no words of the {split} split", f"python prepare_data.py --data={data}")
@@ -160,7 +165,7 @@ def spelling(name, split, data, n):
 
 def read(name, path):
     """All items of a file of a task, in order; broken lines or rows are named and left out."""
-    return dataset.sound(path, rows_of(path), lambda row: convert(name, json.loads(row) if isinstance(row, bytes) else row))
+    return dataset.sound(path, rows_of(path), lambda row: convert(name, row))
 
 def load(name, split, data, limit=None):
     """

@@ -1,0 +1,445 @@
+"""prepare_data.py and download.py against a server of our own that misbehaves in every way we could think of."""
+import ast
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import common
+import configurator
+import data
+import download
+import tasks
+from conftest import REPO, script
+
+TEXTS = [f"Document {i}: " + "some words of it " * (i % 7 + 1) for i in range(2000)]
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def parquet(rows):
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, row_group_size=256)
+    return out.getvalue()
+
+
+SHARD = parquet([{"text": t} for t in TEXTS])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        with server.guard:
+            plan = server.plan.get(self.path, [])
+            do = plan.pop(0) if plan else "whole"
+            server.seen.append((self.path, do, self.headers.get("Range")))
+        body = server.bodies.get(self.path)
+        if callable(do):
+            do()
+            do = "whole"
+        if body is None:
+            do = "404"
+        if do[:3] in ("404", "403", "429", "503"):
+            self.send_response(int(do[:3]))
+            if do[4:]:
+                self.send_header("Retry-After", do[4:])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if do == "garbage":
+            body = b"<html>please log in</html>" * 50
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = int(asked[1]) if asked and do not in ("no range", "garbage") and "no range" not in server.manners else 0
+        if start >= len(body) > 0:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        rest = body[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if (digest := server.digests.get(self.path)):
+            self.send_header("X-Linked-ETag", f'"{digest}"')
+        claims = {"claims less": len(rest) // 2, "claims more": len(rest) + 1000}.get(do, len(rest))
+        if do == "no length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(claims))
+        self.end_headers()
+        if do == "cut":
+            self.wfile.write(rest[:len(rest) // 2 + 1])
+        elif do == "stall":
+            self.wfile.write(rest[:len(rest) // 2 + 1])
+            self.wfile.flush()
+            server.stalled.set()
+            server.go.wait(20)
+        else:
+            self.wfile.write(rest[:claims])
+        if do in ("cut", "claims more", "claims less", "no length", "stall"):
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "BACKOFF", 0.005)
+    for name in ("NANOCHAT_OFFLINE", "SLURM_JOB_ID", "HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "NANOCHAT_OUTCOME"):
+        monkeypatch.delenv(name, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.guard, server.plan, server.seen, server.bodies, server.digests, server.manners = threading.Lock(), {}, [], {}, {}, set()
+    server.stalled, server.go = threading.Event(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.go.set()
+    server.shutdown()
+    server.server_close()
+
+
+def opens(path):
+    return data.parquet_problem(path, ["text"])
+
+
+def get(server, folder, names=("shard.parquet",), **more):
+    download.fetch_all([(f"{server.url}/{n}", folder / n, opens, 1000) for n in names], "the command", **more)
+
+
+def left_behind(folder):
+    return [p.name for p in folder.rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("plan", [
+    ["cut"], ["cut"] * 5, ["429:0"], ["503", "503:0"], ["claims less"], ["claims more"], ["no length"], ["garbage"], ["cut", "no range"],
+    ["cut", "garbage"], ["garbage", "cut", "429", "claims more", "claims less", "503", "cut", "no range"]])
+def test_a_file_arrives_whole_whatever_the_server_does_first(server, tmp_path, plan):
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, list(plan)
+    get(server, tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == SHARD and not left_behind(tmp_path)
+    assert [do for _, do, _ in server.seen][:len(plan)] == plan, "every fault happened"
+
+
+def test_a_cut_connection_is_continued_where_it_was(server, tmp_path):
+    big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])  # many times what is read at once
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["cut", "cut"]
+    get(server, tmp_path)
+    starts = [int(r[6:-1]) for _, _, r in server.seen[1:]]
+    assert (tmp_path / "shard.parquet").read_bytes() == big and len(starts) == 2 and len(big) / 4 < starts[0] < starts[1]
+
+
+def test_a_server_that_cannot_continue_still_gets_there_and_a_hopeless_one_is_given_up(server, tmp_path, capsys):
+    server.manners.add("no range")
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, ["cut"] * 3
+    get(server, tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == SHARD
+    server.bodies |= {"/hopeless.parquet": SHARD, "/fine.parquet": SHARD}
+    server.plan["/hopeless.parquet"] = ["garbage"] * 100
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path, ["hopeless.parquet", "gone.parquet", "fine.parquet"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and "2 files" in err and "hopeless.parquet" in err and "no readable parquet" in err and "404" in err and "the command" in err
+    assert (tmp_path / "fine.parquet").exists() and not (tmp_path / "hopeless.parquet").exists() and not (tmp_path / "gone.parquet").exists()
+    assert [p for p, _, _ in server.seen].count("/gone.parquet") == 1, "what is not there is asked for once"
+    assert [p for p, _, _ in server.seen].count("/hopeless.parquet") == download.RETRIES
+
+
+def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
+    server.bodies["/shard.parquet"], server.digests["/shard.parquet"] = SHARD, hashlib.sha256(SHARD).hexdigest()
+    get(server, tmp_path)
+    (tmp_path / "shard.parquet").unlink()
+    server.digests["/shard.parquet"] = "0" * 64
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path)
+    assert stopped.value.code == 1 and "checksum" in capsys.readouterr().err and not (tmp_path / "shard.parquet").exists()
+
+
+def test_the_part_that_is_there_is_used_even_where_it_is_all_or_too_much(server, tmp_path):
+    server.bodies["/shard.parquet"] = SHARD
+    for there, requests in ((SHARD[:1000], 1), (SHARD, 1), (SHARD + b"more", 2)):
+        server.seen.clear()
+        (tmp_path / ".part-shard.parquet").write_bytes(there)
+        get(server, tmp_path)
+        assert (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == requests and server.seen[0][2] == f"bytes={len(there)}-"
+        (tmp_path / "shard.parquet").unlink()
+
+
+def test_retry_after_is_honoured():
+    import email.utils
+    assert download.wait_seconds("7", 1) == 7 and download.wait_seconds("100000", 1) == 600
+    assert 25 < download.wait_seconds(email.utils.formatdate(time.time() + 30), 1) < 31
+    assert download.wait_seconds(None, 1) < 1.5 and download.wait_seconds("soon", 100) <= 78
+
+
+def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkeypatch, capsys):
+    server.bodies["/shard.parquet"] = SHARD
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 999))
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path)
+    assert stopped.value.code == 2 and not server.seen and "NANOCHAT_BASE_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
+def test_offline_means_no_attempt_at_all(server, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "1")
+    server.bodies["/shard.parquet"] = SHARD
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and not server.seen and "shard.parquet" in err and "the command" in err and err.count("\n") == 1
+
+
+def test_only_download_py_speaks_to_the_internet():
+    words = re.compile(r"^\s*(?:import|from)\s+(requests|urllib|http|socketserver|ftplib|huggingface_hub|datasets)\b", re.MULTILINE)
+    assert [p.name for p in REPO.glob("*.py") if words.search(p.read_text())] == ["download.py"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole of prepare_data.py, with small stand-ins for the public files
+
+START = """
+import sys, runpy, download
+where = sys.argv.pop(1)
+for name in ("words_alpha.txt", "eval_bundle.zip"):
+    stem = name.split(".")[0]
+    download.ADDRESSES[stem] = (where + "/" + name, *download.ADDRESSES[stem][1:])
+download.ADDRESSES = {n: (a, many, 1000) for n, (a, many, _) in download.ADDRESSES.items()}
+download.BACKOFF = 0.005
+sys.argv = ["prepare_data.py", *sys.argv[1:]]
+runpy.run_path("prepare_data.py", run_name="__main__")
+"""
+
+
+def choice(form, i):
+    if form == "mmlu":
+        return {"question": f"q{i}", "subject": "s", "choices": list("abcd"), "answer": i % 4}
+    return {"id": str(i), "question": f"q{i}", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "ABCD"[i % 4]}
+
+
+def bundle(broken=False):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr("eval_bundle/core.yaml", "icl_tasks:\n-\n  label: t\n  dataset_uri: a/t.jsonl\n  num_fewshot: [0]\n  icl_task_type: language_modeling\n")
+        z.writestr("eval_bundle/eval_meta_data.csv", "Eval Task,Random baseline\nt,0\n")
+        z.writestr("eval_bundle/eval_data/a/t.jsonl", '{"context": "a", "continuation": "b"}\n' * 20)
+    return out.getvalue()
+
+
+@pytest.fixture
+def hub(server):
+    """The server with a body for every address."""
+    rows = {"smoltalk": [{"messages": TALK}] * 30, "mmlu": [choice("mmlu", i) for i in range(30)], "arc": [choice("arc", i) for i in range(30)],
+            "gsm8k": [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(30)],
+            "humaneval": [{"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n", "test": "def check(c): pass"}]}
+    for name, (address, many, _) in download.ADDRESSES.items():
+        body = {"words_alpha": "\r\n".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(20) for j in range(20)).encode(), "eval_bundle": bundle()}.get(name)
+        if body:
+            server.bodies[f"/{address.rsplit('/', 1)[1]}"] = body
+        for i in range(many if not body else 0):
+            server.bodies[address.format(i).removeprefix("https://huggingface.co")] = SHARD if many > 1000 else parquet(rows[name.split("_")[0]])
+    return server
+
+
+def prepare(hub, state, *args, env=None):
+    return script(state, "-c", START, hub.url, *args, env={"HF_ENDPOINT": hub.url + "/", **(env or {})})
+
+
+def digests(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*")
+            if p.is_file() and not p.name.startswith(".lock") and p.name not in ("phase.json", "lock.json")}
+
+
+def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_found_and_mended(hub, state):
+    args = ["--data=fineweb_edu", "--shards=2"]
+    check = lambda **env: prepare(hub, state, *args, "--check=True", env=env)
+    out = check()
+    assert out.returncode == 2 and not hub.seen and not state.exists() and re.search(r"missing +text +0 of 3", out.stdout), out.stdout
+    assert re.search(r"missing +smoltalk_train +0 of 4 .*mid sft .*python prepare_data.py --data=fineweb_edu .*smoltalk_train.jsonl", out.stdout)
+    hub.plan[next(p for p in hub.bodies if p.endswith("shard_00001.parquet") and "fineweb" in p)] = ["503", "cut", "garbage"]
+    hub.plan["/eval_bundle.zip"] = ["cut", "429:0"]
+    out = prepare(hub, state, *args)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert {p.name for p in (state / "base_data").glob("*.parquet")} == {"shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"}
+    assert not [n for n in digests(state) if "/.part" in n] and (state / "eval_bundle/eval_data/a/t.jsonl").exists() and not (state / "eval_bundle.zip").exists()
+    for task, (split, count) in {"smoltalk": ("train", 120), "mmlu_aux": ("train", 30), "arc_easy": ("test", 30), "humaneval": ("test", 1), "identity": ("train", 1000)}.items():
+        assert len(tasks.load(task, split, "fineweb_edu")) == count
+    before, asked = digests(state), len(hub.seen)
+    assert check(NANOCHAT_OFFLINE="1").returncode == 0
+    again = prepare(hub, state, *args, env={"SLURM_JOB_ID": "1"})
+    assert again.returncode == 0 and "done already" in again.stdout and len(hub.seen) == asked and digests(state) == before
+
+    (state / "base_data/shard_00001.parquet").write_bytes(SHARD[:5000])
+    (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" * 20)
+    (state / "task_data/gsm8k_test.parquet").write_bytes(b"<html>")
+    (state / "task_data/humaneval_test.parquet").unlink()
+    out = check()
+    assert out.returncode == 2 and len(hub.seen) == asked
+    for line in (r"damaged +text +2 of 3 ", r"damaged +CORE ", r"t.jsonl:1 ", r"damaged +gsm8k_test .*rl mid-eval sft-eval rl-eval", r"missing +humaneval_test ", r"have +arc_easy_test "):
+        assert re.search(line, out.stdout), line + out.stdout
+    out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
+    assert out.returncode == 2 and len(hub.seen) == asked and "python prepare_data.py --data=fineweb_edu" in out.stderr
+    assert prepare(hub, state, *args).returncode == 0 and digests(state) == before and len(hub.seen) == asked + 4
+
+
+def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
+    table = lambda *args: dict(re.findall(r"^(?:missing|have) +(\S+) .*?\.\d   ((?:\S+ )+)", prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", *args).stdout, re.MULTILINE))
+    everything = table()
+    for name, path in {"mid": "mid_train.py", "sft": "chat_sft.py"}.items():
+        for spec in configurator.defaults(REPO / path)["mixture"]:
+            assert name in everything[tasks.TASKS[tasks.parse(spec)[0]]["train"]].split()
+    for name in configurator.defaults(REPO / "chat_eval.py")["tasks"]:
+        assert "sft-eval" in everything[tasks.TASKS[name]["test"]].split()
+    assert set(table("--phases=tok,base")) == {"text"} and set(table("--phases=base-eval", "--core_items=0")) == {"text"}
+    assert {"gsm8k_train", "identity_train"} == set(table("--phases=mid", "--mixture=gsm8k*2,identity", "--held_out=gsm8k")) - {"gsm8k_test"} - {n for n in everything if everything[n] == "- "}
+    out = prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", "--phases=mid", "--mixture=mmlu")
+    assert out.returncode == 2 and "no train split" in out.stderr
+
+
+def test_phases_read_tasks_only_through_settings_that_declare_them():
+    """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere would not be prepared."""
+    reads = ast.literal_eval(re.search(r"^READS = ({.*?})", (REPO / "prepare_data.py").read_text(), re.MULTILINE)[1])
+    for path in [p for p in REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name not in ("configurator.py", "prepare_data.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and re.fullmatch(r"(tasks|task_list)\.(load|mixture|fingerprint|find|read)", ast.unparse(call.func)):
+                names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name)}
+                literals = [n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                assert (names & set(reads) or names == {"name"}) and not literals, f"{path.name}:{call.lineno} {ast.unparse(call)}"
+
+
+def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
+    import torch
+    import gpt
+    shards = lambda *args: int(re.search(r"text +0 of (\d+)", prepare(hub, state, "--data=fineweb_edu", "--check=True", "--phases=tok", *args).stdout)[1])
+    base = configurator.defaults(REPO / "base_train.py")
+    for depth in (4, 20):
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.config_from_depth(depth, 32768, base["max_seq_len"], base["arch"]))
+        parameters = sum(p.numel() for n, p in model.named_parameters() if "transformer.h" in n or "lm_head" in n)  # as base_train.py counts them
+        wanted = base["tokens_per_param"] * parameters / 50e6
+        assert wanted + 1 <= shards(f"--depth={depth}") <= 1.1 * wanted + 4
+    assert abs(shards("--depth=20", "--tokens_per_param=24") - 2 * wanted) < 15 and shards("--num_steps=100", "--total_batch_size=1000000") == 4
+    assert shards("--depth=100") == 1823 and shards("--shards=0") == 1
+
+
+def test_two_processes_at_once_on_one_folder(hub, state):
+    """fineweb_edu and climbmix share the tasks. A slow server keeps both busy with the same file at the same time."""
+    path = next(p for p in hub.bodies if p.endswith("train-00002-of-00004.parquet"))
+    hub.plan[path] = ["stall"]
+    start = lambda name: subprocess.Popen([sys.executable, "-c", START, hub.url, f"--data={name}", "--shards=1"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                          env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "HF_ENDPOINT": hub.url})
+    first = start("fineweb_edu")
+    assert hub.stalled.wait(60)
+    second = start("climbmix")
+    while not any("climbmix" in p for p, _, _ in hub.seen) and second.poll() is None:
+        time.sleep(0.05)
+    third = prepare(hub, state, "--data=climbmix", "--shards=1")
+    assert third.returncode == 2 and "is being written by process" in third.stderr, third.stderr
+    hub.go.set()
+    said = [p.communicate(timeout=100)[0] for p in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert [do for p, do, _ in hub.seen if p == path] == ["stall", "whole"], "the file was brought once, with one continuation"
+    assert len(tasks.load("smoltalk", "train", "climbmix")) == 120 and not [n for n in digests(state) if ".part" in n]
+    assert (state / "base_data_climbmix/shard_06542.parquet").exists()
+
+
+def test_a_stop_keeps_what_came_and_the_same_command_goes_on(hub, state):
+    path = next(p for p in hub.bodies if p.endswith("shard_00000.parquet") and "fineweb" in p)
+    hub.bodies[path] = big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
+    hub.plan[path] = ["stall"]
+    command = [sys.executable, "-c", START, hub.url, "--data=fineweb_edu", "--shards=1", "--phases=tok"]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "HF_ENDPOINT": hub.url})
+    assert hub.stalled.wait(60)
+    part = state / "base_data/.part-shard_00000.parquet"
+    while not part.exists() or part.stat().st_size < len(big) // 4:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    t0 = time.time()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and time.time() - t0 < 5 and "same command" in err and "Traceback" not in err
+    assert json.loads((state / "base_data/phase.json").read_text())["status"] == "interrupted" and part.stat().st_size > len(big) // 4
+    kept = part.stat().st_size
+    assert prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--phases=tok").returncode == 0
+    assert [r for p, _, r in hub.seen if p == path] == [None, f"bytes={kept}-"] and (state / "base_data/shard_00000.parquet").read_bytes() == big
+
+
+def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state, tmp_path):
+    own = tmp_path / "texts"
+    own.mkdir()
+    for i in range(2):
+        with gzip.open(own / f"{i}.jsonl.gz", "wt") as f:
+            f.write("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:50]))
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text((json.dumps({"messages": TALK}) + "\n") * 3)
+    common.task_dir(str(own)).mkdir(parents=True)
+    (common.task_dir(str(own)) / "smoltalk_test.jsonl").symlink_to(talks)
+    args = [f"--data={own}", "--phases=tok,base,mid", f"--extra_conversations={talks}", "--mixture=identity"]
+    out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
+    assert out.returncode == 0 and not hub.seen and "1 files to train on and 1 to validate" in out.stdout, out.stdout + out.stderr
+    assert prepare(hub, state, *args, "--check=True").returncode == 0 and sorted(p.name for p in own.iterdir()) == ["0.jsonl.gz", "1.jsonl.gz"]
+    (own / "1.jsonl.gz").write_bytes((own / "1.jsonl.gz").read_bytes()[:-20])
+    talks.write_text("{broken\n" * 30)
+    out = prepare(hub, state, *args, "--check=True")
+    assert out.returncode == 2 and re.search("damaged +text +1 of 2", out.stdout) and "1.jsonl.gz is damaged behind line" in out.stdout and "talks.jsonl:1 " in out.stdout
+    out = prepare(hub, state, *args)
+    assert out.returncode == 2 and not hub.seen and "by hand" in out.stderr
+    talks.unlink()
+    out = prepare(hub, state, *args, "--check=True")
+    assert out.returncode == 2 and re.search("missing +conversations +0 of 1", out.stdout)
+    assert "there is no phase bse" in prepare(hub, state, *args, "--phases=bse").stderr
+
+
+def test_the_toy_world_is_checked_file_by_file(state):
+    check = lambda: script(state, "prepare_data.py", "--data=toy", "--check=True")
+    assert check().returncode == 2
+    assert script(state, "prepare_data.py", "--data=toy", "--size=0.01").returncode == 0
+    out = check()
+    assert out.returncode == 0 and re.search(r"have +smoltalk_train +1 of 1 .*mid sft", out.stdout)
+    path = state / "toy/task_data/gsm8k_test.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    out = check()
+    assert out.returncode == 2 and re.search(r"damaged +gsm8k_test .*python prepare_data.py --data=toy", out.stdout)
+
+
+def test_in_a_network_namespace_without_interface(hub, state):
+    unshare = ["unshare", "-rn"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("unshare -rn is not allowed here")
+    assert prepare(hub, state, "--data=fineweb_edu", "--shards=1").returncode == 0
+    run = lambda *args: subprocess.run([*unshare, sys.executable, *args], cwd=REPO, capture_output=True, text=True, timeout=200,
+                                       env={**{k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT", "SLURM"))}, "NANOCHAT_BASE_DIR": str(state)})
+    assert run("-c", "import socket; socket.create_connection(('127.0.0.1', 9))").returncode != 0
+    for command in (["prepare_data.py", "--data=fineweb_edu", "--shards=1", "--check=True"], ["prepare_data.py", "--data=fineweb_edu", "--shards=1"],
+                    ["tok_train.py", "--data=fineweb_edu", "--vocab_size=300", "--workers=1"]):
+        out = run(*command)
+        assert out.returncode == 0, out.stdout + out.stderr
+    (state / "task_data/gsm8k_test.parquet").unlink()
+    out = run("prepare_data.py", "--data=fineweb_edu", "--shards=1", "--check=True")
+    assert out.returncode == 2 and "missing  gsm8k_test" in out.stdout
+
+
+def test_identity_conversations_are_the_same_each_time_and_well_formed(hub, state):
+    assert prepare(hub, state, "--data=fineweb_edu", "--shards=0", "--phases=mid", "--mixture=identity", "--held_out=identity").returncode == 2  # no test split
+    runs = []
+    for name in ("fineweb_edu", "climbmix"):
+        path = common.task_dir(name) / "identity_train.jsonl"
+        path.unlink(missing_ok=True)
+        assert prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk").returncode == 0
+        runs.append(path.read_bytes())
+    assert runs[0] == runs[1] and len(set(runs[0].splitlines())) > 900
