@@ -11,7 +11,6 @@ import common
 common.install_stop_handlers()  # before torch is imported: a signal in the first seconds counts too
 
 import dataclasses
-import math
 import time
 
 import checkpoint
@@ -95,18 +94,10 @@ plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
 common.check(dataset.n_rows(plan) and dataset.n_rows(val_plan), f"the data set {data} has too little text for rows of {max_seq_len} tokens")
 parameters = sum(p.numel() for p in model.parameters())
-scaling_parameters = sum(p.numel() for n, p in model.named_parameters() if "transformer.h" in n or "lm_head" in n)
-tokens_wanted = (num_steps * max(total_batch_size, 0) or None if num_steps != -1 else
-                 target_flops / model.flops_per_token() if target_flops > 0 else tokens_per_param * scaling_parameters)
-if total_batch_size == -1:
-    # the best batch grows with about the 0.38th power of the tokens (arXiv 2505.13738): 2^19 tokens at d12's 1.6e9
-    guess = 2 ** 19 * ((tokens_wanted or 1.6e9) / 1.6e9) ** 0.383
-    rows = max(1, 2 ** round(math.log2(guess / max_seq_len)))
-else:
-    rows = total_batch_size // max_seq_len
+scaling_parameters = training.scaling_parameters(model)
+rows, num_steps = training.horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size)
 batch_tokens = rows * max_seq_len
-if num_steps == -1:
-    num_steps = max(1, round(tokens_wanted / batch_tokens))
+device_batch_size = training.rows_that_fit("base", "device_batch_size", device_batch_size, data, compute)
 micro_rows = dataset.fit_micro_rows(rows, device_batch_size, compute.world)
 lr_batch_scale = min(1.0, (batch_tokens / 2 ** 19) ** 0.5)  # Adam's and Muon's rates follow the root of the batch
 if weight_decay == -1.0:

@@ -87,6 +87,8 @@ phase.note(directory, chosen=common.chosen(compute))
 found = common.on_rank0(checkpoint.newest, directory)
 model_state, optim_state, meta = checkpoint.load(directory, found) if found is not None else checkpoint.load(parent_dir, parent_step, optimizer=False)
 model = checkpoint.build_model(meta, model_state, compute.device, compute.dtype)
+device_batch_size = training.rows_that_fit("rl", "device_batch_size", device_batch_size, data, compute)
+rollout_rows = training.rows_that_fit("rl", "rollout_rows", rollout_rows, data, compute)
 train_items, test_items = tasks.load(task, "train", data), tasks.load(task, "test", data, eval_problems)
 num_steps = num_steps if num_steps != -1 else max(1, len(train_items) // problems_per_step)
 optimizer = optim.make_optimizer(model, matrix_lr=matrix_lr * lr_fraction, embedding_lr=embedding_lr * lr_fraction,

@@ -53,6 +53,15 @@ def defaults(path):
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments(Path(path).read_text(encoding="utf-8"))}
 
 
+def given(script, args):
+    """{setting: value} that `python SCRIPT ARGS` would run with; args: a list of --key=value"""
+    values = defaults(common.REPO / script)
+    for name, value in (arg[2:].split("=", 1) for arg in args):
+        name = name.replace("-", "_")
+        values[name] = convert(name, value, values[name])
+    return values
+
+
 def convert(name, value, default):
     """`value` (text from the command line, or a Python value from a file) as the type of `default`.
     examples: ("depth", "4", 20) -> 4;  ("lr", "1", 0.1) -> 1.0;  ("mixture", "a,b*2", ["c"]) -> ["a", "b*2"]"""

@@ -2,6 +2,7 @@
 What the training scripts share besides their loops, which each of them has in sight: the schedule, the clock that decides
 when to save, sums over ranks, bits per byte, samples. Plain functions; the clock is one dict of this process.
 """
+import contextlib
 import math
 import sys
 import time
@@ -28,6 +29,25 @@ def lr_scale(step, num_steps, warmup_ratio, warmdown_ratio, final_fraction):
         return 1.0
     left = (num_steps - step) / warmdown
     return left + (1 - left) * final_fraction
+
+
+def scaling_parameters(model):
+    """Parameters of matrices and head: what the horizon is proportional to."""
+    return sum(p.numel() for n, p in model.named_parameters() if "transformer.h" in n or "lm_head" in n)
+
+
+def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
+    """From base_train.py's settings of these names -> (rows of a step, steps)"""
+    length = model.config.sequence_len
+    tokens_wanted = (num_steps * max(total_batch_size, 0) or None if num_steps != -1 else
+                     target_flops / model.flops_per_token() if target_flops > 0 else tokens_per_param * scaling_parameters(model))
+    if total_batch_size == -1:
+        # the best batch grows with about the 0.38th power of the tokens (arXiv 2505.13738): 2^19 tokens at d12's 1.6e9
+        guess = 2 ** 19 * ((tokens_wanted or 1.6e9) / 1.6e9) ** 0.383
+        rows = max(1, 2 ** round(math.log2(guess / length)))
+    else:
+        rows = total_batch_size // length
+    return rows, num_steps if num_steps != -1 else max(1, round(tokens_wanted / (rows * length)))
 
 
 def to_device(array, compute):
@@ -89,6 +109,27 @@ def exploding():
 def is_out_of_memory(e):
     """True for CUDA's, MPS's and the host allocator's ways to say so."""
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(e) or "out of memory" in str(e)
+
+def machine(compute):
+    """What memory depends on.  example: "4 x NVIDIA H100 80GB HBM3" """
+    return f"{compute.world} x {torch.cuda.get_device_name() if compute.device.type == 'cuda' else compute.device.type}"
+
+def rows_that_fit(stage, key, asked, data, compute):
+    """The number of rows that trial.py found to fit on this machine, where that is less than `asked` for the setting `key` of `stage`."""
+    record = common.read_json(common.trial_path(data)) or {}
+    found = record.get("found", {}).get(f"{stage} {key}")
+    if record.get("machine") != machine(compute) or not found or found[0] != asked or found[1] == asked:
+        return asked
+    common.print0(f"{stage}: --{key}={found[1]} instead of {asked}, which does not fit into memory here (found by trial.py)")
+    return found[1]
+
+def memory_kills():
+    """How many processes this host's memory guard has killed since it was started; None where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in open("/proc/vmstat"):
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+
 
 def explain_out_of_memory(name, **rows):
     """From here on running out of memory ends the phase `name` with 1 and one line that says what to try. rows: the settings that decide
