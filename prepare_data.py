@@ -240,6 +240,7 @@ if check:
     raise SystemExit(0)
 
 if not common.is_folder_data(data):
+    settings.defining = settings.defining if data == "toy" else {"data": data}
     phase.begin(directory, "prepare_data", settings, {}, lambda: next((why for _, why in look()), None), start_over)
 if data == "toy":
     import toy_world

@@ -69,6 +69,7 @@ toy() { [ "$data" != toy ] || echo "$*"; }
 args() {
     local rates="--matrix_lr=0.08 --embedding_lr=0.6 --unembedding_lr=0.016"
     case "$1" in
+        data)      echo "--depth=$depth --phases=$([ "${run[*]}" = data ] || (IFS=,; echo "${run[*]}"))" ;;  # alone: what all phases read
         tok)       toy --vocab_size=2048 ;;
         base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1000 --eval_every=250 --eval_tokens=200000 --matrix_lr=0.08 --embedding_lr=1.2 --unembedding_lr=0.016 ;;
         base-eval) echo "--tag=$tag"; toy --eval_tokens=200000 ;;

@@ -315,12 +315,21 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
 def test_phases_read_tasks_only_through_settings_that_declare_them():
     """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere would not be prepared."""
     reads = ast.literal_eval(re.search(r"^READS = ({.*?})", (REPO / "prepare_data.py").read_text(), re.MULTILINE)[1])
-    for path in [p for p in REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name not in ("configurator.py", "prepare_data.py")]:
+    found = 0
+    for path in [p for p in REPO.glob("*.py") if p.name not in ("tasks.py", "prepare_data.py")]:
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and re.fullmatch(r"(tasks|task_list)\.(load|mixture|fingerprint|find|read)", ast.unparse(call.func)):
-                names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name)}
+                found += 1
+                names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(call.args[0]) if isinstance(n, ast.Attribute)}
                 literals = [n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 assert (names & set(reads) or names == {"name"}) and not literals, f"{path.name}:{call.lineno} {ast.unparse(call)}"
+    assert found >= 8
+
+
+def test_speedrun_requires_what_its_phases_read_and_data_alone_prepares_everything():
+    dry = lambda *args: subprocess.run(["bash", "speedrun.sh", "--dry-run", *args], cwd=REPO, capture_output=True, text=True).stdout.splitlines()[0]
+    assert dry("--data=fineweb_edu", "--depth=6", "--only=data,tok,base").endswith("prepare_data.py --data=fineweb_edu --depth=6 --phases=data,tok,base")
+    assert dry("--data=fineweb_edu", "--only=data").endswith("prepare_data.py --data=fineweb_edu --depth=20 --phases=")
 
 
 def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
