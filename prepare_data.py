@@ -12,9 +12,12 @@ A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that y
 import common
 common.install_stop_handlers()
 
+import contextlib
 import json
 import math
 import re
+import shlex
+import sys
 import zipfile
 from collections import namedtuple
 
@@ -59,7 +62,7 @@ unknown = [p for p in phases if p not in (*SCRIPTS, "data", "report")]
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are {', '.join(SCRIPTS)}")
 phases = [p for p in phases if p in SCRIPTS] or list(SCRIPTS)
 directory, root = common.base_data_dir(data), common.data_root(data)
-command = f"python prepare_data.py --data={data}" + (f" --depth={depth}" if data in dataset.VAL_SHARD else "")
+command = "python prepare_data.py " + shlex.join(a for a in sys.argv[1:] if not a.startswith("--check"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what has to be there
@@ -69,15 +72,14 @@ File = namedtuple("File", "what path needs opens url size")
 
 def declared(script):
     """The settings of a phase that say what it reads: its own, where this script was not given others."""
-    given = {k: settings[k] for k in READS if settings[k]}
-    return {**configurator.defaults(common.REPO / script), **given}
+    return {k: settings[k] or value for k, value in configurator.defaults(common.REPO / script).items() if k in READS}
 
 def task_splits():
     """-> {(task, split): [phases that read it]}"""
     found = {}
     for name in phases:
         for setting, value in declared(SCRIPTS[name]).items():
-            for spec in (value if isinstance(value, list) else [value]) if value and setting in READS else []:
+            for spec in (value if isinstance(value, list) else [value]) if value else []:
                 for split in READS[setting]:
                     readers = found.setdefault((task_list.parse(spec)[0], split), [])
                     readers += [name] if name not in readers else []
@@ -261,7 +263,7 @@ zipped = common.eval_bundle_dir(data).with_suffix(".zip")
 jobs = [(f.url, zipped if f.what == "CORE" else f.path, f.opens, f.size) for f, _ in bad]
 download.fetch_all(jobs, command, workers)
 if any(f.what == "CORE" for f, _ in bad):
-    with zipfile.ZipFile(zipped) as bundle:
+    with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:  # gone: another process has unpacked it
         for name in bundle.namelist():
             inside = name.removeprefix("eval_bundle/")
             if inside != name and inside and not name.endswith("/") and ".." not in inside:

@@ -294,7 +294,7 @@ def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_f
     for line in (r"damaged +text +2 of 3 ", r"damaged +CORE ", r"t.jsonl:1 ", r"damaged +gsm8k_test .*rl mid-eval sft-eval rl-eval", r"missing +humaneval_test ", r"have +arc_easy_test "):
         assert re.search(line, out.stdout), line + out.stdout
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
-    assert out.returncode == 2 and len(hub.seen) == asked and "python prepare_data.py --data=fineweb_edu" in out.stderr
+    assert out.returncode == 2 and len(hub.seen) == asked and "run: python prepare_data.py --data=fineweb_edu --shards=2" in out.stderr
     assert prepare(hub, state, *args).returncode == 0 and digests(state) == before and len(hub.seen) == asked + 4
 
 
@@ -306,7 +306,7 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
             assert name in everything[tasks.TASKS[tasks.parse(spec)[0]]["train"]].split()
     for name in configurator.defaults(REPO / "chat_eval.py")["tasks"]:
         assert "sft-eval" in everything[tasks.TASKS[name]["test"]].split()
-    assert set(table("--phases=tok,base")) == {"text"} and set(table("--phases=base-eval", "--core_items=0")) == {"text"}
+    assert set(table("--phases=tok,base", "--mixture=gsm8k")) == {"text"} and set(table("--phases=base-eval", "--core_items=0")) == {"text"}
     assert {"gsm8k_train", "identity_train"} == set(table("--phases=mid", "--mixture=gsm8k*2,identity", "--held_out=gsm8k")) - {"gsm8k_test"} - {n for n in everything if everything[n] == "- "}
     out = prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
@@ -322,7 +322,7 @@ def test_phases_read_tasks_only_through_settings_that_declare_them():
                 found += 1
                 names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(call.args[0]) if isinstance(n, ast.Attribute)}
                 literals = [n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-                assert (names & set(reads) or names == {"name"}) and not literals, f"{path.name}:{call.lineno} {ast.unparse(call)}"
+                assert ((names | set(literals)) & set(reads) or names == {"name"}) and not set(literals) & set(tasks.TASKS), f"{path.name}:{call.lineno} {ast.unparse(call)}"
     assert found >= 8
 
 
