@@ -65,7 +65,6 @@ model = checkpoint.load_found(directory, step, compute.device, compute.dtype)[0]
 if left_out:
     common.print0(f"HumanEval is left out: its programs cannot be run in a sandbox here ({no_sandbox}); --unsafe_exec=True runs them without")
 
-
 @torch.inference_mode()
 def categorical(items):
     """Whether the letter of the right choice has the largest logit of the item's letters. -> list of bool"""

@@ -21,13 +21,10 @@ from pathlib import Path
 import common
 
 MARKER = "may change at every resume"
-
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 class Settings(dict):
-    """All settings by name; `.defining` and `.free` are the two halves (see the module's docstring)."""
-    defining: dict
-    free: dict
-
+    """All settings by name; `.defining` and `.free` are the two halves, dicts too (see the module's docstring)."""
 
 def assignments(source):
     """The settings in the text of a script, as nodes of its syntax tree."""
@@ -36,7 +33,6 @@ def assignments(source):
             return  # what comes after configure(globals()) is no setting
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             yield node
-
 
 def declared(path):
     """The settings of the script at `path`: a list of (name, comment, defining) in the order of the file.
@@ -47,11 +43,9 @@ def declared(path):
     comment = lambda node: " ".join(line.split("  #", 1)[1].strip() for line in lines[node.lineno - 1:node.end_lineno] if "  #" in line)
     return [(node.targets[0].id, comment(node), node.lineno < marker) for node in assignments(source)]
 
-
 def defaults(path):
     """{setting: default} of the script at `path`, without running it."""
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments(Path(path).read_text(encoding="utf-8"))}
-
 
 def given(script, args):
     """{setting: value} that `python SCRIPT ARGS` would run with; args: a list of --key=value"""
@@ -60,7 +54,6 @@ def given(script, args):
         name = name.replace("-", "_")
         values[name] = convert(name, value, values[name])
     return values
-
 
 def convert(name, value, default):
     """`value` (text from the command line, or a Python value from a file) as the type of `default`.
@@ -76,20 +69,13 @@ def convert(name, value, default):
     if isinstance(default, float) and isinstance(literal, int) and not isinstance(literal, bool):
         literal = float(literal)
     if default is not None and type(literal) is not type(default):
-        common.fail(f"--{name} takes {article(default)} (default {default!r}), not {value!r}")
+        common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
     return literal
-
-
-def article(default):
-    return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text",
-            "list": "a list"}.get(type(default).__name__, type(default).__name__)
-
 
 def configure(module_globals):
     """Applies sys.argv to the settings in `module_globals` (a script's globals()) and returns them as Settings.
     Exits with 2 and one line for an unknown key or a wrong type; prints all settings for --help and exits with 0."""
-    path = os.path.abspath(module_globals["__file__"])
-    table = [row for row in declared(path) if row[0] in module_globals]
+    table = [row for row in declared(module_globals["__file__"]) if row[0] in module_globals]
     defaults = {name: module_globals[name] for name, _, _ in table}
 
     def assign(name, value, where):
@@ -101,12 +87,11 @@ def configure(module_globals):
 
     for arg in sys.argv[1:]:
         if arg in ("--help", "-h"):
-            print((module_globals.get("__doc__") or "").strip() + "\n\nsettings:")
-            free_started = False
-            for name, comment, defining in table:
-                if not defining and not free_started:
-                    print("\nthese do not define the result and " + MARKER + ":")
-                    free_started = True
+            print((module_globals["__doc__"] or "").strip() + "\n\nsettings:")
+            first_free = next((name for name, _, defining in table if not defining), None)
+            for name, comment, _ in table:
+                if name == first_free:
+                    print(f"\nthese do not define the result and {MARKER}:")
                 left = f"  --{name}={defaults[name]!r}"
                 print(f"{left:<40} {comment}" if len(left) < 40 else f"{left}\n{'':<40} {comment}")
             sys.exit(0)
@@ -114,8 +99,7 @@ def configure(module_globals):
             name, value = arg[2:].split("=", 1)
             assign(name, value, arg)
         elif arg.endswith(".py") and not arg.startswith("-"):
-            if not os.path.exists(arg):
-                common.fail(f"no such settings file: {arg}")
+            common.check(os.path.exists(arg), f"no such settings file: {arg}")
             for name, value in runpy.run_path(arg).items():
                 if not name.startswith("_") and not callable(value) and type(value).__name__ != "module":
                     assign(name, value, arg)
@@ -125,7 +109,6 @@ def configure(module_globals):
     settings.defining = {name: settings[name] for name, _, defining in table if defining}
     settings.free = {name: settings[name] for name, _, defining in table if not defining}
     return settings
-
 
 def main():
     """`python configurator.py accepted SCRIPT --key=value ...` prints the arguments that SCRIPT has a setting for;
@@ -144,7 +127,6 @@ def main():
         for arg in sys.argv[2:]:
             near = difflib.get_close_matches(key(arg), known, n=1, cutoff=0.0)
             common.check(key(arg) in known, f"no phase has a setting {key(arg)!r}; the nearest is --{near[0]}")
-
 
 if __name__ == "__main__":
     main()

@@ -38,10 +38,8 @@ def yaml_value(text):
     return text if re.fullmatch(r"[A-Za-z_./][\w./ -]*", text) and text not in ("true", "false") else json.loads(text)
 
 def read_core_yaml(path):
-    """
-    -> list of {"label", "uri", "kind", "shots", "delimiter"}. Reads the little of YAML that this file is made of (under
-    icl_tasks: a list of flat maps, a `-` before each); anything else: exit 2 with the number of the line.
-    """
+    """-> list of {"label", "uri", "kind", "shots", "delimiter"}. Reads the little of YAML that this file is made of (under
+    icl_tasks: a list of flat maps, a `-` before each); anything else: exit 2 with the number of the line."""
     found = None
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -119,11 +117,9 @@ def examples(number, n, shots):
     return [i + (i >= number) for i in random.Random(1234 + number).sample(range(n - 1), shots)]
 
 def prompts(task, number):
-    """
-    The texts to compare: one a choice, or for language modelling the text without and with its continuation.
+    """The texts to compare: one a choice, or for language modelling the text without and with its continuation.
     example: {"query": "2+2", "choices": ["4", "5"]} behind {"query": "1+1", "choices": ["2", "3"], "gold": 0} and with the
-    delimiter "=" -> ["1+1=2\\n\\n2+2=4", "1+1=2\\n\\n2+2=5"]
-    """
+    delimiter "=" -> ["1+1=2\\n\\n2+2=4", "1+1=2\\n\\n2+2=5"]"""
     items, delimiter, item = task["items"], task["delimiter"], task["items"][number]
     texts = {"multiple_choice": lambda item: [item["query"] + delimiter + choice for choice in item["choices"]],
              "schema": lambda item: [context + delimiter + item["continuation"] for context in item["context_options"]],
@@ -142,10 +138,8 @@ def shared(rows):
 Row = namedtuple("Row", "ids start end cut")  # ids[start:end] is scored; cut: how many tokens were taken off in front
 
 def rows_of(kind, tokens, longest):
-    """
-    -> list of Row. Scored is, in multiple choice, what follows what all have in common; in a schema, the end that all
-    have in common; in language modelling, the continuation. Of more than `longest` tokens the last ones are kept.
-    """
+    """-> list of Row. Scored is, in multiple choice, what follows what all have in common; in a schema, the end that all
+    have in common; in language modelling, the continuation. Of more than `longest` tokens the last ones are kept."""
     if kind == "language_modeling":
         spans = [(tokens[1], shared(tokens))]
     elif kind == "multiple_choice":
@@ -154,18 +148,15 @@ def rows_of(kind, tokens, longest):
         suffix = shared([ids[::-1] for ids in tokens])
         spans = [(ids, len(ids) - suffix) for ids in tokens]
     cuts = [max(0, len(ids) - longest) for ids, _ in spans]  # of a continuation longer than that, what fits is scored
-    return [Row(ids[cut:], start - cut if start >= cut else 1, len(ids) - cut, cut)
-            for (ids, start), cut in zip(spans, cuts)]
+    return [Row(ids[cut:], start - cut if start >= cut else 1, len(ids) - cut, cut) for (ids, start), cut in zip(spans, cuts)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scoring: what the rows of an item share is run once, and logits are made only where something is scored
 
 def make_groups(rows):
-    """
-    rows {(item, choice): Row} -> [(common, [keys])]: rows of an item that begin with the same `common` tokens, none of
+    """rows {(item, choice): Row} -> [(common, [keys])]: rows of an item that begin with the same `common` tokens, none of
     them scored. Left out: rows with nothing to score (an empty choice) and repetitions of a row. Rows that were cut by
-    different amounts share nothing: the same token stands elsewhere in them and sees something else.
-    """
+    different amounts share nothing: the same token stands elsewhere in them and sees something else."""
     together, groups = {}, []
     for (item, choice), row in rows.items():
         if 0 < row.start < row.end and all(rows[item, earlier] != row for earlier in range(choice)):

@@ -15,12 +15,9 @@ import phase
 
 _run = {}  # of this process: the files, inputs, pieces, seconds
 
-
 def begin(path, inputs, settings, enough=lambda result: True):
-    """
-    Opens the evaluation with the result file `path`; ends the process with 0 where that is of these inputs, of the dtype that
-    is asked for, and enough(result). -> (Compute, {piece: value} that is there already)
-    """
+    """Opens the evaluation with the result file `path`; ends the process with 0 where that is of these inputs, of the dtype that
+    is asked for, and enough(result). -> (Compute, {piece: value} that is there already)"""
     def fits(record):
         return isinstance(record, dict) and record.get("inputs") == inputs and settings["dtype"] in ("auto", record.get("chosen", {}).get("dtype"))
     found = common.on_rank0(common.read_json, path)
@@ -52,7 +49,6 @@ def begin(path, inputs, settings, enough=lambda result: True):
         common.print0(f"continuing, {len(pieces)} pieces are there already")
     return compute, _run["pieces"]
 
-
 def keep(piece, value):
     """Keeps a piece that is measured. None is the answer of what was asked to stop: ends the process with 75."""
     if value is None:
@@ -62,7 +58,6 @@ def keep(piece, value):
     _run["pieces"][piece] = value
     common.append_metrics(_run["partial"], {"piece": piece, "value": value, "seconds": round(seconds, 3)})
 
-
 def done(**result):
     """Writes the result file, which makes the pieces superfluous, and ends the process."""
     if common.rank_world()[0] == 0:
@@ -71,7 +66,6 @@ def done(**result):
     common.print0(f"done in {common.clock(_run['spent'])} ({_run['path']})")
     common.outcome(0, "done")
     common.leave()
-
 
 def score(outcomes, chance):
     """list of bool -> accuracy with its 95 % interval (Wilson 1927), and the accuracy centred: guessing 0, perfection 1.

@@ -26,11 +26,9 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 LARGEST = 10 ** 15  # of any number on the way, so that nothing takes long
 
 def calculate(expression):
-    """
-    The value of an arithmetic expression (+ - * / // % ** and brackets) or of 'text'.count('x'), as text; None where the
+    """The value of an arithmetic expression (+ - * / // % ** and brackets) or of 'text'.count('x'), as text; None where the
     expression is anything else, too long, or has no value.
-    examples: "(1+2)*3" -> "9";  "7/2" -> "3.5";  "1,000/4" -> "250";  "'hello'.count('l')" -> "2";  "open('x')" -> None
-    """
+    examples: "(1+2)*3" -> "9";  "7/2" -> "3.5";  "1,000/4" -> "250";  "'hello'.count('l')" -> "2";  "open('x')" -> None"""
     if len(expression) > 200:
         return None
     if "'" not in expression and '"' not in expression:
@@ -215,15 +213,13 @@ def user_namespace():
     return [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 
 def run_python(code, timeout=5.0, memory_mb=512, unsafe=False, test="", entry_point=""):
-    """
-    Runs a Python program. -> (True, "passed") if it came to its end without an exception, else (False, why).
+    """Runs a Python program. -> (True, "passed") if it came to its end without an exception, else (False, why).
     With `test`, Python code that defines check(candidate), the verdict is whether check(`entry_point` of the program) raises
     nothing; it runs in a process of its own, and only literals cross. Without `test` the program itself says that it came
     to its end, so code written against this very harness could say so too early.
     It runs in namespaces of its own (processes, network, mounts, users), as nobody when we are root, with limits on time,
     memory, file size and processes, all disks read-only, in an empty folder in memory, without our environment. Where the
-    system refuses namespaces it is not run, unless `unsafe`: then only the limits and the empty environment protect us.
-    """
+    system refuses namespaces it is not run, unless `unsafe`: then only the limits and the empty environment protect us."""
     available, why = sandbox_available()
     if not available and not unsafe:
         return False, f"not run: no sandbox here ({why})"

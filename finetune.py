@@ -12,13 +12,11 @@ import phase
 import tasks
 import tokenizer as tok
 
-
 def run(stage, parent, settings, every_token):
     """Trains `stage` ("mid" or "sft") on from the model of the stage `parent` and ends the process.
     in: settings as mid_train.py and chat_sft.py declare them; every_token: whether the user's tokens are trained on too"""
     s = SimpleNamespace(**settings)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # inputs, all checked before a model is made
 
     common.check(s.device_batch_size >= 1, f"--device_batch_size must be at least 1, not {s.device_batch_size}")
@@ -35,7 +33,6 @@ def run(stage, parent, settings, every_token):
                               {"tokenizer": tokenizer.fingerprint, "tasks": files, parent: checkpoint.fingerprint(parent_dir, parent_step)},
                               lambda: None if checkpoint.newest(directory) is not None else "no whole checkpoint", s.start_over)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # model, optimizer, rows
 
     import torch
@@ -69,7 +66,6 @@ def run(stage, parent, settings, every_token):
                   f"in {dataset.n_rows(plan):,} rows, {num_steps:,} steps of {batch_tokens:,} tokens; "
                   f"{compute.world} x {compute.device.type}, {compute.dtype}, compile={compute.compile}")
 
-    # -----------------------------------------------------------------------------------------------------------------
     # where it was
 
     step, spent, skipped, loss, val_bpb = 0, 0.0, 0, None, None
@@ -93,7 +89,6 @@ def run(stage, parent, settings, every_token):
                 "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, s.keep, wait)
         training.saved(t0)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # the loop: save when due, measure when due, then train one step
 
     while True:

@@ -19,7 +19,6 @@ HEAD_DIM = 128
 SOFTCAP = 15.0        # logits are held within +-15
 GATE_CHANNELS = 12    # the value-embedding gate looks at the first channels of the residual stream
 
-
 @dataclass
 class GPTConfig:
     sequence_len: int = 2048
@@ -30,16 +29,13 @@ class GPTConfig:
     n_embd: int = 1280
     arch: str = "modern"  # or "nanochat_2025"
 
-
 def config_from_depth(depth, vocab_size, sequence_len, arch="modern"):
     """depth -> GPTConfig: width 64 * depth rounded up to whole heads of 128.  example: 20 -> 1280 wide, 10 heads"""
     n_head = max(1, -(-64 * depth // HEAD_DIM))
     return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * HEAD_DIM, arch)
 
-
 def norm(x):
     return F.rms_norm(x, (x.size(-1),))
-
 
 class Linear(nn.Linear):
     """nn.Linear without bias that casts its float32 weight to the dtype of its input."""
@@ -49,24 +45,21 @@ class Linear(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-
 def rotate(x, cos, sin):
     """Rotary embedding. x [B, T, H, D]; cos, sin [1 or B, T, 1, D/2]. Rotates by minus theta, as nanochat's weights expect."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
-
 def has_value_embedding(config, layer):
     """Every second layer, the last one included."""
     return config.arch == "modern" and layer % 2 == (config.n_layer - 1) % 2
-
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.modern = layer, config.arch == "modern"
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
+        self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
@@ -74,13 +67,10 @@ class Attention(nn.Module):
             self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head)
 
     def forward(self, x, ve, cos, sin, cache):
-        B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k, v = (matrix(x).unflatten(-1, (-1, self.head_dim)) for matrix in (self.c_q, self.c_k, self.c_v))  # [B, T, H, D]
         if ve is not None:
             gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if self.modern:
             q = q * 1.44  # normed queries and keys of 128 channels are too blunt otherwise (nanochat found 1.2 * 1.2)
@@ -90,8 +80,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             y = cache.attend(self.layer, q, k, v, grouped)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
-
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -101,7 +90,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
-
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -113,32 +101,27 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), ve, cos, sin, cache)
         return x + self.mlp(norm(x))
 
-
 class GPT(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         """config: GPTConfig; dtype: what is computed in (weights stay float32)."""
         super().__init__()
         self.config, self.dtype = config, dtype
-        modern = config.arch == "modern"
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])})
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        if modern:
+        if config.arch == "modern":
             kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, kv_dim)
                                                for i in range(config.n_layer) if has_value_embedding(config, i)})
-        self.rotary_len = 0
         self.grow_rotary(config.sequence_len)
 
     def grow_rotary(self, length):
         """Tables of cosines and sines for positions below `length`, [length, 1, head_dim / 2], float32."""
-        modern = self.config.arch == "modern"
-        device = self.lm_head.weight.device
-        head_dim = self.config.n_embd // self.config.n_head
-        base = 100_000.0 if modern else 10_000.0
+        modern, device = self.config.arch == "modern", self.lm_head.weight.device
+        head_dim, base = self.config.n_embd // self.config.n_head, 100_000.0 if modern else 10_000.0
         frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)[:, None, :]
         cos, sin = angles.cos(), angles.sin()
@@ -146,7 +129,6 @@ class GPT(nn.Module):
             cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.rotary_len = length
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -172,17 +154,15 @@ class GPT(nn.Module):
                 uniform(embedding.weight, bound)
 
     def hidden(self, idx, cache=None, counts=None):
-        """
-        idx [B, T] int64 -> the normed last hidden states [B, T, C] in the compute dtype.
+        """idx [B, T] int64 -> the normed last hidden states [B, T, C] in the compute dtype.
         cache: a KVCache of B rows; the tokens continue each row at its own length. counts [B]: how many of the T tokens
-        of each row are real (the rest, at the right, is padding); all of them by default.
-        """
+        of each row are real (the rest, at the right, is padding); all of them by default."""
         B, T = idx.shape
         if cache is None:
             needed, positions = T, torch.arange(T, device=idx.device)[None]
         else:
             needed, positions = cache.longest + T, cache.lengths[:, None] + torch.arange(T, device=idx.device)
-        if needed > self.rotary_len:
+        if needed > len(self.cos):
             self.grow_rotary(2 * needed)
         cos, sin = self.cos[positions].to(self.dtype), self.sin[positions].to(self.dtype)  # [1 or B, T, 1, D/2]
         x = x0 = norm(F.embedding(idx, self.transformer.wte.weight).to(self.dtype))
@@ -201,12 +181,10 @@ class GPT(nn.Module):
         """hidden states [..., C] -> logits [..., vocab_size] float32"""
         return SOFTCAP * torch.tanh(self.lm_head(h).float() / SOFTCAP)
 
-    def forward(self, idx, targets=None, reduction="mean", cache=None, counts=None):
-        """
-        idx [B, T] -> logits [B, T, V] float32; with targets [B, T] (-1: not counted) the cross-entropy in nats:
-        "mean" over counted targets (0 where there are none), "sum", or "none" -> [B, T] float32 with 0 where not counted.
-        """
-        logits = self.logits(self.hidden(idx, cache, counts))
+    def forward(self, idx, targets=None, reduction="mean", cache=None):
+        """idx [B, T] -> logits [B, T, V] float32; with targets [B, T] (-1: not counted) the cross-entropy in nats:
+        "mean" over counted targets (0 where there are none), "sum", or "none" -> [B, T] float32 with 0 where not counted."""
+        logits = self.logits(self.hidden(idx, cache))
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
@@ -221,7 +199,6 @@ class GPT(nn.Module):
         looked_up = sum(p.numel() for n, p in self.named_parameters() if "wte" in n or "value_embeds" in n or "lambdas" in n)
         matrices = sum(p.numel() for p in self.parameters()) - looked_up
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.sequence_len
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
@@ -261,14 +238,12 @@ class KVCache:
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
         self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max()) if len(rows) else 0
-
+        self.advance(0)
 
 def pad_right(rows, value=0):
     """lists of token ids -> (tensor [B, longest] int64, tensor [B] of lengths).  example: [[1], [2, 3]] -> [[1, 0], [2, 3]], [1, 2]"""
     longest = max(len(r) for r in rows)
     return torch.tensor([r + [value] * (longest - len(r)) for r in rows]), torch.tensor([len(r) for r in rows])
-
 
 def prefill(model, prompts, max_len):
     """Runs all prompts in one pass, equal ones once. -> (KVCache with room for max_len tokens a row, logits [B, V] after each prompt)"""
@@ -284,7 +259,6 @@ def prefill(model, prompts, max_len):
         logits = logits[rows]
     return cache, logits
 
-
 def sample(logits, temperature, top_k, uniforms):
     """Next token of each row. logits [B, V]; temperature 0 is greedy; else the inverse of the cumulative distribution at
     uniforms [B] (float64 in [0, 1)), so that a draw depends on its own number alone and not on who else is in the batch."""
@@ -295,7 +269,6 @@ def sample(logits, temperature, top_k, uniforms):
         logits[logits < logits.topk(top_k, dim=-1).values[:, -1:]] = -torch.inf
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=logits.size(-1) - 1)
-
 
 class Row:
     """One sequence being generated: what came, which of it the calculator forced, and what it is forced to say next."""
@@ -316,21 +289,18 @@ class Row:
         elif self.call is not None:
             self.call.append(token)
 
-
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None, calculate=None,
              max_rows=64, on_token=None, keep_going=lambda: True):
-    """
-    Continues each prompt (a list of token ids) until <|assistant_end|>, <|bos|> or max_new_tokens.
+    """Continues each prompt (a list of token ids) until <|assistant_end|>, <|bos|> or max_new_tokens.
     uniforms: float64 [len(prompts), max_new_tokens], needed when temperature > 0. calculate: text -> text or None, the tool.
     on_token(row, token): called for each token as it comes. keep_going(): looked at before each token; False ends early.
     -> list of (tokens, forced) per prompt, the closing token left out; forced[i] is True where the tool spoke.
-    Rows that are finished leave the batch, so they cost nothing.
-    """
+    Rows that are finished leave the batch, so they cost nothing."""
     stops = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
-    finished = {}
+    everyone = [Row(i) for i in range(len(prompts))]
     for start in range(0, len(prompts), max_rows):
-        rows = [Row(i) for i in range(start, min(start + max_rows, len(prompts)))]
+        rows = everyone[start:start + max_rows]
         cache, logits = prefill(model, [prompts[r.number] for r in rows], max(len(prompts[r.number]) for r in rows) + max_new_tokens)
         for position in range(max_new_tokens):
             if not keep_going():
@@ -342,14 +312,12 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
                 forced = bool(row.pending)
                 token = row.pending.pop(0) if forced else chosen[i]
                 if token in stops and not forced:
-                    finished[row.number] = row
                     continue
                 row.take(token, forced, tokenizer, calculate)
                 alive.append(i)
                 if on_token:
                     on_token(row.number, token)
             if not alive:
-                rows = []
                 break
             if len(alive) < len(rows):
                 rows = [rows[i] for i in alive]
@@ -357,5 +325,4 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
             if position + 1 < max_new_tokens:
                 last = torch.tensor([[row.tokens[-1]] for row in rows], device=logits.device)
                 logits = model.logits(model.hidden(last, cache)[:, -1])
-        finished.update((row.number, row) for row in rows)
-    return [(finished[i].tokens, finished[i].forced) for i in range(len(prompts))]
+    return [(row.tokens, row.forced) for row in everyone]

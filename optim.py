@@ -34,12 +34,9 @@ POLAR_EXPRESS = [
 ]
 SMALL = 65536  # AdamW parameters under this many elements are stacked, to be one message instead of many
 
-
 def orthogonalise(matrices, steps, dtype):
-    """
-    The nearest matrix with orthonormal rows (or columns, if there are fewer) to each of [K, m, n], roughly: singular
-    vectors stay, singular values become about 1. Computed in `dtype` -> [K, m, n] float32. Zero matrices stay zero.
-    """
+    """The nearest matrix with orthonormal rows (or columns, if there are fewer) to each of [K, m, n], roughly: singular
+    vectors stay, singular values become about 1. Computed in `dtype` -> [K, m, n] float32. Zero matrices stay zero."""
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices  # the products X X^T are then of the short side
     norms = X.norm(dim=(-2, -1), keepdim=True)  # Frobenius, at least the largest singular value
@@ -49,13 +46,10 @@ def orthogonalise(matrices, steps, dtype):
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).float()
 
-
 def muon_update(p, grad, momentum_buffer, second_moment, group, ns_dtype):
-    """
-    One step of Muon (https://kellerjordan.github.io/posts/muon) on p [k, m, n], in place, with grad of the same shape:
+    """One step of Muon (kellerjordan.github.io/posts/muon) on p [k, m, n], in place, with grad of the same shape:
     Nesterov momentum, orthogonalised; then NorMuon's normalisation (arXiv 2510.05491); then cautious weight decay
-    (arXiv 2510.12402). momentum_buffer [k, m, n]; second_moment [k, m, 1] where m >= n, else [k, 1, n].
-    """
+    (arXiv 2510.12402). momentum_buffer [k, m, n]; second_moment [k, m, 1] where m >= n, else [k, 1, n]."""
     m, n = p.shape[-2:]
     momentum_buffer.lerp_(grad, 1 - group["momentum"])
     update = orthogonalise(grad.lerp(momentum_buffer, group["momentum"]), group["ns_steps"], ns_dtype)
@@ -73,7 +67,6 @@ def muon_update(p, grad, momentum_buffer, second_moment, group, ns_dtype):
         update.addcmul_(p, (update * p >= 0).to(p.dtype), value=group["weight_decay"])
     p.add_(update, alpha=-lr)
 
-
 def adamw_update(p, grad, exp_avg, exp_avg_sq, step, group):
     """One step of AdamW (arXiv 1711.05101) on p, in place; all of one shape. step: 1 for the first."""
     beta1, beta2 = group["betas"]
@@ -83,14 +76,10 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, step, group):
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** step)).add_(group["eps"])
     p.addcdiv_(exp_avg, denominator, value=-group["lr"] / (1 - beta1 ** step))
 
-
 class MuonAdamW:
     def __init__(self, groups, ns_dtype=torch.float32):
-        """
-        groups: dicts {"kind": "muon" | "adamw", "params": [(name, float32 parameter)], "lr", "weight_decay", and for
-        adamw "betas", "eps", for muon "momentum", "ns_steps", "beta2"}; all may be changed between steps. Each gets
-        "initial_lr". ns_dtype: what Muon orthogonalises in, float32 or bfloat16.
-        """
+        """groups: dicts {"kind": "muon" | "adamw", "params": [(name, float32 parameter)], "lr", "weight_decay", and for
+        adamw "betas", "eps", for muon "momentum", "ns_steps", "beta2"}. ns_dtype: what Muon orthogonalises in."""
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.groups, self.ns_dtype, self.steps = groups, ns_dtype, 0
         self.blocks = []
@@ -105,16 +94,15 @@ class MuonAdamW:
                 rows = len(members) if stacked else len(p)
                 share = -(-rows // self.world)
                 shape = (share, *(p.shape if stacked else p.shape[1:]))
-                block = {"group": group, "names": [n for n, _ in members], "params": [p for _, p in members],
-                         "stacked": stacked, "rows": rows, "padded": share * self.world,
-                         "mine": slice(self.rank * share, (self.rank + 1) * share)}
                 if group["kind"] == "muon":
                     m, n = p.shape
                     shapes = {"momentum_buffer": shape, "second_moment": (share, m, 1) if m >= n else (share, 1, n)}
                 else:
                     shapes = {"exp_avg": shape, "exp_avg_sq": shape}
-                block["state"] = {key: torch.zeros(s, device=p.device) for key, s in shapes.items()}
-                self.blocks.append(block)
+                self.blocks.append({"group": group, "names": [n for n, _ in members], "params": [p for _, p in members],
+                                    "stacked": stacked, "rows": rows, "padded": share * self.world,
+                                    "mine": slice(self.rank * share, (self.rank + 1) * share),
+                                    "state": {key: torch.zeros(s, device=p.device) for key, s in shapes.items()}})
 
     def pack(self, block, tensors):
         """One tensor for each parameter of the block -> [padded, ...]; the tensor itself where that needs no copy."""
@@ -126,29 +114,22 @@ class MuonAdamW:
         """The inverse: [padded, ...] -> a list of views, one for each parameter."""
         return list(full[:block["rows"]].unbind()) if block["stacked"] else [full[:block["rows"]]]
 
-    def set(self, lr_scale=None, muon_momentum=None, muon_weight_decay=None):
-        """The schedule. lr_scale multiplies every group's initial_lr."""
+    def set(self, lr_scale, muon_momentum, muon_weight_decay):
+        """The schedule, before each step. lr_scale multiplies every group's initial_lr."""
         for group in self.groups:
-            if lr_scale is not None:
-                group["lr"] = group["initial_lr"] * lr_scale
+            group["lr"] = group["initial_lr"] * lr_scale
             if group["kind"] == "muon":
-                group["momentum"] = group["momentum"] if muon_momentum is None else muon_momentum
-                group["weight_decay"] = group["weight_decay"] if muon_weight_decay is None else muon_weight_decay
+                group["momentum"], group["weight_decay"] = muon_momentum, muon_weight_decay
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for block in self.blocks:
             for p in block["params"]:
-                if set_to_none:
-                    p.grad = None
-                elif p.grad is not None:
-                    p.grad.zero_()
+                p.grad = None
 
     @torch.no_grad()
-    def step(self, skip_if_nonfinite=True):
-        """
-        Adds the gradients of all ranks (a missing one counts as zeros) and updates every parameter. -> the norm of the
-        summed gradient, a float, equal on all ranks. If that is nan or inf, no parameter and no state was touched.
-        """
+    def step(self):
+        """Adds the gradients of all ranks (a missing one counts as zeros) and updates every parameter. -> the norm of the
+        summed gradient, a float, equal on all ranks. If that is nan or inf, no parameter and no state was touched."""
         many = self.world > 1
         grads, works = [], []
         for block in self.blocks:  # start all sums ...
@@ -164,7 +145,7 @@ class MuonAdamW:
         if many:
             dist.all_reduce(square)
         norm = square.sqrt().item()
-        if skip_if_nonfinite and not math.isfinite(norm):
+        if not math.isfinite(norm):
             return norm
 
         self.steps += 1
@@ -187,10 +168,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def state_dict(self):
-        """
-        Whole states on the CPU, the same for any number of ranks: {parameter's name: {"step": int, "exp_avg": ...}}.
-        All ranks must call it; rank 0 gets the states, the others {}.
-        """
+        """Whole states on the CPU, the same for any number of ranks: {parameter's name: {"step": int, "exp_avg": ...}}.
+        All ranks must call it; rank 0 gets the states, the others {}."""
         result = {}
         for block in self.blocks:
             for key, shard in block["state"].items():
@@ -205,31 +184,25 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """
-        Takes this rank's part of what state_dict() returned on rank 0, under any number of ranks. Every rank needs the
-        whole `state`. ValueError, and nothing changed, if it is not of this model.
-        """
+        """Takes this rank's part of what state_dict() returned on rank 0, under any number of ranks. Every rank needs the
+        whole `state`. ValueError, and nothing changed, if it is not of this model."""
         names = {name for block in self.blocks for name in block["names"]}
         if names != set(state):
             raise ValueError(f"optimizer state of other parameters: {sorted(names ^ set(state))[:5]} on one side only")
-        for block in self.blocks:
-            for key, shard in block["state"].items():
-                for name, p in zip(block["names"], block["params"]):
-                    want = shard.shape[1:] if block["stacked"] else p.shape
-                    found = state[name][key].shape if key in state[name] else None
-                    if found != want:
-                        raise ValueError(f"optimizer state of {name}: {key} should be of {want}, is of {found}")
-        for block in self.blocks:
-            for key, shard in block["state"].items():
-                shard.copy_(self.pack(block, [state[name][key] for name in block["names"]])[block["mine"]])
+        shards = [(block, key, shard) for block in self.blocks for key, shard in block["state"].items()]
+        for block, key, shard in shards:
+            for name, p in zip(block["names"], block["params"]):
+                want = shard.shape[1:] if block["stacked"] else p.shape
+                found = state[name][key].shape if key in state[name] else None
+                if found != want:
+                    raise ValueError(f"optimizer state of {name}: {key} should be of {want}, is of {found}")
+        for block, key, shard in shards:
+            shard.copy_(self.pack(block, [state[name][key] for name in block["names"]])[block["mine"]])
         self.steps = next(iter(state.values()))["step"]
 
-
 def make_optimizer(model, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay, compute_dtype):
-    """
-    model: a gpt.GPT on its device -> MuonAdamW. The learning rates of embeddings and head hold at a width of 768 and go
-    with width^-0.5. weight_decay: Muon's. Betas and the small decays are those that nanochat found.
-    """
+    """model: a gpt.GPT on its device -> MuonAdamW. The learning rates of embeddings and head hold at a width of 768 and go
+    with width^-0.5. weight_decay: Muon's. Betas and the small decays are those that nanochat found."""
     width = (model.config.n_embd / 768) ** -0.5
     rules = [  # the first whose word is in the parameter's name; (word, lr, betas, weight decay)
         ("wte", embedding_lr * width, (0.8, 0.995), 0.001),
@@ -238,14 +211,11 @@ def make_optimizer(model, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, we
         ("resid_lambdas", scalar_lr * 0.01, (0.8, 0.95), 0.05),  # every layer multiplies by them: small steps
         ("x0_lambdas", scalar_lr, (0.96, 0.95), 0.0),
         ("", scalar_lr, (0.8, 0.95), 0.0)]  # gates, and what else is no matrix
-    groups = [{"kind": "adamw", "params": [], "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": decay}
-              for _, lr, betas, decay in rules]
-    groups.append({"kind": "muon", "params": [], "lr": matrix_lr, "weight_decay": weight_decay,
-                   "momentum": 0.95, "ns_steps": 5, "beta2": 0.9})
+    groups = [{"kind": "adamw", "params": [], "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": decay} for _, lr, betas, decay in rules]
+    groups.append({"kind": "muon", "params": [], "lr": matrix_lr, "weight_decay": weight_decay, "momentum": 0.95, "ns_steps": 5, "beta2": 0.9})
     for name, p in model.named_parameters():
         if "transformer.h." in name and p.ndim == 2 and "ve_gate" not in name:
             groups[-1]["params"].append((name, p))
         else:
             next(g for g, rule in zip(groups, rules) if rule[0] in name)["params"].append((name, p))
-    ns_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-    return MuonAdamW([g for g in groups if g["params"]], ns_dtype)
+    return MuonAdamW([g for g in groups if g["params"]], ns_dtype=compute_dtype)

@@ -6,7 +6,6 @@ Writes report/report.md: what was run, a section for each phase, and one table o
 
 Reads what the phases left behind: records, metrics, results. What is missing, failed or half done is named as such.
 """
-import ast
 import contextlib
 import html
 import math
@@ -54,14 +53,9 @@ def guarded(function, *args):
     except Exception as e:
         return [f"This part could not be made: {type(e).__name__}: {e}", ""]
 
-def metrics_of(directory):
-    """The lines of a metrics file that are whole, with a step."""
-    return [m for m in common.read_metrics(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
-
 def points(metrics, kind, key):
     """[(step, value)] of one curve, steps rising, each once"""
-    return sorted({m["step"]: number(m.get(key)) for m in metrics if m.get("kind") == kind
-                   and number(m.get(key)) is not None}.items())
+    return sorted({m["step"]: number(m.get(key)) for m in metrics if m.get("kind") == kind and number(m.get(key)) is not None}.items())
 
 def svg(line, title, width=560, height=150, bins=300):
     """[(x, y)] as a small picture; more points than `bins` are averaged. "" for fewer than two points."""
@@ -90,15 +84,6 @@ def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
 
-def defaults(script):
-    """{setting: default} as the script at `script` has it now"""
-    found = {}
-    for node in ast.parse((common.REPO / script).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            with contextlib.suppress(ValueError):  # not a plain value
-                found.setdefault(node.targets[0].id, ast.literal_eval(node.value))
-    return found
-
 def mixture_changes(usual, used):
     """How a mixture differs from the script's: lines that name each entry taken out, replaced or put in.
     example: (["a"], ["c"]) -> ["- taken out of the mixture: `a`", "- put into the mixture in their place: `c`"]"""
@@ -112,7 +97,7 @@ def mixture_changes(usual, used):
 
 def told(script, record):
     """Lines on the settings of a phase that are not the script's defaults."""
-    used, usual = {**(record.get("free") or {}), **(record.get("settings") or {})}, defaults(script)
+    used, usual = {**(record.get("free") or {}), **(record.get("settings") or {})}, configurator.defaults(common.REPO / script)
     other = [f"`{k}={v}` ({usual[k]})" for k, v in used.items()
              if k in usual and v != usual[k] and k not in ("data", "tag", "mixture", "start_over")]
     return ([f"- settings changed, defaults in brackets: {', '.join(other)}"] if other else []) + (
@@ -129,7 +114,8 @@ def result_of(kind, stage, run):
 def gather(stage, run):
     """Everything that is known about a stage, as one dict."""
     directory = common.stage_dir(stage, data, run)
-    record, meta, metrics = status.read(directory / "phase.json"), status.saved(directory)[1], metrics_of(directory)
+    record, meta = status.read(directory / "phase.json"), status.saved(directory)[1]
+    metrics = [m for m in common.read_metrics(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
     clocks = [m["clock"] for m in metrics if isinstance(m.get("clock"), dict)]
     seconds = [number(x.get("seconds")) or 0.0 for x in (record, meta, *clocks[-1:])]
     result = common.eval_path("core" if stage == "base" else "chat", stage, data, run)

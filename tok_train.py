@@ -57,15 +57,13 @@ split_ascii = re.compile(in_ascii, re.ASCII).findall  # and twice as fast
 # words and their counts
 
 def cut(text):
-    """
-    Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the same pieces as
+    """Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the same pieces as
     splitting the whole: so each different segment goes through the slow pattern only once.
     example: "One day,  a cat\\nsat" -> ["One", " day,", "  a", " cat\\n", "sat"]
     Why it holds: no piece has a space behind a character that is no white space, or such a character behind a line
     break. So pieces always end (1) between non-white and a space, (2) between a line break and non-white, and only
     there is cut. The one look-ahead does not see past a cut: it asks behind white space, of which there is none at (1),
-    and at (2) the piece that ends with the line break is found before it is asked.
-    """
+    and at (2) the piece that ends with the line break is found before it is asked."""
     if "\0" in text:
         return [text]  # \0 marks the cuts
     text = text.replace(" ", "\0 ").replace(" \0", " ")  # before each space that does not follow another
@@ -79,26 +77,22 @@ def count_words(texts):
     segments, words = Counter(), {}
     for text in texts:
         segments.update(cut(text))
-    segments.pop("", None)
-    get = words.get
     for segment, n in segments.items():
         for word in split_ascii(segment) if segment.isascii() else split(segment):
-            words[word] = get(word, 0) + n
+            words[word] = words.get(word, 0) + n
     return words
 
 def chunks(texts, max_chars, doc_cap):
     """Texts cut to doc_cap characters, in lists of about CHUNK_CHARS characters, max_chars (and a document) in all."""
     chunk, size, total = [], 0, 0
     for text in texts:
-        text = tok.without_surrogates(text[:doc_cap])
-        chunk.append(text)
-        size += len(text)
-        total += len(text)
-        if size >= CHUNK_CHARS or total >= max_chars:
+        chunk.append(tok.without_surrogates(text[:doc_cap]))
+        size, total = size + len(chunk[-1]), total + len(chunk[-1])
+        if size >= CHUNK_CHARS:
             yield chunk
             chunk, size = [], 0
         if total >= max_chars:
-            return
+            break
     if chunk:
         yield chunk
 
@@ -120,8 +114,7 @@ def in_order(function, items, workers):
             waiting.append(pool.submit(function, item))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 def prune(words, most):
     """Drops words seen once, then those seen twice, ... until at most half of `most` are left. Chunks are merged in the
@@ -157,15 +150,13 @@ def count_all(texts, max_chars, doc_cap, workers, say=common.print0):
 BITS = 20  # a pair (a, b) of token ids is the number a << BITS | b, so pairs sort by a, then by b
 
 def train_bpe(words, n_tokens, say=common.print0):
-    """
-    {word: how often} -> {token bytes: id}: the 256 bytes, then merges in the order they were made, n_tokens in all or
+    """{word: how often} -> {token bytes: id}: the 256 bytes, then merges in the order they were made, n_tokens in all or
     fewer where nothing is left to merge. Stops early, with what it has, when a stop is requested.
 
     All words lie in one array of ids, -1 between them. A merge turns the left id into the new token and the right one
     into -2; `left` and `right` link what is alive. Each pair has one entry in the heap: (-count, pair, positions).
     A pair gets its positions when its younger token is made and afterwards only loses some, so its count in the heap is
-    at most out of date upwards: the top entry is counted again, and merged if nothing has changed, else put back.
-    """
+    at most out of date upwards: the top entry is counted again, and merged if nothing has changed, else put back."""
     encoded = [word.encode() for word in words]
     ids = np.frombuffer(b"\xff" + b"\xff".join(encoded) + b"\xff", dtype=np.uint8).astype(np.int32)
     ids[ids == 255] = -1  # UTF-8 has no byte 255
@@ -236,8 +227,7 @@ def compression(tokenizer, prose):
     """{kind of text: bytes per token}"""
     kinds = {"validation text": prose, "Python code": (common.REPO / "gpt.py").read_text(encoding="utf-8"),
              "numbers": " ".join(str(i * i) for i in range(1000)), "five other languages": OTHER_LANGUAGES}
-    return {kind: round(len(text.encode(errors="replace")) / len(tokenizer.encode(text)), 3)
-            for kind, text in kinds.items() if text}
+    return {kind: round(len(text.encode(errors="replace")) / len(tokenizer.encode(text)), 3) for kind, text in kinds.items() if text}
 
 def damage(directory):
     """None if a whole tokenizer is in `directory`, else what is wrong with it."""
@@ -264,8 +254,7 @@ def main():
         common.fail(f"{directory} holds a tokenizer that was not trained here; models may depend on it "
                     "(--start_over=True puts it aside and trains a new one)")
     names = repr([(path.name, path.stat().st_size) for path in files]).encode()
-    phase.begin(directory, "tok_train", settings, {"data": hashlib.sha256(names).hexdigest()[:16]},
-                lambda: damage(directory), start_over)
+    phase.begin(directory, "tok_train", settings, {"data": hashlib.sha256(names).hexdigest()[:16]}, lambda: damage(directory), start_over)
     common.set_deadline(time_limit)
     gc.disable()  # nothing here makes cycles; looking for them took a fifth of the merges' time
 

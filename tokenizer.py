@@ -27,15 +27,13 @@ import common
 
 # In the style of GPT-4's: contractions, words with what stands before them, numbers (two digits at most, which
 # saves vocabulary), punctuation, white space. x++ and x*+ never backtrack.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
 
 SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 
 LONGEST_RUN = 10_000  # characters of white space; tiktoken's regular expressions run out of stack on a million
 BLANK_RUN = re.compile(r"\s{%d}" % LONGEST_RUN)
-
 
 class Tokenizer:
     """A byte-level BPE. in: ranks {token bytes: id 0..n-1}, split pattern, special tokens {name: id n..}"""
@@ -83,11 +81,9 @@ class Tokenizer:
         return lengths
 
     def render_conversation(self, conversation, max_tokens=None):
-        """
-        A conversation (see `messages_of`) as (ids, mask), lists of equal length, cut to max_tokens if that is given.
+        """A conversation (see `messages_of`) as (ids, mask), lists of equal length, cut to max_tokens if that is given.
         mask is 1 on what the assistant has to produce: its text, its python calls with both their markers, its end;
-        0 on the rest: bos, what the user says, the assistant's start marker, what a tool answered.
-        """
+        0 on the rest: bos, what the user says, the assistant's start marker, what a tool answered."""
         ids, mask = [self.bos], [0]
         def add(tokens, produced):
             ids.extend(tokens)
@@ -96,13 +92,11 @@ class Tokenizer:
             assistant = int(role == "assistant")
             add([self.special(f"<|{role}_start|>")], 0)
             for kind, text in parts:
-                if kind == "text":
-                    add(self.encode(text), assistant)
-                else:
-                    marker, produced = ("python", 1) if kind == "python" else ("output", 0)
-                    add([self.special(f"<|{marker}_start|>")], produced)
-                    add(self.encode(text), produced)
-                    add([self.special(f"<|{marker}_end|>")], produced)
+                tokens = self.encode(text)
+                if kind != "text":
+                    marker = "python" if kind == "python" else "output"
+                    tokens = [self.special(f"<|{marker}_start|>"), *tokens, self.special(f"<|{marker}_end|>")]
+                add(tokens, 0 if kind == "python_output" else assistant)
             add([self.special(f"<|{role}_end|>")], assistant)
         return ids[:max_tokens], mask[:max_tokens]
 
@@ -112,18 +106,15 @@ class Tokenizer:
         asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
         return self.render_conversation({"messages": asked})[0] + [self.special("<|assistant_start|>")]
 
-
 def without_surrogates(text):
     """The text as tiktoken takes it: a pair of surrogates -> its character, a lone one -> U+FFFD"""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def messages_of(conversation):
-    """
-    {"messages": [{"role": "system"|"user"|"assistant", "content": text or list of parts}]} -> [(role, [(kind, text)])].
+    """{"messages": [{"role": "system"|"user"|"assistant", "content": text or list of parts}]} -> [(role, [(kind, text)])].
     A part is {"type": "text"|"python"|"python_output", "text": str}, the last two for the assistant alone. A system
     message comes first and is put in front of the user's. Anything else is an error (ValueError that says what).
-    example: user "Hi", assistant "Hello" -> [("user", [("text", "Hi")]), ("assistant", [("text", "Hello")])]
-    """
+    example: user "Hi", assistant "Hello" -> [("user", [("text", "Hi")]), ("assistant", [("text", "Hello")])]"""
     messages, system = [], ""
     for i, message in enumerate(conversation["messages"]):
         role, content = message.get("role"), message.get("content")
@@ -134,10 +125,8 @@ def messages_of(conversation):
             raise ValueError(f"message {i} of a conversation is by {role!r}; user and assistant must take turns")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         allowed = ("text",) if role == "user" else ("text", "python", "python_output")
-        if not (isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in allowed
-                                                and isinstance(p.get("text"), str) for p in parts)):
-            raise ValueError(f"message {i} of a conversation, by {role}, is neither text nor a list of parts "
-                             f"{', '.join(allowed)}: {str(content)[:80]!r}")
+        if not (isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in allowed and isinstance(p.get("text"), str) for p in parts)):
+            raise ValueError(f"message {i} of a conversation, by {role}, is neither text nor a list of parts {', '.join(allowed)}: {str(content)[:80]!r}")
         parts = [(p["type"], p["text"]) for p in parts]
         messages.append((role, [("text", system + parts[0][1]), *parts[1:]] if system and parts else parts))
         system = ""
@@ -202,7 +191,6 @@ def read_tokenizer(directory):
     if tokenizer.vocab_size != settings["vocab_size"]:
         raise ValueError(f"it holds {tokenizer.vocab_size} tokens, tokenizer.json says {settings['vocab_size']}")
     return tokenizer
-
 
 class PickledEncoding:
     """What a tiktoken.Encoding in a pickle turns into here: an empty thing that takes the fields and runs nothing."""

@@ -172,9 +172,6 @@ def test_one_rank_interrupted_refused_and_repeated():
     again = restore(saved)
     train(*again, 3, 6)
     assert same(snapshot(*again), snapshot(params, optimizer))
-    params["odd"].grad = torch.full((257, 256), math.nan)
-    optimizer.step(skip_if_nonfinite=False)
-    assert params["odd"].isnan().all() and not params["even"].isnan().any()
 
 
 def test_adamw_equals_torch():
@@ -186,7 +183,7 @@ def test_adamw_equals_torch():
     reference = torch.optim.AdamW(theirs.values(), **settings)
     for step in range(20):
         scale = 1.0 - step / 40
-        optimizer.set(lr_scale=scale)
+        optimizer.set(scale, 0.9, 0.1)
         reference.param_groups[0]["lr"] = 0.01 * scale
         for i, n in enumerate(ours):
             ours[n].grad = normal(100 * step + i, ours[n].shape)
@@ -251,7 +248,7 @@ def test_muon_momentum_by_hand():
     params, optimizer = make()
     name, buffer = "wide.0", torch.zeros(8, 24)
     for step in range(3):
-        optimizer.set(muon_momentum=0.5 + 0.1 * step, muon_weight_decay=0.0)
+        optimizer.set(1.0, 0.5 + 0.1 * step, 0.0)
         for i, p in enumerate(params.values()):
             p.grad = normal(100 * step + i, p.shape)
         buffer = (0.5 + 0.1 * step) * buffer + (0.5 - 0.1 * step) * params[name].grad
@@ -330,7 +327,7 @@ def test_every_parameter_of_the_model_is_in_its_group(arch):
     assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.005, 0.7, 0.03)
 
     idx = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(1))
-    optimizer.set(lr_scale=0.1)
+    optimizer.set(0.1, 0.7, 0.03)
     losses = []
     for _ in range(12):  # it learns four rows by heart
         loss = model(idx[:, :-1], idx[:, 1:])
