@@ -30,9 +30,13 @@ data = "toy"                 # the data set
 depth = 4                    # layers
 phases = ["base", "mid", "sft", "rl"]  # what will be run; what is done already is left out
 
-rest = [a for a in sys.argv[1:] if a.startswith("--") and a[2:].split("=")[0].replace("-", "_") not in ("data", "depth", "phases", "help")]
-sys.argv[1:] = [a for a in sys.argv[1:] if a not in rest]
-configurator.configure(globals())
+def split(args):
+    """-> (arguments that are settings of the phases, arguments of this script)"""
+    others = [a for a in args if a.startswith("--") and a[2:].split("=")[0].replace("-", "_") not in ("data", "depth", "phases", "help")]
+    return others, [a for a in args if a not in others]
+
+rest, sys.argv[1:] = split(sys.argv[1:])
+settings = configurator.configure(globals())
 if rest and (code := subprocess.run([sys.executable, "configurator.py", "check", *rest], cwd=common.REPO).returncode):
     sys.exit(code)
 
@@ -126,7 +130,7 @@ def train(rows, width, reduction):
         t0 = sync()
         model(x, x, reduction=reduction).sum().backward()
         t1 = sync()
-    optimizer.set(lr_scale=0.0, muon_weight_decay=0.0)
+    optimizer.set(lr_scale=0.0, muon_momentum=0.95, muon_weight_decay=0.0)
     optimizer.step()
     return t1 - t0, sync() - t1
 
