@@ -102,7 +102,7 @@ def receive(session, url, f, state):
         if r.status_code not in (200, 206):
             final = 400 <= r.status_code < 500 and r.status_code not in (408, 425, 429)
             return r.headers.get("Retry-After"), f"{'gone: ' if final else ''}HTTP status {r.status_code}", None
-        if have and (r.status_code == 200 or f"bytes {have}-" not in r.headers.get("Content-Range", "")):
+        if have and f"bytes {have}-" not in r.headers.get("Content-Range", ""):
             f.truncate(0)  # a server that cannot continue sends everything anew
             have = 0
             if r.status_code == 206:
