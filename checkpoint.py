@@ -111,10 +111,12 @@ def save(directory, step, model_state, optim_state, meta, keep=1, wait=True):
     finish()
     if _save["at"] == (directory, step) or (step in steps(directory) and problem(directory, step) is None):
         return
+    began = time.time()
     model_state = {name: tensor.to("cpu", copy=True) for name, tensor in model_state.items()}
     def work():
         try:
             write(directory, step, model_state, optim_state, meta, keep)
+            common.save_took(time.time() - began)
         except Exception as e:  # the main thread tells it: see finish()
             _save["error"] = e
     _save.update(at=(directory, step), thread=threading.Thread(target=work, name=f"save of step {step}"))

@@ -6,7 +6,9 @@ catches signals from its first line on.
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +113,7 @@ def check(condition, message, next_command=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # stopping: a handler only sets a flag; loops look at it where everything can be saved
 
-_stop = {"reason": None, "deadline": None}
+_stop = {"reason": None, "limit": math.inf, "end": math.inf, "room": 0.0, "save": None, "now": time.time}
 
 def install_stop_handlers():
     """SIGTERM, SIGINT, SIGUSR1 ask for a save and a stop. A second SIGINT within the process ends it at once."""
@@ -127,24 +129,48 @@ def install_stop_handlers():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 def slurm_end_time():
-    """End of this Slurm job in seconds since the epoch, or None. Slurm 22.05 (Debian 12) sets no SLURM_JOB_END_TIME, so squeue is asked."""
+    """End of this Slurm job in seconds since the epoch, or None. Slurm 22.05 (Debian 12) sets no SLURM_JOB_END_TIME, so squeue or scontrol is asked."""
     if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(os.environ["SLURM_JOB_END_TIME"])
-    if "SLURM_JOB_ID" in os.environ:
-        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-            asked = subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"], capture_output=True, text=True, timeout=30)
-            return time.mktime(time.strptime(asked.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
+    job = os.environ.get("SLURM_JOB_ID")
+    for command in (["squeue", "-h", "-j", job, "-o", "EndTime=%e"], ["scontrol", "show", "job", "-o", job]) if job else ():
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, TypeError):
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+            return time.mktime(time.strptime(re.search(r"\bEndTime=(\S+)", answer)[1], "%Y-%m-%dT%H:%M:%S"))
     return None
 
-def set_deadline(time_limit=None, margin=120.0):
-    """From here on stop_requested() also answers when `time_limit` minutes have passed, or `margin` seconds before Slurm's end."""
-    ends = [time.time() + 60.0 * time_limit] if time_limit is not None else []
+def set_deadline(time_limit=None, now=time.time):
+    """From here on stop_requested() also answers when `time_limit` minutes have passed, or in time before the end of the Slurm job."""
+    _stop["now"], _stop["limit"] = now, now() + 60.0 * time_limit if time_limit is not None else math.inf
     slurm = slurm_end_time() if rank_world()[0] == 0 else None
-    _stop["deadline"] = min(ends + ([slurm - margin] if slurm else []), default=None)
+    _stop["end"], _stop["room"], _stop["save"] = slurm or math.inf, (slurm or 0.0) - now(), None
+
+def save_took(seconds):
+    """Tells how long a whole save took: the margin before the end of a Slurm job follows from the longest."""
+    _stop["save"] = max(seconds, _stop["save"] or 0.0)
+
+def deadline():
+    """When to stop, in seconds since the epoch; infinity for never. Before Slurm's end: three of the longest saves and half a minute, or two
+    minutes while none was measured, but never more than a quarter of what the job had left (short jobs must get on, too)."""
+    save = _stop["save"]
+    margin = max(0.0, min(120.0 if save is None else 30.0, _stop["room"] / 4)) + 3 * (save or 0.0)
+    return min(_stop["limit"], _stop["end"] - margin)
+
+def budget_line(name, seconds_left, deadline, now):
+    """What there is to say about the time, once seconds per step are known; None without a deadline.
+    example: "base needs 7.1 h more, this job has 4.9 h left: it will stop at 23:41 with everything saved and continue in its next run" """
+    if deadline == math.inf:
+        return None
+    def hours(seconds):
+        return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(0, seconds) / 60:.1f} min"
+    line = f"{name} needs {hours(seconds_left)} more, this job has {hours(deadline - now)} left"
+    if now + seconds_left <= deadline:
+        return line
+    return f"{line}: it will stop at {time.strftime('%H:%M', time.localtime(deadline))} with everything saved and continue in its next run"
 
 def stop_requested():
     """Why this process should stop ("signal SIGTERM", "deadline"), or None."""
-    if _stop["reason"] is None and _stop["deadline"] is not None and time.time() >= _stop["deadline"]:
+    if _stop["reason"] is None and _stop["now"]() >= deadline():
         _stop["reason"] = "deadline"
     return _stop["reason"]
 
@@ -302,9 +328,13 @@ def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+lock_hook = None  # phase.py: ends this process when another one has taken its folder over
+
 def append_metrics(path, record):
     """Appends one JSON line. A reading of the clock belongs into record["clock"], everything else is reproducible."""
     if rank_world()[0] == 0:
+        if lock_hook:
+            lock_hook()
         try:
             with open(path, "a") as f:
                 f.write(json.dumps(record) + "\n")

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,9 +44,27 @@ def process_start(pid):
         return "" if fields[0] in "ZX" else fields[19]
     return ""
 
+def slurm_life_over(job, restart):
+    """Whether Slurm says that the run number `restart` of `job` has ended; None where it cannot be asked."""
+    try:
+        asked = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if asked.returncode:
+        return True if "Invalid job id" in asked.stdout + asked.stderr else None
+    for line in asked.stdout.split("\n"):  # of an array's last element all elements are shown
+        facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if facts.get("JobId") == job:
+            return facts.get("Restarts") != restart or facts.get("JobState") not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+    return None
+
 def holder_alive(lock, mtime, now=None, this_host=None):
-    """Whether the holder written in `lock` still lives. Same host: its process is looked up. Other host: Slurm is asked
-    whether that life of the job is over; else it is dead after MISSED heartbeats."""
+    """Whether the holder written in `lock` still lives. An earlier run of this very Slurm job does not, whatever its processes say (those of a
+    node that Slurm lost run on: `must_hold` stops them). Same host: its process is looked up. Other host: Slurm is asked whether that run
+    of the job is over; else it is dead after MISSED heartbeats."""
+    job, restart = lock.get("job"), lock.get("restart")
+    if job and job == os.environ.get("SLURM_JOB_ID") and restart != os.environ.get("SLURM_RESTART_COUNT", "0"):
+        return False
     if lock["host"] == (this_host or socket.gethostname()):
         if lock["boot"] != boot_id():
             return False
@@ -58,9 +77,8 @@ def holder_alive(lock, mtime, now=None, this_host=None):
             return False
         except PermissionError:
             return True
-    job, restart = lock.get("job"), lock.get("restart")
-    if job and job == os.environ.get("SLURM_JOB_ID") and restart != os.environ.get("SLURM_RESTART_COUNT", "0"):
-        return False  # an earlier life of this very job
+    if job and slurm_life_over(job, restart):
+        return False
     return (now or time.time()) - mtime < HEARTBEAT * MISSED
 
 def take_lock(directory):
@@ -75,7 +93,12 @@ def take_lock(directory):
             common.fail(f"{directory} is being written by process {lock['pid']} on {lock['host']}"
                         + (f" (Slurm job {lock['job']})" if lock.get("job") else "") + "; wait for it or stop it")
         if lock:
-            common.print0(f"taking over the lock of process {lock['pid']} on {lock['host']}, which is dead")
+            stray = lock["host"] == socket.gethostname() and lock["boot"] == boot_id() and process_start(lock["pid"]) == lock["start"] != ""
+            if stray:  # of a node that Slurm gave up: it would go on computing, and hold the GPU's memory
+                with contextlib.suppress(OSError):
+                    os.kill(lock["pid"], signal.SIGKILL)
+            common.print0(f"taking over the lock of process {lock['pid']} on {lock['host']}, " + ("a run that Slurm has ended: killed" if stray else "which is dead"))
+        common.lock_hook = lambda: must_hold(directory)
         _held[str(directory)] = uuid.uuid4().hex
         common.atomic_write(path, json.dumps({
             "token": _held[str(directory)], "host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(),
@@ -98,7 +121,7 @@ def must_hold(directory):
     """Ends an old life that has woken up: it must not write over the new one."""
     if not still_mine(directory):
         os.environ.pop("NANOCHAT_OUTCOME", None)
-        common.outcome_hook = None  # the record is no longer ours either
+        common.outcome_hook = common.lock_hook = None  # the record is no longer ours either
         common.fail(f"lost the lock of {directory} to another process; stopping without writing", code=1)
 
 def release(directory):
@@ -107,6 +130,7 @@ def release(directory):
     if still_mine(directory):
         with contextlib.suppress(OSError):
             (Path(directory) / "lock.json").unlink()
+    common.lock_hook = None
     _held.pop(str(directory), None)
 
 # ---------------------------------------------------------------------------------------------------------------------

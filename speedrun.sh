@@ -45,6 +45,16 @@ done
 [[ "$depth" =~ ^([1-9][0-9]?)?$ ]] || bad "--depth takes a whole number from 1 to 99, not '$depth'"
 [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || bad "--nproc takes a whole number, not '$nproc'"
 
+child="" asked=""
+stop() {  # a signal to this script asks the phase to save and stop; torchrun itself must not get it: it would kill its workers
+    asked=1
+    [ -n "$child" ] || return 0
+    if [ "${command[0]}" = srun ]; then kill -USR1 "$child" 2>/dev/null || true; return; fi  # srun passes it on to all processes on all nodes
+    pkill -TERM -P "$child" 2>/dev/null || true
+    [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM INT USR1
+
 run=()  # the phases to run
 started=""
 for p in "${PHASES[@]}"; do
@@ -59,6 +69,7 @@ done
 [ -n "$dry" ] && [ ! -x .venv/bin/python ] || setup_venv requirements.txt
 [ "$only" != setup ] || exit 0
 python=$([ -x .venv/bin/python ] && echo python || echo python3)
+[ -n "$nproc" ] || nproc=${NANOCHAT_SLURM:+${SLURM_GPUS_ON_NODE:-1}}
 [ -n "$nproc" ] || nproc=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [ "${nproc:-0}" -ge 1 ] || nproc=1
 depth=${depth:-$([ "$data" = toy ] && echo 4 || echo 20)}
@@ -76,6 +87,7 @@ args() {
         mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux,arc_easy,arc_challenge,gsm8k:1200,identity,simplespelling:1000,spellingbee:5000 --eval_every=0 --eval_tokens=100000 $rates ;;
         sft)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux*2,arc_easy*2,arc_challenge*2,gsm8k:300,identity,simplespelling:200,spellingbee:1500 --lr_fraction=1.0 --eval_every=0 --eval_tokens=100000 $rates ;;
         rl)        echo "--tag=$tag"; toy --num_steps=30 --max_new_tokens=64 --device_batch_size=32 --rollout_rows=256 --eval_every=0 $rates ;;
+        trial)     echo "--depth=$depth --phases=$training" ;;
         report)    echo "--tag=$tag" ;;
         *-eval)    echo "--tag=$tag --source=${1%-eval}"; toy --max_new_tokens=96 --rows=128 ;;
     esac
@@ -83,14 +95,25 @@ args() {
 script() {
     case "$1" in
         data) echo prepare_data.py ;; tok) echo tok_train.py ;; base) echo base_train.py ;; base-eval) echo base_eval.py ;;
-        mid) echo mid_train.py ;; sft) echo chat_sft.py ;; rl) echo chat_rl.py ;; *-eval) echo chat_eval.py ;; report) echo report.py ;;
+        mid) echo mid_train.py ;; sft) echo chat_sft.py ;; rl) echo chat_rl.py ;; *-eval) echo chat_eval.py ;; trial) echo trial.py ;; report) echo report.py ;;
     esac
 }
+slurm_launcher() {  # one task a node; torchrun ignores the signals that Slurm sends to all processes of a step: its workers save and stop by themselves
+    local port=$((12000 + (SLURM_JOB_ID * 97 + ${SLURM_RESTART_COUNT:-0} * 13 + ++launches) % 20000))  # a dead run may still hold the one before
+    launcher=(python)
+    [ -n "${1:-}" ] || [ $((nproc * SLURM_NNODES)) -eq 1 ] || launcher=(torchrun "--nnodes=$SLURM_NNODES" "--nproc_per_node=$nproc" --node_rank=NODE
+        "--master_addr=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" "--master_port=$port")
+    # shellcheck disable=SC2016  # $SLURM_NODEID is each node's own
+    launcher=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1
+        bash -c 'trap "" USR1 TERM; export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGQUIT; exec "${@/#--node_rank=NODE/--node_rank=$SLURM_NODEID}"' node "${launcher[@]}")
+}
+launches=0
 command_of() {  # fills the array `command` for a phase; data, tok and report are single processes, the others run on all
     local mine=() launcher=("$python") accepted=""
     [ ${#rest[@]} -eq 0 ] || accepted=$("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
     [ -z "$accepted" ] || mapfile -t mine <<< "$accepted"
-    case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc") ;; esac
+    [ "$1" != trial ] || mine=("${rest[@]}")  # it knows the settings of all phases
+    case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc"); [ -z "${NANOCHAT_SLURM:-}" ] || slurm_launcher ;; esac
     # shellcheck disable=SC2207  # the settings hold no spaces
     set -f  # the * of a mixture is no pattern
     command=("${launcher[@]}" "$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
@@ -112,37 +135,45 @@ for p in "${run[@]}"; do
 done
 
 export NANOCHAT_OUTCOME
-NANOCHAT_OUTCOME=$(mktemp)
+if [ -z "${NANOCHAT_SLURM:-}" ]; then NANOCHAT_OUTCOME=$(mktemp); else
+    NANOCHAT_OUTCOME=$("$python" -c 'import common; common.base_dir().mkdir(parents=True, exist_ok=True); print(common.base_dir())')/outcome-$SLURM_JOB_ID
+    true > "$NANOCHAT_OUTCOME"
+fi
 trap 'rm -f "$NANOCHAT_OUTCOME"' EXIT
-child="" asked=""
-stop() {  # a signal to this script asks the phase to save and stop; torchrun itself must not get it: it would kill its workers
-    asked=1
-    [ -z "$child" ] || pkill -TERM -P "$child" 2>/dev/null || true
-    [ -z "$child" ] || [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
-}
-trap stop TERM INT USR1
+
+ready=(preflight.py "--data=$data" "--depth=$depth" "--nproc=$nproc")
+if [ -n "${NANOCHAT_SLURM:-}" ]; then  # a job that cannot succeed fails in its first minute
+    command_of data
+    [ "$data" = toy ] && [[ " ${run[*]} " == *" data "* ]] || "${command[@]}" --check=True  # the toy world is made in the job itself
+    slurm_launcher python
+    "${launcher[@]}" "${ready[@]}" < /dev/null
+fi
+training=$(printf '%s\n' "${run[@]}" | grep -xE 'base|mid|sft|rl' | paste -sd, || true)
+mapfile -t steps < <(for p in "${run[@]}"; do [ "$p" != "${training%%,*}" ] || echo trial; echo "$p"; done)  # tried before the first training
 
 failed_evals=()
 finish() {  # $1: exit code, $2: the last line
     echo
     "$python" status.py "--data=$data" || true
+    [ -z "${NANOCHAT_SLURM:-}" ] || "$python" "${ready[@]}" "--ended=$1" || exit 1  # the guard against runs without progress
     echo "$2"
     exit "$1"
 }
-for p in "${run[@]}"; do
+for p in "${steps[@]}"; do
     command_of "$p"
     [ -z "$asked" ] || finish 75 "stopped before $p with everything saved: run the same command again"
     echo
     echo "=== $p: ${command[*]}"
-    rm -f "$NANOCHAT_OUTCOME"
-    code=0
+    true > "$NANOCHAT_OUTCOME"
     "${command[@]}" < /dev/null &
     child=$!
     [ -z "$asked" ] || stop  # a signal that came since
     while :; do
         code=0
         wait "$child" || code=$?
-        kill -0 "$child" 2>/dev/null || break  # the wait was broken by a signal: the phase is still saving
+        kill -0 "$child" 2>/dev/null || break
+        # the wait was broken by a signal, and the phase is still saving; it is told again, in case it was not yet listening
+        while kill -0 "$child" 2>/dev/null; do sleep 3 & wait -n "$child" $! || true; stop; done
     done
     child=""
     # torchrun turns every code into 1, so a phase leaves its own in a file: what stands there also holds where a signal hit it after its end
@@ -157,7 +188,7 @@ for p in "${run[@]}"; do
         echo "$p failed with code $code; going on, since the models do not depend on it" >&2
         failed_evals+=("$p")
     else
-        [ "$p" = data ] || [ "$p" = tok ] || [[ " ${run[*]} " != *" report "* ]] || "$python" report.py "--data=$data" || true
+        [[ "$p" = @(data|tok|trial) ]] || [[ " ${run[*]} " != *" report "* ]] || "$python" report.py "--data=$data" || true
         finish "$code" "$p failed with code $code; mend what it says above and run the same command again: what is done stays done"
     fi
 done

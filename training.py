@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -149,6 +150,7 @@ def explain_out_of_memory(name, **rows):
 # the clock: nothing that it says affects weights
 
 _clock = {}
+PHASE = Path(sys.argv[0]).stem.removesuffix("_train").removeprefix("chat_")  # base, mid, sft, rl
 
 def start_clock(num_steps, step, spent, save_minutes):
     """spent: seconds of training in earlier lives of this phase."""
@@ -183,6 +185,8 @@ def tick(step, text, tokens, flops_per_token, compute):
     peak = next((f for name, f in PEAK_FLOPS.items() if compute.device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     if peak:
         reading["mfu"] = round(flops_per_token * tokens / seconds / (peak * compute.world), 4)
+    if len(_clock["steps"]) == 10 and (line := common.budget_line(PHASE, (_clock["num_steps"] - step) * seconds, common.deadline(), now)):
+        common.print0(line)
     if now - _clock["last_show"] >= 2.0 or step == _clock["num_steps"]:
         _clock["last_show"] = now
         mfu = f" | MFU {100 * reading['mfu']:.1f} %" if peak else ""

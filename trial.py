@@ -14,6 +14,8 @@ common.install_stop_handlers()  # before torch is imported
 import functools
 import gc
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +46,7 @@ if rest and (code := subprocess.run([sys.executable, "configurator.py", "check",
 # what is to come, and its settings: those that speedrun.sh would start each phase with
 
 listed = subprocess.run(["bash", "speedrun.sh", "--dry-run", f"--data={data}", f"--depth={depth}", "--nproc=1", *(["--", *rest] if rest else [])],
-                        cwd=common.REPO, capture_output=True, text=True)
+                        cwd=common.REPO, capture_output=True, text=True, env={**os.environ, "NANOCHAT_SLURM": ""})
 common.check(listed.returncode == 0, f"speedrun.sh --dry-run failed: {listed.stderr.strip() or listed.stdout.strip()}")
 args = {words[1]: [w for w in words[2:] if w.startswith("--") and not w.startswith("--data=")] for words in map(str.split, listed.stdout.splitlines()) if len(words) > 1}
 scripts = {"tok": "tok_train.py", "base": "base_train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py", "eval": "chat_eval.py"}
@@ -218,8 +220,8 @@ if (problem := common.on_rank0(save_and_load)):
     leave(2, problem)
 total = sum(hours.values())
 said = f"trial: all phases left take about {common.clock(3600 * total)}" + (f" besides {' and '.join(unknown)}" if unknown else "") + ", uncompiled and without evaluations"
-common.set_deadline(base["time_limit"], margin=0.0)
-if (end := common._stop["deadline"]):
+common.set_deadline(base["time_limit"])
+if (end := common.deadline()) < math.inf:
     said += f"; this job has {common.clock(end - time.time())} left" + (": it will stop with everything saved and continue in its next run" if 3600 * total > end - time.time() else "")
 common.print0(said)
 common.outcome(0, "done")

@@ -167,18 +167,10 @@ def test_signals_and_deadlines_ask_for_a_stop():
     code = f"import sys, os, signal, time; sys.path.insert(0, {str(REPO)!r})\nimport common\ncommon.install_stop_handlers()\n"
     out = subprocess.run([sys.executable, "-c", code + "print(common.stop_requested())\nos.kill(os.getpid(), signal.SIGUSR1)\nprint(common.stop_requested())"], capture_output=True, text=True)
     assert out.stdout == "None\nsignal SIGUSR1\n"
-    out = subprocess.run([sys.executable, "-c", code + "common.set_deadline(60)\nprint(common.stop_requested())\ncommon._stop['deadline'] = time.time()\nprint(common.stop_requested())"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code + "common.set_deadline(60)\nprint(common.stop_requested())\ncommon._stop['limit'] = time.time()\nprint(common.stop_requested())"], capture_output=True, text=True)
     assert out.stdout == "None\ndeadline\n"
     out = subprocess.run([sys.executable, "-c", code + "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"], capture_output=True, text=True)
     assert out.returncode == 130 and out.stdout == ""
-
-
-def test_the_end_of_a_slurm_job(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="2026-11-24T12:00:00\n"))
-    assert common.slurm_end_time() == time.mktime(time.strptime("2026-11-24T12:00:00", "%Y-%m-%dT%H:%M:%S"))
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
-    assert common.slurm_end_time() == 1234.0
 
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

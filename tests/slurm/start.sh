@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# A real Slurm for the tests, on this one machine: a controller and two nodes, n1 and n2, over loopback, with accounting. As root.
+#
+#   bash tests/slurm/start.sh      # installs Debian's packages where they are missing; starts what does not run; again at any time
+#   bash tests/slurm/stop.sh
+#
+# Everything lives in $SLURM_TEST_FOLDER (default /tmp/speedrun-slurm); in a shell: . $SLURM_TEST_FOLDER/env. One line of the hosts
+# file, for the nodes' names, is the only trace outside of it, and stop.sh takes it out again.
+set -euo pipefail
+folder=${SLURM_TEST_FOLDER:-/tmp/speedrun-slurm}
+port=${SLURM_TEST_PORT:-17900}
+export PATH=$PATH:/usr/sbin:/sbin
+export TMPDIR=$folder/sql  # the daemons run as users of their own
+cannot() { echo "no Slurm here: $1" >&2; exit 77; }  # 77: the tests are skipped, but not in CI
+[ "$(id -u)" -eq 0 ] || cannot "only root can start one"
+
+packages=(munge slurmctld slurmd slurm-client slurmdbd mariadb-server)
+if ! dpkg-query -W -f '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null | grep -c '^installed$' | grep -qx ${#packages[@]}; then
+    command -v apt-get > /dev/null || cannot "its packages are installed with apt-get"
+    made=""
+    [ -e /usr/sbin/policy-rc.d ] || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; made=1; }  # no services of the packages' own
+    code=0
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } < /dev/null > /tmp/apt-slurm.log 2>&1 || code=$?
+    [ -z "$made" ] || rm -f /usr/sbin/policy-rc.d
+    [ "$code" -eq 0 ] || { tail -n 5 /tmp/apt-slurm.log >&2; cannot "apt-get failed"; }
+fi
+
+mkdir -p "$folder"/{log,run,state,spool,sql,gpu}
+touch "$folder"/gpu/gpu{0,1}
+chmod 755 "$folder"
+host=$(hostname -s)
+getent hosts n1 > /dev/null || echo "127.0.0.1 n1 n2 # speedrun-slurm" >> /etc/hosts
+getent ahostsv4 "$host" > /dev/null || echo "127.0.0.1 $host # speedrun-slurm" >> /etc/hosts
+
+# Short times: a requeued job waits for cred_expire, a lost node is noticed after SlurmdTimeout. Without cgroups, for containers.
+cat > "$folder/slurm.conf" <<CONF
+ClusterName=speedrun
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket=$folder/run/munge.socket,cred_expire=3
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/run/slurmctld.pid
+SlurmdPidFile=$folder/run/slurmd.%n.pid
+SlurmctldLogFile=$folder/log/slurmctld.log
+SlurmdLogFile=$folder/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SwitchType=switch/none
+SlurmdParameters=config_overrides
+KillWait=20
+SlurmdTimeout=15
+SlurmctldTimeout=10
+MessageTimeout=10
+ReturnToService=2
+MinJobAge=3600
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort=$((port + 1))
+AccountingStoragePass=$folder/run/munge.socket
+GresTypes=gpu
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 11)) CPUs=2 RealMemory=16000 Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 12)) CPUs=2 RealMemory=16000 Gres=gpu:2
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF
+CONF
+echo "NodeName=n[1-2] Name=gpu File=$folder/gpu/gpu[0-1]" > "$folder/gres.conf"
+[ -s "$folder/password" ] || (umask 077; od -An -N12 -tx1 /dev/urandom | tr -d ' \n' > "$folder/password")
+(umask 077; cat > "$folder/slurmdbd.conf" <<CONF
+DbdHost=$host
+DbdAddr=127.0.0.1
+DbdPort=$((port + 1))
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/run/munge.socket
+PidFile=$folder/run/slurmdbd.pid
+LogFile=$folder/log/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=$((port + 2))
+StorageUser=slurm
+StoragePass=$(cat "$folder/password")
+StorageLoc=slurm_accounting
+CONF
+)
+printf 'export SLURM_CONF=%s PATH=$PATH:/usr/sbin:/sbin\n' "$folder/slurm.conf" > "$folder/env"
+. "$folder/env"
+
+runs() {  # runs NAME FILE: the process whose number is in FILE runs and is called NAME (a zombie does not run)
+    local pid
+    pid=$(cat "$folder/run/$2.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ] && ! grep -q '^State:.Z' "/proc/$pid/status"
+}
+until_true() {  # until_true WHAT COMMAND...: tries for 40 s
+    local what=$1 end=$((SECONDS + 40)); shift
+    until "$@" > /dev/null 2>&1; do
+        [ $SECONDS -lt $end ] || { tail -n 5 "$folder"/log/*.log >&2; cannot "$what"; }
+        sleep 0.2
+    done
+}
+begin() { local name=$1 file=$2; shift 2; runs "$name" "$file" || { rm -f "$folder/run/$file.pid"; "$name" "$@" < /dev/null > "$folder/log/$file.out" 2>&1 || { cat "$folder/log/$file.out" >&2; cannot "$name did not start"; }; }; }
+
+[ -s "$folder/munge.key" ] || (umask 077; head -c 64 /dev/urandom > "$folder/munge.key")
+begin munged munged --force --key-file="$folder/munge.key" --socket="$folder/run/munge.socket" --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
+until_true "munged does not answer" munge -n -S "$folder/run/munge.socket"
+if ! runs mariadbd mariadbd; then
+    chown mysql "$folder/sql"
+    [ -d "$folder/sql/data/mysql" ] || mariadb-install-db --no-defaults --user=mysql --datadir="$folder/sql/data" --tmpdir="$folder/sql" --auth-root-authentication-method=socket > "$folder/log/sql.out" 2>&1 || { tail -n 5 "$folder/log/sql.out" >&2; cannot "mariadb-install-db failed"; }
+    setsid mariadbd --no-defaults --user=mysql --datadir="$folder/sql/data" --tmpdir="$folder/sql" --socket="$folder/sql/socket" --bind-address=127.0.0.1 --port=$((port + 2)) --innodb-buffer-pool-size=64M < /dev/null > "$folder/log/mariadbd.log" 2>&1 &
+    echo $! > "$folder/run/mariadbd.pid"
+fi
+sql() { mariadb --no-defaults -u root -S "$folder/sql/socket" -e "$1"; }
+until_true "mariadbd does not answer" sql "select 1"
+sql "create database if not exists slurm_accounting; create user if not exists slurm@'127.0.0.1' identified by '$(cat "$folder/password")'; create user if not exists slurm@localhost identified by '$(cat "$folder/password")';
+     grant all on slurm_accounting.* to slurm@'127.0.0.1'; grant all on slurm_accounting.* to slurm@localhost"
+begin slurmdbd slurmdbd
+until_true "slurmdbd does not answer" sacctmgr -n list cluster
+[ -n "$(sacctmgr -nP list cluster speedrun format=cluster)" ] || sacctmgr -i add cluster speedrun > /dev/null
+begin slurmctld slurmctld
+for node in n1 n2; do mkdir -p "$folder/spool/$node"; begin slurmd slurmd.$node -N $node; done
+ready() { [ "$(sinfo -h -N -p main -o %T | grep -cxE 'idle|mixed|allocated|completing')" -eq 2 ]; }
+until_true "the nodes did not come up" ready
+echo "Slurm runs in $folder"
