@@ -7,7 +7,26 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("NANOCHAT_TEST_DATA", REPO.parent / "shared" / "data"))  # what some tests compare with: CORE's bundle, a checkpoint of nanochat's
 sys.path.insert(0, str(REPO))
+
+import tokenizer as tok
+
+BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
+needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(), reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
+
+
+def nanochats_own(folder):
+    """-> (tokenizer, converted in `folder`; model) of a checkpoint that nanochat made"""
+    import json
+    import torch
+    import gpt
+    there = SHARED / "nanochat_checkpoint"
+    (folder / "tokenizer.pkl").write_bytes((there / "tokenizer/tokenizer.pkl").read_bytes())
+    config = json.loads((there / "base_checkpoints/d4/meta_000400.json").read_text())["model_config"]
+    model = gpt.GPT(gpt.GPTConfig(**config, arch="nanochat_2025")).eval()
+    model.load_state_dict(torch.load(there / "base_checkpoints/d4/model_000400.pt", map_location="cpu", weights_only=True))
+    return tok.load_tokenizer(folder), model
 
 
 @pytest.fixture
@@ -18,8 +37,8 @@ def state(tmp_path, monkeypatch):
     return folder
 
 
-def script(state, *args, env=None, timeout=300):
+def script(state, *args, env=None, timeout=300, said=None):
     """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess with text output"""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
     environment.update(NANOCHAT_BASE_DIR=str(state), **(env or {}))
-    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env=environment, input=said, capture_output=True, text=True, timeout=timeout)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +21,11 @@ import gpt
 import phase
 import tokenizer as tok
 import training
-from conftest import REPO, script
+from conftest import BYTES, REPO, SHARED, nanochats_own, needs_nanochat, script
 
 torch.set_num_threads(1)
-SHARED = Path(os.environ.get("NANOCHAT_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 BUNDLE = SHARED / "eval_bundle"
-BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})
 needs_bundle = pytest.mark.skipif(not BUNDLE.exists(), reason="no CORE bundle at hand (NANOCHAT_TEST_DATA)")
-
 
 def small():
     model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 2, 2, 1, 64))
@@ -40,10 +36,8 @@ def small():
             p.data.normal_(0, 0.2, generator=generator)
     return model.eval()
 
-
 def a_task(kind, items, shots=0, delimiter=" "):
     return {"label": kind, "kind": kind, "shots": shots, "delimiter": delimiter, "items": items, "baseline": 25.0}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the bundle
@@ -58,7 +52,6 @@ def test_the_real_bundle():
     assert (jeopardy["shots"], jeopardy["delimiter"], jeopardy["baseline"]) == (10, "\nAnswer: ", 0.0)
     assert by_label["hellaswag_zeroshot"]["delimiter"] == " " and by_label["boolq"]["baseline"] == 62.0
     assert by_label["hellaswag"]["items"] is by_label["hellaswag_zeroshot"]["items"] and len(by_label["hellaswag"]["items"]) == 10042
-
 
 YAML = """# tasks
 icl_tasks:
@@ -76,13 +69,11 @@ icl_tasks:
   icl_task_type: schema
 """
 
-
 def test_core_yaml_by_hand(tmp_path):
     (tmp_path / "core.yaml").write_text(YAML)
     assert core_eval.read_core_yaml(tmp_path / "core.yaml") == [
         {"label": "one", "uri": "a/one.jsonl", "kind": "multiple_choice", "shots": 10, "delimiter": "\nAnswer: "},
         {"label": "two", "uri": "two.jsonl", "kind": "schema", "shots": 0, "delimiter": " "}]
-
 
 @pytest.mark.parametrize("old,new,line", [
     ("icl_tasks:", "tasks:", 2), ("  label: one", "\tlabel: one", 4), ("  label: one", "label: one", 4), ("  label: one", "  label: [one", 4),
@@ -93,7 +84,6 @@ def test_a_core_yaml_that_cannot_be_read_names_the_line(tmp_path, capsys, old, n
     with pytest.raises(SystemExit) as e:
         core_eval.read_core_yaml(tmp_path / "core.yaml")
     assert e.value.code == 2 and f"core.yaml:{line}: " in capsys.readouterr().err
-
 
 def write_bundle(folder, tasks):
     """tasks {label: (kind, shots, items or None for no file)}"""
@@ -106,9 +96,7 @@ def write_bundle(folder, tasks):
     common.atomic_write(folder / "core.yaml", yaml)
     common.atomic_write(folder / "eval_meta_data.csv", table)
 
-
 LM = [{"context": f"say {i} ", "continuation": f"{i}"} for i in range(5)]
-
 
 def test_a_missing_task_is_named_and_there_is_no_core(tmp_path, capsys):
     write_bundle(tmp_path, {"here": ("language_modeling", 2, LM), "gone": ("language_modeling", 0, None)})
@@ -126,12 +114,10 @@ def test_a_missing_task_is_named_and_there_is_no_core(tmp_path, capsys):
         core_eval.read_bundle(tmp_path)
     assert e.value.code == 2 and "here.jsonl:2: " in capsys.readouterr().err
 
-
 def test_centred_by_hand():
     r = core_eval.summary(a_task("multiple_choice", LM), [True, False, True, False])
     assert r["accuracy"] == 0.5 and r["centred"] == pytest.approx(1 / 3) and (r["n"], r["of"]) == (4, 5)
     assert r["chance"] == 0.25 and (r["low"], r["high"]) == pytest.approx((0.150, 0.850), abs=1e-3)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts and rows
@@ -146,13 +132,11 @@ def test_prompts_by_hand():
     assert core_eval.prompts(a_task("language_modeling", items, 1), 1) == ["sky: blue \n\ngrass:", "sky: blue \n\ngrass: green"]
     assert core_eval.prompts(a_task("language_modeling", items, 0, "\nA: "), 0) == ["sky:\nA:", "sky:\nA: blue "]
 
-
 @pytest.mark.parametrize("n,shots", [(2, 1), (30, 10), (2000, 10), (11, 10)])
 def test_examples_are_drawn_as_from_a_list_without_the_item(n, shots):
     for number in (0, 1, n // 2, n - 1):
         others = [i for i in range(n) if i != number]
         assert core_eval.examples(number, n, shots) == random.Random(1234 + number).sample(others, shots)
-
 
 def test_rows_by_hand():
     rows = lambda *args: [tuple(r) for r in core_eval.rows_of(*args)]
@@ -162,7 +146,6 @@ def test_rows_by_hand():
     assert rows("schema", [[9, 1, 5, 6], [9, 2, 3, 5, 6]], 10) == [([9, 1, 5, 6], 2, 4, 0), ([9, 2, 3, 5, 6], 3, 5, 0)]
     assert rows("language_modeling", [[9, 1], [9, 1, 2, 3]], 3) == [([1, 2, 3], 1, 3, 1)]
     assert rows("language_modeling", [[9, 1], [9, 1, 2, 3, 4]], 2) == [([3, 4], 1, 2, 3)]  # longer than all: what fits
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # answers: batched with shared prefixes against one item at a time without
@@ -194,10 +177,8 @@ def plain(model, tokenizer, task, number, longest):
         losses.append(each[start - 1:].mean().item())  # of nothing: nan
     return losses.index(min(losses)) == task["items"][number]["gold"]
 
-
 def words(rng, n):
     return " ".join("".join(rng.choice("abcdefg") for _ in range(rng.randint(1, 6))) for _ in range(n))
-
 
 def some_tasks(model):
     rng = random.Random(5)
@@ -218,7 +199,6 @@ def some_tasks(model):
     lm += [{"context": "nothing", "continuation": ""}]
     return [a_task(kind, items, shots, "=" if kind == "language_modeling" else " ") for kind, items in (("multiple_choice", mc), ("schema", schema), ("language_modeling", lm)) for shots in (0, 2)]
 
-
 @pytest.mark.parametrize("longest", [1000, 40])  # 40 tokens: prompts of two examples are cut
 def test_batched_answers_equal_those_of_one_at_a_time(longest):
     model = small()
@@ -238,7 +218,6 @@ def test_batched_answers_equal_those_of_one_at_a_time(longest):
     assert first[2] and first[4] and first[5], "an empty choice that stands first is taken"
     assert first[3], "an empty choice that stands later is not"
 
-
 def test_what_is_shared_is_run_once(monkeypatch):
     model, run, scored = small(), [], []
     hidden, logits = model.hidden, model.logits
@@ -248,22 +227,16 @@ def test_what_is_shared_is_run_once(monkeypatch):
     core_eval.evaluate(model, BYTES, task, [0], 1000, 1e9)
     assert run == [99, 4] and scored == [4]  # bos and the question without the space, then the space before each of four
 
-
 def test_asked_to_stop_between_batches():
     answers = iter([True, False])
     task = a_task("language_modeling", LM)
     assert core_eval.evaluate(small(), BYTES, task, range(5), 100, 1, keep_going=lambda: next(answers)) is None
 
-
-@pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists() or not BUNDLE.exists(), reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
+@needs_bundle
+@needs_nanochat
 def test_outcomes_equal_nanochats_own(tmp_path):
-    folder = SHARED / "nanochat_checkpoint"
-    (tmp_path / "tokenizer.pkl").write_bytes((folder / "tokenizer/tokenizer.pkl").read_bytes())
-    tokenizer = tok.load_tokenizer(tmp_path)
-    meta = json.loads((folder / "base_checkpoints/d4/meta_000400.json").read_text())
-    model = gpt.GPT(gpt.GPTConfig(**meta["model_config"], arch="nanochat_2025")).eval()
-    model.load_state_dict(torch.load(folder / "base_checkpoints/d4/model_000400.pt", map_location="cpu", weights_only=True))
-    expected = json.loads((folder / "core_expected.json").read_text())
+    tokenizer, model = nanochats_own(tmp_path)
+    expected = json.loads((SHARED / "nanochat_checkpoint/core_expected.json").read_text())
     count = int(os.environ.get("NANOCHAT_TEST_CORE_ITEMS", 2))  # of 12 items a task; all of them take about a minute
     for task in core_eval.read_bundle(BUNDLE)[0]:
         one = expected["tasks"][task["label"]]
@@ -272,12 +245,10 @@ def test_outcomes_equal_nanochats_own(tmp_path):
         got = core_eval.evaluate(model, tokenizer, task, numbers, expected["max_seq_len"], 2e8)
         assert got == one["correct"][-count:], task["label"]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # bits per byte
 
 COMPUTE = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
-
 
 class EightBits:
     """Gives every token 8 bits for each of its bytes, and anything at all to tokens that stand for none."""
@@ -287,13 +258,11 @@ class EightBits:
     def __call__(self, x, y, reduction):
         return torch.where(self.sizes[y] > 0, self.sizes[y] * 8 * math.log(2), 5.0)
 
-
 def plan_of(folder, tokenizer, length):
     folder.mkdir()
     texts = ["na\u00efve banana bandana", "an apple", "banana " * 30]
     dataset.write_store(folder / "s", [[(tokenizer.encode(t), None) for t in texts]], "test", tokenizer.vocab_size)
     return dataset.make_plan([dataset.open_store(folder / "s")], length, tokenizer.bos)
-
 
 def test_bits_per_byte_do_not_depend_on_tokenizer_or_batch(tmp_path):
     pairs = tok.Tokenizer({**{bytes([i]): i for i in range(256)}, b"an": 256, b"ana": 257, " b".encode(): 258})
@@ -301,7 +270,6 @@ def test_bits_per_byte_do_not_depend_on_tokenizer_or_batch(tmp_path):
         plan = plan_of(tmp_path / name, tokenizer, 17)
         for rows in (1, 3, 100):
             assert training.bits_per_byte(EightBits(tokenizer), plan, tokenizer, 10 ** 9, rows, COMPUTE) == pytest.approx(8.0, abs=1e-6)
-
 
 def test_bits_per_byte_by_hand(tmp_path):
     model = small()
@@ -315,7 +283,6 @@ def test_bits_per_byte_by_hand(tmp_path):
                     nats, count = nats - math.log(probabilities[at, token]), count + 1
     for rows in (1, 2, 50):
         assert training.bits_per_byte(model, plan, BYTES, 10 ** 9, rows, COMPUTE) == pytest.approx(nats / count / math.log(2), abs=1e-5)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
@@ -342,10 +309,8 @@ def ready(state, tmp_path, monkeypatch):
     write_bundle(common.eval_bundle_dir(data), {"choose": ("multiple_choice", 2, mc), "go_on": ("language_modeling", 0, lm)})
     return data
 
-
 def result(data):
     return json.loads(common.eval_path("core", "base", data, "d2").read_text())
-
 
 def test_an_interrupted_evaluation_continues(state, ready):
     args = ["base_eval.py", f"--data={ready}", "--threads=1", "--dtype=float32"]
@@ -377,7 +342,6 @@ def test_an_interrupted_evaluation_continues(state, ready):
     assert not partial.exists()
     assert {k: v for k, v in second.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
 
-
 def test_parts_missing_tasks_and_stale_pieces(state, ready):
     partial = common.eval_path("core", "base", ready, "d2").with_suffix(".partial.jsonl")
     lines = [{"inputs": {"weights": "others"}, "chosen": {}}, {"piece": "choose 0", "value": [True] * 64, "seconds": 1.0}]
@@ -391,7 +355,6 @@ def test_parts_missing_tasks_and_stale_pieces(state, ready):
     (common.eval_bundle_dir(ready) / "core.yaml").unlink()
     failed = script(state, "base_eval.py", f"--data={ready}")
     assert failed.returncode == 2 and "core.yaml" in failed.stderr and failed.stderr.count("\n") == 1
-
 
 def test_two_ranks_measure_what_one_does(state, ready):
     args = ["base_eval.py", f"--data={ready}", "--core_items=200", "--threads=1", "--dtype=float32"]

@@ -24,7 +24,6 @@ evaluation.keep("b", 2)
 evaluation.done(results=kept)
 """
 
-
 def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_anew(state):
     path = state / "report" / "chat_sft_d4.json"
     def run(dtype, what):
@@ -49,7 +48,6 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     path.unlink()
     code, out, _ = run("float32", "finish")
     assert code == 0 and "is dropped: dtype" in out and "kept {}" in out
-
 
 @pytest.mark.parametrize("right,n,low,high", [(5, 10, 0.237, 0.763), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (560, 1000, 0.529, 0.590)])
 def test_intervals_as_in_wilsons_tables(right, n, low, high):

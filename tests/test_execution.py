@@ -13,14 +13,12 @@ import pytest
 
 from execution import calculate, run_python, sandbox_available
 
-
 @pytest.mark.parametrize("expression,value", [
     ("1+1", "2"), ("(1+2)*3", "9"), ("7/2", "3.5"), ("8/2", "4"), ("1,000/4", "250"), ("-3+5", "2"), ("2**10", "1024"), ("7//2", "3"), ("7%4", "3"),
     ("'hello'.count('l')", "2"), ('"a,b,c".count(",")', "2"), ("0.1+0.2", "0.3"), (" 3 * 4 ", "12"),
     ("1/10000000", "0"), ("-1/10000000", "0"), ("2.0000001+1", "3"), ("1,234,567+1", "1234568"), ("-2**2", "-4"), (".5*8", "4")])
 def test_what_the_calculator_computes(expression, value):
     assert calculate(expression) == value
-
 
 @pytest.mark.parametrize("expression", [
     "", "x", "1+", "open('/etc/passwd')", "__import__('os')", "9**9**9", "2**100000", "10**60", "(1).__class__", "'a'*1000000000", "[1]*9", "1 if 1 else 2",
@@ -33,9 +31,7 @@ def test_what_it_refuses(expression):
     assert calculate(expression) is None
     assert time.time() - t0 < 1.0
 
-
 needs_sandbox = pytest.mark.skipif(not sandbox_available()[0], reason=f"no namespaces here: {sandbox_available()[1]}")
-
 
 @needs_sandbox
 def test_right_and_wrong_programs():
@@ -43,7 +39,6 @@ def test_right_and_wrong_programs():
     assert run_python("import math, json, collections\nassert math.sqrt(4) == 2") == (True, "passed")
     assert run_python("assert 1 == 2") == (False, "failed")
     assert run_python("def f(:") == (False, "failed")
-
 
 ATTACKS = {
     "exit 0 early": "import os\nos._exit(0)",
@@ -73,7 +68,6 @@ ATTACKS = {
 HONEST = "def f(x): return x + 1\n"
 CHECK = "def f(x): pass\ndef check(candidate):\n    assert candidate(1) == 2 and f(2) == 3\n    assert candidate(candidate(5)) == 7\n"
 
-
 @needs_sandbox
 def test_a_function_is_judged_by_tests_in_another_process():
     assert run_python(HONEST, test=CHECK, entry_point="f") == (True, "passed")
@@ -83,7 +77,6 @@ def test_a_function_is_judged_by_tests_in_another_process():
     judged = "def check(c):\n assert c('a') == {'a': 2, 'b': 1} and c('b') == (1, 'x\\n') and c('c') == {1, 2} and c('d') == set() and c('e') is None and c('f') == [True, 2.5, b'z']\n" \
              " try: c('nothing')\n except KeyError: return\n assert False\n"
     assert run_python(crossing, test=judged, entry_point="f") == (True, "passed")
-
 
 # programs that know how they are judged: each claims to pass without solving anything
 FORGERIES = {
@@ -110,7 +103,6 @@ FORGERIES = {
     "memory bomb of many processes": "import os, time\ndef f(x):\n  for _ in range(20):\n    if os.fork() == 0:\n      b = bytearray(300 << 20)\n      for i in range(0, len(b), 4096): b[i] = 1\n      time.sleep(100)\n  time.sleep(100)",
 }
 
-
 @needs_sandbox
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_program_can_forge_the_verdict(name):
@@ -120,12 +112,10 @@ def test_no_program_can_forge_the_verdict(name):
     assert time.time() - t0 < 8
     assert run_python(HONEST, test=CHECK, entry_point="f") == (True, "passed")
 
-
 @needs_sandbox
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail_where_tests_judge(name):
     assert not run_python(ATTACKS[name], timeout=2.0, test=CHECK, entry_point="f")[0]
-
 
 @needs_sandbox
 def test_disks_are_read_only_but_for_a_small_folder_in_memory(tmp_path):
@@ -138,7 +128,6 @@ def test_disks_are_read_only_but_for_a_small_folder_in_memory(tmp_path):
     assert (tmp_path / "mine").read_text() == "x" and not (tmp_path / "new").exists()
     assert run_python("open('here', 'w').write('y')\nassert open('here').read() == 'y'")[0]
     assert not run_python("for i in range(40): open(f'f{i}', 'wb').write(b'x' * 1000000)")[0]  # more than the folder holds
-
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_the_same_for_an_ordinary_user():
@@ -167,7 +156,6 @@ def test_the_same_for_an_ordinary_user():
         pytest.skip(f"an ordinary user gets no namespaces here: {done.stdout.strip()}")
     assert done.stdout.strip() == "held", done.stderr
 
-
 @needs_sandbox
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail_and_the_evaluator_goes_on(name):
@@ -176,7 +164,6 @@ def test_attacks_fail_and_the_evaluator_goes_on(name):
     assert not ok, why
     assert time.time() - t0 < 8
     assert run_python("assert True") == (True, "passed")
-
 
 @needs_sandbox
 def test_the_home_folder_the_environment_and_the_network_are_out_of_reach(tmp_path, monkeypatch):
@@ -194,7 +181,6 @@ def test_the_home_folder_the_environment_and_the_network_are_out_of_reach(tmp_pa
     with pytest.raises(TimeoutError):
         server.accept()
     assert run_python(f"import os\nos.kill({os.getpid()}, {int(signal.SIGTERM)})")[0] is False
-
 
 @needs_sandbox
 def test_nothing_is_left_behind():

@@ -1,20 +1,12 @@
 """gpt.py: gradients, the cache, generation with the tool, and nanochat's own checkpoint."""
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import data
 import gpt
-import tokenizer as tok
+from conftest import BYTES, SHARED, nanochats_own, needs_nanochat
 
 torch.set_num_threads(1)
-SHARED = Path(os.environ.get("NANOCHAT_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})
-
 
 def small(arch="modern", n_kv_head=2, seed=0):
     model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch))
@@ -25,10 +17,8 @@ def small(arch="modern", n_kv_head=2, seed=0):
             p.data.normal_(0, 0.1, generator=generator)
     return model.eval()
 
-
 def prompts():
     return [[BYTES.bos, *BYTES.encode(t)] for t in ("hello there", "a", "something a good deal longer", "hello there")]
-
 
 @pytest.mark.parametrize("arch,n_kv_head", [("modern", 2), ("modern", 1), ("nanochat_2025", 2)])
 def test_cached_greedy_decoding_equals_uncached(arch, n_kv_head):
@@ -42,7 +32,6 @@ def test_cached_greedy_decoding_equals_uncached(arch, n_kv_head):
             sequence.append(token)
         assert tokens == sequence[len(prompt):] and not any(forced)
 
-
 @torch.inference_mode()
 def test_cached_logits_equal_uncached_with_several_tokens_at_once():
     model = small()
@@ -52,14 +41,12 @@ def test_cached_logits_equal_uncached_with_several_tokens_at_once():
     parts = [model(idx[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
 
-
 @torch.inference_mode()
 def test_padding_a_prompt_changes_nothing():
     model = small()
     together = gpt.prefill(model, prompts(), 40)[1]
     alone = torch.cat([gpt.prefill(model, [p], 40)[1] for p in prompts()])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
 
 def test_a_sample_depends_on_its_own_numbers_alone():
     model, uniforms = small(), np.random.default_rng(0).random((4, 12))
@@ -68,7 +55,6 @@ def test_a_sample_depends_on_its_own_numbers_alone():
     assert together == alone
     assert together[0] != together[3], "the same prompt with other numbers must come out otherwise"
 
-
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -76,7 +62,6 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 10_000, logits[0].softmax(0), atol=2e-4, rtol=0)
     assert set(gpt.sample(logits.expand(100, 4), 1.0, 2, uniforms[::100]).tolist()) == {1, 2}, "top_k=2 leaves two"
     assert gpt.sample(logits, 0.0, 0, None).item() == 2
-
 
 def test_the_tool_speaks_and_is_marked(monkeypatch):
     model = small()
@@ -89,7 +74,6 @@ def test_the_tool_speaks_and_is_marked(monkeypatch):
     assert tokens == script[:5] + output + BYTES.encode("?")
     assert [t for t, f in zip(tokens, forced) if f] == output
 
-
 def test_finished_rows_leave_the_batch(monkeypatch):
     model, sizes = small(), []
     hidden = model.hidden
@@ -98,7 +82,6 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     monkeypatch.setattr(gpt, "sample", lambda logits, *a: torch.tensor([end if next(turn) % 2 else 65 for _ in range(logits.shape[0])]))
     gpt.generate(model, BYTES, [[BYTES.bos, i] for i in range(8)], 10)
     assert sizes[:3] == [8, 4, 2]
-
 
 def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
     model = small()
@@ -120,29 +103,20 @@ def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
         loss.backward()
         assert loss.item() == 0.0 and all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
 
-
 def test_the_switch_turns_the_additions_off():
     plain = {n for n, _ in small("nanochat_2025").named_parameters()}
     added = {n.split(".")[0] if "ve_gate" not in n else "ve_gate" for n, _ in small().named_parameters()} - {"transformer", "lm_head"}
     assert added == {"resid_lambdas", "x0_lambdas", "value_embeds", "ve_gate"} and not any("lambda" in n or "ve_" in n for n in plain)
     assert gpt.config_from_depth(20, 65536, 2048).n_embd == 1280 and gpt.config_from_depth(20, 65536, 2048).n_head == 10
 
-
 def test_flops_by_hand():
     model = gpt.GPT(gpt.GPTConfig(32, 100, 1, 1, 1, 128, "nanochat_2025"))
     assert model.flops_per_token() == 6 * (12 * 128 * 128 + 100 * 128) + 12 * 128 * 32
 
-
-@pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(), reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
+@needs_nanochat
 def test_a_checkpoint_made_by_nanochat_gives_its_numbers(tmp_path):
-    folder = SHARED / "nanochat_checkpoint"
-    (tmp_path / "tokenizer.pkl").write_bytes((folder / "tokenizer/tokenizer.pkl").read_bytes())
-    tokenizer = tok.load_tokenizer(tmp_path)
-    meta = json.loads((folder / "base_checkpoints/d4/meta_000400.json").read_text())
-    config = {k: v for k, v in meta["model_config"].items() if k in gpt.GPTConfig.__dataclass_fields__}
-    model = gpt.GPT(gpt.GPTConfig(**config, arch="nanochat_2025"))
-    model.load_state_dict(torch.load(folder / "base_checkpoints/d4/model_000400.pt", map_location="cpu", weights_only=True))
-    expected = np.load(folder / "expected.npz")
+    tokenizer, model = nanochats_own(tmp_path)
+    expected = np.load(SHARED / "nanochat_checkpoint/expected.npz")
     ids = expected["prompt_ids"].reshape(1, -1)
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids.astype(np.int64)))[0].numpy()

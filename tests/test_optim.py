@@ -17,7 +17,6 @@ import optim
 MATRICES = {"square": (3, 8, 8), "tall": (5, 16, 8), "wide": (1, 8, 24)}  # counts that neither 2 nor 4 divides
 OTHERS = {"even": (300, 256), "odd": (257, 256), "gates.a": (2, 12), "gates.b": (2, 12), "lambdas": (3,), "scalar": ()}
 
-
 def normal(seed, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -77,7 +76,6 @@ def launch(world, job, folder):
     mp.spawn(worker, (world, job, str(folder)), nprocs=world)
     return [torch.load(f"{folder}/{job.__name__}_{rank}.pt", weights_only=True) for rank in range(world)]
 
-
 def two_ranks(folder):
     params, optimizer = make()
     norms = train(params, optimizer, 0, 5)
@@ -110,7 +108,6 @@ def four_ranks(folder):
     train(params, optimizer, 10, 13)
     return {"loaded": loaded, "later": snapshot(params, optimizer)}
 
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -122,7 +119,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
 
 def test_two_ranks_step_like_one(ranks):
     params, optimizer = make()
@@ -136,11 +132,9 @@ def test_two_ranks_step_like_one(ranks):
     whole = sum(t.numel() for block in optimizer.blocks for t in block["state"].values())
     assert all(r["shares"] < 0.55 * whole for r in two)  # each holds about half
 
-
 def test_interrupted_equals_uninterrupted_on_two_ranks(ranks):
     assert ranks[2][0]["half"]["optim"]["even"]["step"] == 5
     assert same(ranks[2][0]["resumed"], ranks[2][0]["whole"])
-
 
 def test_states_move_between_one_two_and_four_ranks(ranks):
     two = ranks[2][0]["whole"]
@@ -154,13 +148,11 @@ def test_states_move_between_one_two_and_four_ranks(ranks):
     for rank in ranks[4]:
         assert same(rank["later"]["params"], ranks[4][0]["later"]["params"])
 
-
 def test_a_gradient_not_finite_on_one_rank_touches_nothing_on_any(ranks):
     for rank in ranks[2]:
         assert math.isnan(rank["refused"][0]) and rank["refused"][1] == math.inf
         assert rank["untouched"]
     assert same(ranks[2][0]["after"], ranks[2][0]["whole"])  # not even the step count
-
 
 def test_one_rank_interrupted_refused_and_repeated():
     params, optimizer = make()
@@ -172,7 +164,6 @@ def test_one_rank_interrupted_refused_and_repeated():
     again = restore(saved)
     train(*again, 3, 6)
     assert same(snapshot(*again), snapshot(params, optimizer))
-
 
 def test_adamw_equals_torch():
     params, _ = make()
@@ -193,13 +184,11 @@ def test_adamw_equals_torch():
     assert furthest(ours, theirs) < 1e-6
     assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in theirs.values())), rel=1e-6)
 
-
 def test_the_five_polynomials():
     x = torch.logspace(-3, 0, 10_000, dtype=torch.float64)
     for a, b, c in optim.POLAR_EXPRESS:
         x = a * x + b * x ** 3 + c * x ** 5
     assert 0.85 < x.min() and x.max() < 1.15
-
 
 @pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 16), (1, 16, 80)])
 @pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.85, 1.15), (torch.bfloat16, 0.80, 1.20)])
@@ -213,7 +202,6 @@ def test_orthogonalise(shape, dtype, low, high):
         assert torch.linalg.matrix_norm(result - U @ V, 2).max() < 0.2  # and the directions stayed
     assert optim.orthogonalise(torch.zeros(shape), 5, dtype).eq(0).all()
 
-
 def muon_step(p, grad, **changes):
     """One step from zero state on one matrix -> what was added to it, divided by -lr"""
     p = torch.nn.Parameter(p.clone())
@@ -223,7 +211,6 @@ def muon_step(p, grad, **changes):
     before = p.detach().clone()
     optim.MuonAdamW([{**group, **changes}]).step()
     return (before - p.detach()) / 0.5
-
 
 def test_muon_step_by_hand():
     grad = torch.linalg.qr(normal(0, (16, 16)))[0] * 3.0
@@ -242,7 +229,6 @@ def test_muon_step_by_hand():
     wanted = torch.where(update * p >= 0, 0.2 * p, 0.0)
     assert 0.2 < (wanted == 0).float().mean() < 0.8 and torch.allclose(decayed - update, wanted, atol=1e-5)
 
-
 def test_muon_momentum_by_hand():
     """The buffer is an exponential average of the gradients."""
     params, optimizer = make()
@@ -254,7 +240,6 @@ def test_muon_momentum_by_hand():
         buffer = (0.5 + 0.1 * step) * buffer + (0.5 - 0.1 * step) * params[name].grad
         optimizer.step()
     assert torch.allclose(optimizer.state_dict()[name]["momentum_buffer"], buffer, atol=1e-6)
-
 
 def test_muon_looks_one_step_ahead():
     """Nesterov: what is orthogonalised is the gradient mixed with the buffer, not the buffer alone."""
@@ -272,7 +257,6 @@ def test_muon_looks_one_step_ahead():
     buffer = 0.9 * 0.1 * g1 + 0.1 * g2
     assert cosine_to_nearest_orthogonal(0.1 * g2 + 0.9 * buffer) > 0.99 > 0.98 > cosine_to_nearest_orthogonal(buffer)
 
-
 def test_a_missing_gradient_counts_as_zeros():
     results = []
     for missing in (True, False):
@@ -283,7 +267,6 @@ def test_a_missing_gradient_counts_as_zeros():
         assert optimizer.step() == 0.0
         results.append(snapshot(params, optimizer))
     assert same(*results)
-
 
 def test_states_of_another_model_are_refused():
     params, optimizer = make()
@@ -297,7 +280,6 @@ def test_states_of_another_model_are_refused():
         with pytest.raises(ValueError, match="optimizer state of"):
             optimizer.load_state_dict(bad)
         assert same(before, snapshot(params, optimizer))
-
 
 @pytest.mark.parametrize("arch", ["modern", "nanochat_2025"])
 def test_every_parameter_of_the_model_is_in_its_group(arch):

@@ -16,18 +16,15 @@ TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee
 RAISED = "RL raises word problems by 0.05, or to 0.95"
 SCORES = {"mid": 0.3, "sft": 0.7, "rl": 0.8}
 
-
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-
 
 def phase(directory, name, status="done", reason="done", **facts):
     write(directory / "phase.json", {
         "phase": name, "status": status, "reason": reason, "next": None if status == "done" else f"python {name}.py --data=toy",
         "settings": {"data": "toy", "tag": "", "seed": 1337}, "free": {}, "inputs": {}, "host": "somewhere", "pid": 4194303,
         "commit": "abcdef0123456789", "difference": "", "starts": [time.time() - 100.0], "updated": time.time() - 50.0, **facts})
-
 
 def stage(root, name, steps=40, total=40, **record):
     """A trained stage of 40 steps: checkpoint files (empty ones), manifest, metrics, record"""
@@ -46,7 +43,6 @@ def stage(root, name, steps=40, total=40, **record):
     phase(directory, script_name, **{"seconds": 120.0, **record})
     return directory
 
-
 def evaluations(root, stages=("mid", "sft", "rl")):
     for name in stages:
         a = SCORES[name]
@@ -56,7 +52,6 @@ def evaluations(root, stages=("mid", "sft", "rl")):
     write(root / "report/core_base_d4.json", {
         "core": 0.2042, "label": "toy-CORE", "seconds": 60.0, "inputs": {"weights": "base-weights-0123456789"[:16]},
         "tasks": {"x": {"accuracy": 0.5, "low": 0.4925, "high": 0.5075, "chance": 0.25, "centred": 0.2, "n": 10}}, "samples": [{"prompt": "The | cat", "text": "sat\n```"}]})
-
 
 @pytest.fixture
 def whole(state):
@@ -72,19 +67,16 @@ def whole(state):
     evaluations(root)
     return state
 
-
 def run(state, *args):
     """-> (report.md, what was printed)"""
     out = script(state, "report.py", "--data=toy", *args)
     assert out.returncode == 0 and out.stderr == "", out.stderr
     return (state / "toy/report/report.md").read_text(), out.stdout
 
-
 def row(text, name):
     """The cells of a table's row.  example: "| a | 1 | - |" -> ["1", "-"]"""
     line = next(line for line in text.split("\n") if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
 
 def test_everything_done(whole):
     text, printed = run(whole)
@@ -115,7 +107,6 @@ def test_everything_done(whole):
     lines = [line for line in printed.split("\n") if "±0.040" in line]
     assert len({line.index("0.700") for line in lines}) == 1, "the columns stand under each other"
 
-
 def test_the_curves_are_pictures_beside_the_report(whole):
     from xml.etree import ElementTree
     text, _ = run(whole)
@@ -129,14 +120,12 @@ def test_the_curves_are_pictures_beside_the_report(whole):
     heights = [float(p.split(",")[1]) for p in line.get("points").split()]
     assert len(heights) == 40 and heights == sorted(heights), "the loss falls, so the curve goes down (y grows downwards)"
 
-
 def test_what_is_not_a_number_is_left_out_of_a_curve():
     metrics = [{"kind": "train", "step": s, "loss": v} for s, v in enumerate([3.0, float("nan"), None, "2", 1.0, float("inf")])]
     assert report.points(metrics, "train", "loss") == [(0, 3.0), (4, 1.0)]
     assert report.svg([(0, 1.0)], "x") == "" and "polyline" in report.svg([(0, 1.0), (5, 1.0)], "x")
     long = report.svg([(i, i % 7) for i in range(100_000)], "x")
     assert len(long) < 10_000
-
 
 def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
     root = whole / "toy"
@@ -165,14 +154,12 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
     assert re.search(r"mid d4 +done, step 40 of 40", status) and re.search(r"mid-eval d4 +done", status)
     assert status.strip().split("\n")[-1] == "next: python chat_sft.py --data=toy"
 
-
 def test_scores_of_other_weights_are_left_out(whole):
     path = whole / "toy/report/chat_rl_d4.json"
     write(path, path.read_text().replace("rl-weights", "xy-weights"))
     text, _ = run(whole)
     assert row(text, "toy-GSM8K")[3] == "-" and "of other weights" in text
     assert "next: bash speedrun.sh --data=toy" in script(whole, "status.py").stdout
-
 
 def test_nothing_at_all(state):
     text, printed = run(state)
@@ -185,7 +172,6 @@ def test_nothing_at_all(state):
         out = script(state, name, "--data=/there/is/no/such/folder")
         assert out.returncode == 2 and out.stderr.count("\n") == 1
     assert [p.name for p in state.iterdir()] == ["toy"]
-
 
 def test_torn_and_damaged_files_cost_their_own_part_only(whole):
     root = whole / "toy"
@@ -203,7 +189,6 @@ def test_torn_and_damaged_files_cost_their_own_part_only(whole):
     assert "cannot be read" in text and row(text, "toy-GSM8K") == ["-", "-", "0.700 ±0.040", "0.800 ±0.040"]
     status = script(whole, "status.py")
     assert status.returncode == 0 and status.stderr == "" and status.stdout.count("cannot be read") == 3
-
 
 def test_half_done_running_and_dead(whole):
     root = whole / "toy"
@@ -227,7 +212,6 @@ def test_half_done_running_and_dead(whole):
     (directory / "model_000040.pt").unlink()
     phase(directory, "chat_rl")
     assert "was done, but model_000040.pt is gone" in "\n".join(last())
-
 
 def test_the_last_data_set_comes_last_and_status_is_fast(whole):
     other = whole / "books-0123abcd/base_checkpoints/d6"

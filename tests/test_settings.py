@@ -26,29 +26,24 @@ later = 3           # no setting
 print(repr((depth, lr, name, on, mixture, limit, device_rows)), sorted(settings.defining), sorted(settings.free))
 '''
 
-
 def run(tmp_path, *args):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(repo=str(REPO)))
     return subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True, cwd=tmp_path)
 
-
 def test_defaults_and_halves(tmp_path):
     out = run(tmp_path)
     assert out.stdout.strip() == "(20, 0.5, 'x', False, ['a'], None, 8) ['depth', 'limit', 'lr', 'mixture', 'name', 'on'] ['device_rows']"
-
 
 def test_overrides_of_every_type(tmp_path):
     out = run(tmp_path, "--depth=4", "--lr=1", "--name=7", "--on=True", "--mixture=b,c*2", "--limit=2.5", "--device_rows=2")
     assert out.stdout.startswith("(4, 1.0, '7', True, ['b', 'c*2'], 2.5, 2)"), out
     assert run(tmp_path, "--mixture=['q']", "--limit=None").stdout.startswith("(20, 0.5, 'x', False, ['q'], None, 8)")
 
-
 def test_a_file_of_assignments_and_the_last_one_wins(tmp_path):
     (tmp_path / "mine.py").write_text("import os\ndepth = 2 ** 3\nlr = 1\n")
     assert run(tmp_path, "mine.py", "--lr=2.5").stdout.startswith("(8, 2.5,")
     assert run(tmp_path, "--depth=1", "mine.py").stdout.startswith("(8, 1.0,")
-
 
 @pytest.mark.parametrize("args,says", [
     (["--dept=4"], "--depth"), (["--depth=four"], "whole number"), (["--depth=1.5"], "whole number"), (["--on=1"], "True or False"),
@@ -59,10 +54,8 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr.count("\n") == 1 and says in out.stderr, out.stderr
 
-
 def test_dashes_stand_for_underscores(tmp_path):
     assert run(tmp_path, "--device-rows=3").stdout.startswith("(20, 0.5, 'x', False, ['a'], None, 3)")
-
 
 def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
     out = run(tmp_path, "--help")
@@ -70,7 +63,6 @@ def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
     for name, default, comment in [("depth", "20", "layers"), ("lr", "0.5", "learning rate"), ("mixture", "['a']", "a list"), ("device_rows", "8", "rows at once")]:
         assert any(f"--{name}={default}" in line and comment in line for line in out.stdout.split("\n")), name
     assert "later" not in out.stdout
-
 
 @pytest.mark.parametrize("script", sorted(p.name for p in REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name != "configurator.py"))
 def test_every_setting_of_every_script_has_a_comment(script):

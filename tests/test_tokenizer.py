@@ -18,17 +18,15 @@ import tiktoken
 import common
 import tok_train
 import tokenizer as tok
-from conftest import REPO, script
+from conftest import BYTES, REPO, script
 
 WORDS = "the cat sat on a mat and the other cats sang; thinking, singing rings 12 345 don't it's\n".split(" ")
 CHARS = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
 EDGES = list(" \n\r\t\v\f\0\x1c\x85\xa0\u2028\u3000") + ["  ", "\n\n", " \n", "\n ", "\r\n", "'s", "'Ll", "ſ", "ab", "A", "1", "٣",
                                                          ".", "…", "é", "漢", "😀", "\u0301", "_", "<|bos|>"]
 
-
 def random_text(rng, length=40):
     return "".join(rng.choice(EDGES) if rng.random() < 0.9 else rng.choice(CHARS) for _ in range(length))
-
 
 def slow_bpe(words, n_tokens):
     """The obvious trainer: count all pairs, merge the most frequent (then the smallest), begin again."""
@@ -52,14 +50,12 @@ def slow_bpe(words, n_tokens):
                 i += 1
     return {token: i for i, token in enumerate(tokens)}
 
-
 @pytest.fixture(scope="module")
 def trained():
     text = (REPO / "tokenizer.py").read_text() + (REPO / "tok_train.py").read_text() + tok_train.OTHER_LANGUAGES
     return tok.Tokenizer(tok_train.train_bpe(tok_train.count_words([text]), 1200))
 
 # ---- training
-
 
 def test_cutting_first_gives_the_words_of_the_plain_pattern():
     rng = random.Random(1)
@@ -70,15 +66,12 @@ def test_cutting_first_gives_the_words_of_the_plain_pattern():
         assert tok_train.count_words([text]) == plain, repr(text)
     assert tok_train.count_words(texts) == Counter(p for text in texts for p in regex.findall(tok.PATTERN, text))
 
-
 def test_white_space_is_what_the_pattern_takes_for_it():
     assert sorted(tok_train.OTHER_SPACES + " ") == [c for c in CHARS if regex.match(r"\s", c)]
-
 
 def test_numbers_by_two_digits_and_contractions():
     assert regex.findall(tok.PATTERN, "In 12345 it's  fine.\n\nNo") == [
         "In", " ", "12", "34", "5", " it", "'s", " ", " fine", ".\n\n", "No"]
-
 
 def test_merges_by_hand():
     ranks = tok_train.train_bpe({"abc": 2, "ab": 1, "dd": 2}, 300)
@@ -86,12 +79,10 @@ def test_merges_by_hand():
     # aaaaa -> [aa][aa]a, where (256, 97) goes before (256, 256) -> [aa][aaa] -> [aaaaa]
     assert list(tok_train.train_bpe({"aaaaa": 1}, 300))[256:] == [b"aa", b"aaa", b"aaaaa"]
 
-
 def test_merges_equal_the_slow_trainer_on_text():
     text = (REPO / "common.py").read_text()[:12_000] + " ".join(WORDS * 3) + tok_train.OTHER_LANGUAGES
     words = tok_train.count_words([text])
     assert list(tok_train.train_bpe(words, 700)) == list(slow_bpe(words, 700))
-
 
 @pytest.mark.parametrize("alphabet", ["ab", "aaab", "abcde", "aé漢"])
 def test_merges_equal_the_slow_trainer_to_the_last_pair(alphabet):
@@ -99,7 +90,6 @@ def test_merges_equal_the_slow_trainer_to_the_last_pair(alphabet):
     for _ in range(60):
         words = {"".join(rng.choices(alphabet, k=rng.randint(1, 14))): rng.randint(1, 4) for _ in range(rng.randint(1, 12))}
         assert list(tok_train.train_bpe(words, 400)) == list(slow_bpe(words, 400)), words
-
 
 def test_workers_and_chunks_change_nothing(monkeypatch):
     rng = random.Random(3)
@@ -111,14 +101,12 @@ def test_workers_and_chunks_change_nothing(monkeypatch):
     words, chars = tok_train.count_all(iter(texts), 1000, 200, 1)
     assert 1000 <= chars <= 1200 == chars + 1200 - sum(n * len(word) for word, n in words.items())
 
-
 def test_rare_words_are_dropped_first():
     words = {"a": 5, "b": 1, "c": 2, "d": 1, "e": 2, "f": 9}
     assert tok_train.prune(words, 8) == {"a": 5, "c": 2, "e": 2, "f": 9}
     assert tok_train.prune(words, 7) == {"a": 5, "f": 9}
 
 # ---- encoding
-
 
 def test_every_character_and_random_strings_round_trip(trained):
     for i in range(0, len(CHARS), 5000):
@@ -134,21 +122,17 @@ def test_every_character_and_random_strings_round_trip(trained):
         assert trained.token_bytes()[ids].sum() == len(text.encode())
     assert trained.token_bytes()[trained.bos:].sum() == 0 and trained.encode("") == []
 
-
 def test_surrogates_become_characters(trained):
     assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
     assert trained.decode(trained.encode("\ud83d\ude00")) == "😀"
     assert tok_train.count_all(["\ud83d\ude00 \udc00"], 100, 100, 1)[0] == {"😀": 1, " \ufffd": 1}
 
-
 def test_a_million_blanks(trained):
     for text in (" " * 10 ** 6 + "a", "\t \n" * 300_000, "x" * 10 ** 6):
         assert trained.decode(trained.encode(text)) == text
 
-
 def test_a_character_cut_in_half_is_no_error(trained):
     assert trained.decode("é".encode()[:1]) == "\ufffd"
-
 
 def test_merges_are_what_tiktoken_does_with_them():
     tokenizer = tok.Tokenizer(tok_train.train_bpe({"abc": 2, "ab": 1, "dd": 2}, 300))
@@ -156,7 +140,6 @@ def test_merges_are_what_tiktoken_does_with_them():
     assert tokenizer.vocab_size == 259 + 9 and tokenizer.bos == 259 and tokenizer.special("<|output_end|>") == 267
 
 # ---- conversations
-
 
 CHAT = {"messages": [
     {"role": "system", "content": "S"},
@@ -166,23 +149,15 @@ CHAT = {"messages": [
     {"role": "user", "content": "w"},
     {"role": "assistant", "content": "x"}]}
 
-
-@pytest.fixture(scope="module")
-def letters():
-    """Bytes only, so that ids are byte values."""
-    return tok.Tokenizer({bytes([i]): i for i in range(256)})
-
-
-def test_rendering_by_hand(letters):
+def test_rendering_by_hand():
     bos, us, ue, as_, ae, ps, pe, os_, oe = range(256, 265)
-    ids, mask = letters.render_conversation(CHAT)
+    ids, mask = BYTES.render_conversation(CHAT)
     user = list(b"S\n\nu<|assistant_start|>")  # the name of a special token in a message is ordinary text
     assert ids == [bos, us, *user, ue, as_, *b"t", ps, *b"1+1", pe, os_, *b"2", oe, *b"v", ae, us, *b"w", ue, as_, *b"x", ae]
     assert mask == [0] * (len(user) + 3) + [0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
-    assert letters.render_conversation(CHAT, max_tokens=30) == (ids[:30], mask[:30])
-    assert letters.render_for_completion(CHAT) == ids[:-2]
-    assert letters.render_for_completion({"messages": CHAT["messages"][:2]}) == [bos, us, *user, ue, as_]
-
+    assert BYTES.render_conversation(CHAT, max_tokens=30) == (ids[:30], mask[:30])
+    assert BYTES.render_for_completion(CHAT) == ids[:-2]
+    assert BYTES.render_for_completion({"messages": CHAT["messages"][:2]}) == [bos, us, *user, ue, as_]
 
 @pytest.mark.parametrize("messages, said", [
     ([], "without a user's message"),
@@ -191,12 +166,11 @@ def test_rendering_by_hand(letters):
     ([{"role": "user", "content": None}], "neither text"),
     ([{"role": "user", "content": [{"type": "python", "text": "1"}]}], "neither text"),
     ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "take turns")])
-def test_broken_conversations_are_named(letters, messages, said):
+def test_broken_conversations_are_named(messages, said):
     with pytest.raises(ValueError, match=said):
-        letters.render_conversation({"messages": messages})
+        BYTES.render_conversation({"messages": messages})
 
 # ---- files
-
 
 def test_saved_and_loaded_is_the_same(trained, tmp_path):
     tok.save_tokenizer(tmp_path, trained.ranks)
@@ -206,11 +180,9 @@ def test_saved_and_loaded_is_the_same(trained, tmp_path):
     from tiktoken.load import load_tiktoken_bpe  # the authority for the format
     assert load_tiktoken_bpe(str(tmp_path / "ranks.txt")) == trained.ranks
 
-
 def damage_bytes(path):
     lines = (path / "ranks.txt").read_bytes().splitlines(keepends=True)
     (path / "ranks.txt").write_bytes(b"".join(lines[:100] + lines[101:]))
-
 
 @pytest.mark.parametrize("harm", [
     damage_bytes,
@@ -227,7 +199,6 @@ def test_damaged_or_missing_says_so(trained, tmp_path, capsys, harm):
     said = capsys.readouterr().err
     assert e.value.code == 2 and str(tmp_path) in said and "python tok_train.py --data=" in said and said.count("\n") == 1
 
-
 def test_a_nanochat_pickle_is_converted_once(trained, tmp_path, capsys):
     pattern = tok.PATTERN.replace("1,2", "1,3")
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(tiktoken.Encoding(
@@ -239,13 +210,11 @@ def test_a_nanochat_pickle_is_converted_once(trained, tmp_path, capsys):
     assert again.ranks == trained.ranks and again.special_tokens == trained.special_tokens
     assert capsys.readouterr().out.count("plain data") == 1
 
-
 class Harm:
     def __init__(self, *call):
         self.call = call
     def __reduce__(self):
         return self.call
-
 
 @pytest.mark.parametrize("call", [(os.system, ("touch {}",)), (eval, ("open('{}', 'w')",)), (tiktoken.get_encoding, ("gpt2",))])
 def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, call):
@@ -259,7 +228,6 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, call):
         pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
         assert mark.exists()
 
-
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", pickle.dumps({"a": 1}), pickle.dumps([1] * 100)[:50]])
 def test_a_broken_pickle_is_no_traceback(tmp_path, capsys, content):
     (tmp_path / "tokenizer.pkl").write_bytes(content)
@@ -268,7 +236,6 @@ def test_a_broken_pickle_is_no_traceback(tmp_path, capsys, content):
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 # ---- the phase
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -281,7 +248,6 @@ def folder(tmp_path):
             for _ in range(n):
                 f.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=60))}) + "\n")
     return path
-
 
 def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     args = ["tok_train.py", f"--data={folder}", "--vocab_size=300"]
@@ -299,12 +265,10 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     out = script(state, *args)
     assert out.returncode == 0 and "done already" not in out.stdout and tok.load_tokenizer(where).vocab_size == 300
 
-
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=5000")
     n = tok.load_tokenizer(common.tokenizer_dir(folder)).vocab_size
     assert out.returncode == 0 and n < 5000 and f"{n} tokens instead of 5,000" in out.stdout
-
 
 def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
     empty, broken = tmp_path / "empty", tmp_path / "broken"
@@ -323,7 +287,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
         assert out.returncode == 2 and said in out.stderr and out.stderr.count("\n") == 1, (args, out.stderr)
         assert not state.exists(), args
 
-
 def test_anothers_tokenizer_is_not_overwritten(state, folder):
     where = common.tokenizer_dir(folder)
     tok.save_tokenizer(where, {bytes([i]): i for i in range(256)})
@@ -331,7 +294,6 @@ def test_anothers_tokenizer_is_not_overwritten(state, folder):
     assert out.returncode == 2 and "--start_over=True" in out.stderr and tok.load_tokenizer(where).vocab_size == 265
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=300", "--start_over=True")
     assert out.returncode == 0 and tok.load_tokenizer(where).vocab_size == 300
-
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_interrupted_leaves_no_tokenizer_and_runs_again(state, tmp_path, number, code):
