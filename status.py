@@ -76,7 +76,7 @@ def describe_eval(path, directory):
     if partial.exists() and not (path.exists() and path.stat().st_mtime >= partial.stat().st_mtime):
         last = (common.read_metrics(partial) or [{}])[-1]  # says why it ended, if it could
         if last.get("code", 75) != 75:
-            return "failed", f"failed, {ago(partial)}: {last['reason']}"
+            return "failed", f"failed, {ago(partial)}: {last.get('reason')}"
         return "half", f"half done, the last piece was kept {ago(partial)}" + (f" ({last['reason']})" if "reason" in last else "")
     if not result:
         return ("failed", f"its result, {path.name}, cannot be read") if path.exists() else ("absent", "not started")
