@@ -10,7 +10,6 @@ import email.utils
 import errno
 import fcntl
 import os
-import queue
 import random
 import re
 import shutil
@@ -170,36 +169,34 @@ def fetch_all(jobs, command, workers=8):
     common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to {common.base_dir()} ({free / 1e9:.1f} GB free)")
     common.check(needed < free, f"{needed / 1e9:.2f} GB have to be downloaded, but only {free / 1e9:.2f} GB are free in {folder}; "
                  "free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
-    todo, state, errors = queue.SimpleQueue(), {"bytes": 0, "sizes": {}}, []
-    for job in jobs:
-        todo.put(job)
-    left, started, shown = set(str(job[1]) for job in jobs), time.time(), 0.0
+    todo, state, done, errors, started, shown = list(reversed(jobs)), {"bytes": 0, "sizes": {}}, [], [], time.time(), 0.0
 
     def work():
         session = requests.Session()
-        while True:
+        while not errors or state["bytes"]:  # where nothing comes at all the rest is not tried
             try:
-                url, path, opens, _ = todo.get_nowait()
-            except queue.Empty:
+                url, path, opens, _ = todo.pop()
+            except IndexError:
                 return
             try:
                 if why := fetch(session, url, path, opens, state):
                     errors.append(f"{path.name} ({why})")
             except Exception as e:  # a thread that dies must not look like one that is done
                 errors.append(f"{path.name} ({type(e).__name__}: {e})")
-            left.discard(str(path))
+            done.append(path)
 
-    for _ in range(min(workers, len(jobs))):
-        threading.Thread(target=work, daemon=True).start()  # daemons: a stop does not wait for a slow server
-    while left:
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]  # daemons: a stop does not wait for a slow server
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
         if why := common.stop_requested():
             common.fail(f"{why} while downloading; what came is kept, run the same command again", code=75)
         if time.time() - shown > 5:
             shown, rate = time.time(), state["bytes"] / max(1e-3, time.time() - started)
             total = sum(state["sizes"].get(str(part_of(path)), size) for _, path, _, size in jobs) - there
-            common.print0(f"  {len(jobs) - len(left)} of {len(jobs)} files, {state['bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s"
+            common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files, {state['bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s"
                           + (f", {common.clock(max(0, total - state['bytes']) / rate)} left" if rate else ""))
         time.sleep(0.05)
-    common.print0(f"  {len(jobs) - len(errors)} of {len(jobs)} files are there, {state['bytes'] / 1e9:.2f} GB in {common.clock(time.time() - started)}")
+    common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files are there, {state['bytes'] / 1e9:.2f} GB in {common.clock(time.time() - started)}")
     if errors:
-        common.fail(f"{len(errors)} files could not be had: {'; '.join(errors[:3])}{' ...' if len(errors) > 3 else ''}", 1, command)
+        common.fail(f"{len(jobs) - len(done) + len(errors)} files could not be had: {'; '.join(errors[:3])}{' ...' if len(errors) > 3 else ''}", 1, command)

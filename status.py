@@ -36,7 +36,7 @@ def ago(when):
 
 def gone(directory):
     """What a phase that was done lacks now, or None. Looks at names and sizes only: checksums can take minutes."""
-    usual = {"base_data": {}, "tokenizer": {"tokenizer.json": 0}}.get(directory.name, {"its checkpoint": 0})
+    usual = {"base_data": {}, "base_data_climbmix": {}, "tokenizer": {"tokenizer.json": 0}}.get(directory.name, {"its checkpoint": 0})
     for name, size in ({n: size for n, (size, _) in saved(directory)[2].get("files", {}).items()} or usual).items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
             return f"{name} is gone or cut short"
@@ -92,7 +92,8 @@ def tags(root):
 def unit(root, name, tag):
     """-> (state, words, directory) of a phase by speedrun.sh's name.  example: (root, "sft-eval", "d4")"""
     stage = name.removesuffix("-eval")
-    folder = root / ({"data": "base_data", "tok": "tokenizer"}.get(stage) or f"{common.STAGES[stage]}/{tag or '-'}")
+    text = "base_data_climbmix" if (root / "base_data_climbmix").is_dir() and not (root / "base_data").is_dir() else "base_data"
+    folder = root / ({"data": text, "tok": "tokenizer"}.get(stage) or f"{common.STAGES[stage]}/{tag or '-'}")
     result = root / f"report/{'core' if stage == 'base' else 'chat'}_{stage}_{tag}.json"
     return *(describe(folder) if stage == name else describe_eval(result, folder)), folder
 
@@ -107,7 +108,7 @@ def following(states, name, tag):
 
 def data_sets():
     """{state folder: data set}, the one touched last at the end"""
-    found, folders = [], ("base_data", "tokenizer", *common.STAGES.values())
+    found, folders = [], ("base_data", "base_data_climbmix", "tokenizer", *common.STAGES.values())
     for root in [common.base_dir(), *common.base_dir().glob("*")]:
         if parts := [root / f for f in folders if (root / f).is_dir()]:
             names = [read(p).get("settings", {}).get("data") for part in parts for p in part.glob("**/phase.json")]

@@ -162,6 +162,26 @@ def test_a_server_that_cannot_continue_still_gets_there_and_a_hopeless_one_is_gi
     assert [p for p, _, _ in server.seen].count("/hopeless.parquet") == download.RETRIES
 
 
+def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path, [f"{i}.parquet" for i in range(200)], workers=4)
+    assert stopped.value.code == 1 and "200 files could not be had" in capsys.readouterr().err and 1 <= len(server.seen) <= 8
+
+
+def test_a_server_that_falls_silent_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, ["stall"]
+    get(server, tmp_path)
+    assert server.stalled.is_set() and (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == 2
+
+
+def test_a_proxy_is_honoured(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url)
+    server.bodies["http://hub.invalid/shard.parquet"] = SHARD
+    download.fetch_all([("http://hub.invalid/shard.parquet", tmp_path / "shard.parquet", opens, 1000)], "the command")
+    assert (tmp_path / "shard.parquet").read_bytes() == SHARD
+
+
 def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
     server.bodies["/shard.parquet"], server.digests["/shard.parquet"] = SHARD, hashlib.sha256(SHARD).hexdigest()
     get(server, tmp_path)
@@ -369,6 +389,8 @@ def test_two_processes_at_once_on_one_folder(hub, state):
     assert [do for p, do, _ in hub.seen if p == path] == ["stall", "whole"], "the file was brought once, with one continuation"
     assert len(tasks.load("smoltalk", "train", "climbmix")) == 120 and not [n for n in digests(state) if ".part" in n]
     assert (state / "base_data_climbmix/shard_06542.parquet").exists()
+    shutil.rmtree(state / "base_data")
+    assert re.search(r"climbmix .*\n  data +done", script(state, "status.py").stdout)
 
 
 def test_a_stop_keeps_what_came_and_the_same_command_goes_on(hub, state):
