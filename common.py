@@ -179,8 +179,11 @@ def stop_requested():
 
 Compute = namedtuple("Compute", "device dtype threads compile rank local_rank world")
 
+_patient = {"group": None}  # the group in which the other ranks wait while rank 0 tokenises, for hours if need be
+
 def init_distributed():
-    """Joins the process group when started by torchrun (gloo for CPU tensors, NCCL for CUDA ones); else does nothing."""
+    """Joins the process group when started by torchrun (gloo for CPU tensors, NCCL for CUDA ones); else does nothing.
+    A rank that dies ends the job at once (gloo's connection breaks, torchrun stops the others); one that hangs after half an hour."""
     rank, local_rank, world = rank_world()
     if world > 1:
         import datetime
@@ -189,7 +192,8 @@ def init_distributed():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        _patient["group"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
 def on_rank0(function, *args, **kwargs):
     """function's result on every rank, computed on rank 0 alone; an exit there is an exit everywhere."""
@@ -202,7 +206,7 @@ def on_rank0(function, *args, **kwargs):
             box[0] = function(*args, **kwargs)
         except SystemExit as e:
             box[1] = e.code or 0
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient["group"])
     if box[1] is not None:
         dist.destroy_process_group()
         raise SystemExit(box[1])

@@ -197,8 +197,11 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
               "starts": old.get("starts", []) + [time.time()], "updated": time.time()}
     write(directory, record)
     common.outcome_hook = lambda code, reason, following: close(directory, code, reason, following or command)
-    sys.excepthook = lambda kind, value, trace: (sys.__excepthook__(kind, value, trace),
-                                                 common.outcome(1, f"{kind.__name__}: {value}", command))
+    def died(kind, value, trace):
+        sys.__excepthook__(kind, value, trace)
+        lost = common.rank_world()[2] > 1 and ("DistBackendError" in kind.__name__ or "onnection" in str(value))
+        common.outcome(1, f"another rank died or cannot be reached ({str(value)[-150:]})" if lost else f"{kind.__name__}: {value}", command)
+    sys.excepthook = died
     return old
 
 def write(directory, record):

@@ -83,40 +83,47 @@ def alive(pid):
         return False
 
 
+def instant_came(instant, root, log, now, delay, phases_before, due):
+    """Whether the instant drawn is now; `due` remembers when an evaluation was first seen."""
+    if instant == "at any moment":
+        return now > delay
+    if instant == "during a save":
+        return now > delay / 2 and any(any((root / s).glob("d1/.*.tmp*")) for s in STAGES)
+    if instant == "tokenising":
+        return any(root.glob("tokens/*/*.tmp*")) or "tokenising" in log.read_text(errors="replace")
+    begun = phases_begun(log)
+    if instant == "between phases":
+        return len(begun) > phases_before
+    if begun and begun[-1].endswith("-eval"):
+        due.setdefault("at", now + delay / 3)  # somewhere within it
+    return now > due.get("at", 1e9)
+
+
 def life(state, log, draw, span):
-    """Starts the command and sends it one signal at an instant drawn. -> (what was done, whether it landed, exit code)"""
-    instant = draw.choices(list(INSTANTS), INSTANTS.values())[0]
-    signum = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-    at_phase = draw.random() < 0.5
-    t0, delay, count = time.time(), draw.uniform(0.05, span), draw.randint(1, 3)
-    root, process, due, target = Path(state) / "toy", start(state, log), None, None
+    """Starts the command and sends signals at instants drawn until one has ended it, or it has come to its end. -> (what was done, whether it landed, exit code)"""
+    root, process, what = Path(state) / "toy", start(state, log), None
     while process.poll() is None:
-        now, came = time.time() - t0, False
-        if instant == "at any moment" or now > 2 * span:
-            instant, came = "at any moment", now > delay
-        elif instant == "during a save":
-            came = now > delay / 2 and any(any((root / s).glob("d1/.*.tmp*")) for s in STAGES)
-        elif instant == "tokenising":
-            came = any(root.glob("tokens/*/*.tmp*")) or "tokenising" in log.read_text(errors="replace")
-        elif instant == "between phases":
-            came = len(phases_begun(log)) > count
-        elif (begun := phases_begun(log)) and begun[-1].endswith("-eval"):
-            due = due or now + delay / 3  # somewhere within it
-            came = now > due
-        target = phase_of(process.pid) if at_phase else process.pid
-        if came and target:
-            break
-        time.sleep(0.001)
-    at = (phases_begun(log) or ["start"])[-1]
-    landed = process.poll() is None and target is not None and alive(target)
-    if landed:
+        instant, signum = draw.choices(list(INSTANTS), INSTANTS.values())[0], draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+        at_phase, delay, t0, due, before = draw.random() < 0.5, draw.uniform(0.05, span), time.time(), {}, len(phases_begun(log)) + draw.randint(0, 2)
+        while process.poll() is None:
+            now = time.time() - t0
+            instant = instant if now < 2 * span else "at any moment"
+            target = phase_of(process.pid) if at_phase else process.pid
+            if target and instant_came(instant, root, log, now, delay, before, due):
+                break
+            time.sleep(0.001)
+        at = (phases_begun(log) or ["the start"])[-1]
+        if process.poll() is not None or not alive(target):
+            continue
         os.kill(target, signum)
-    try:
-        code = process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"HANGS after {signum.name} {instant} in {at}; log: {log}")
-    what = (signum.name, "phase" if at_phase else "script", instant, at)
-    return what, landed and code != 0, code
+        what = (signum.name, "phase" if at_phase else "script", instant, at)
+        deadline = time.time() + PATIENCE
+        phases = len(phases_begun(log))
+        while process.poll() is None and len(phases_begun(log)) == phases:  # where the phase was at its end already, the next one begins
+            if time.time() > deadline:
+                raise SystemExit(f"HANGS after {signum.name} {instant} in {at}; log: {log}")
+            time.sleep(0.01)
+    return what or ("nothing", "", "", ""), what is not None and process.returncode != 0, process.returncode
 
 
 def chaos(kills, seed, folder, say=print):
@@ -139,7 +146,7 @@ def chaos(kills, seed, folder, say=print):
                 table[what] += landed
                 say(f"{sum(table.values()):4d} of {kills} | life {lives} | {what[0]} to the {what[1]} {what[2]} in {what[3]} | "
                     f"{'landed' if landed else 'missed'}, exit code {code}")
-                wrong = code not in (0, 75, 137, -signal.SIGKILL)
+                wrong = code not in (0, 75, 137, -signal.SIGKILL) and what[3] != "the start"  # a script that has just been started has no trap yet
             else:
                 what, code = ("nothing", "", "", ""), start(state, log).wait(PATIENCE)
                 wrong = code != 0 and code != 75

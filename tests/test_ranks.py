@@ -1,0 +1,122 @@
+"""The same run on 1, 2 and 4 ranks, changed in between too; a rank that is killed."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import common
+import data as dataset
+from conftest import REPO, script
+
+BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--threads=1",
+        "--compile=False", "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--num_steps=50"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    state = tmp_path_factory.mktemp("prepared")
+    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+        assert script(state, *command).returncode == 0
+    return state
+
+
+def torchrun(state, ranks, *args):
+    """The process of torchrun; its output goes to a file beside the state: .log"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+    with open(f"{state}.log", "w") as f:
+        process = subprocess.Popen([*launcher, *args], cwd=REPO, stdout=f, stderr=subprocess.STDOUT,
+                                   env={**environment, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"})
+    return process
+
+
+def losses(folder):
+    lines = common.read_metrics(folder / "metrics.jsonl")
+    assert [m["step"] for m in lines if m["kind"] == "train"] == list(range(50)), "each step once"
+    return [m["loss"] for m in lines if m["kind"] == "train"]
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, "the instant never came"
+        time.sleep(0.002)
+
+
+def worker(process, rank):
+    """The process id of a rank of torchrun."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes().replace(b"LOCAL_RANK", b"L").replace(b"GROUP_RANK", b"G").replace(b"ROLE_RANK", b"R"):
+            return int(pid)
+
+
+def test_a_batch_that_cannot_be_dealt_says_what_would_fit(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        dataset.fit_micro_rows(8, 4, 3)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "8 rows cannot be dealt to 3 ranks" in said and "2 or 1 ranks" in said
+
+
+def test_1_2_and_4_ranks_and_a_run_that_changes_between_them(prepared):
+    folder = lambda tag: prepared / "toy/base_checkpoints" / tag
+    for ranks in (1, 2, 4):
+        process = torchrun(prepared, ranks, *BASE, f"--tag=on{ranks}")
+        assert process.wait(200) == 0, Path(f"{prepared}.log").read_text()[-3000:]
+    one, two, four = (losses(folder(f"on{ranks}")) for ranks in (1, 2, 4))
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and max(abs(a - b) for a, b in zip(one, four)) < 1e-4
+    assert one[-1] < one[0] - 0.5, "it must have learned something for the comparison to mean anything"
+
+    changed = [0]
+    for ranks in (1, 2, 4):
+        process = torchrun(prepared, ranks, *BASE, "--tag=moved", "--save_minutes=0.0")
+        wait_for(lambda: checkpoint.steps(folder("moved"))[:1] > [changed[-1] + 3], process)
+        os.kill(process.pid if ranks == 1 else worker(process, ranks - 1), signal.SIGTERM)  # one rank is asked, all stop
+        assert process.wait(100) == (75 if ranks == 1 else 0)
+        record = json.loads((folder("moved") / "phase.json").read_text())
+        assert record["status"] == "interrupted" and record["code"] == 75
+        changed.append(checkpoint.newest(folder("moved")))
+    assert 0 < changed[1] < changed[2] < changed[3] < 50, changed
+    assert torchrun(prepared, 1, *BASE, "--tag=moved").wait(100) == 0
+    moved = losses(folder("moved"))
+    assert abs(moved[-1] - one[-1]) < 1e-3 and max(abs(a - b) for a, b in zip(one, moved)) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_same_command_continues(prepared, rank):
+    folder = prepared / "toy/base_checkpoints/d1"
+    shutil.rmtree(folder, ignore_errors=True)
+    process = torchrun(prepared, 2, *BASE, "--save_minutes=0.0")
+    wait_for(lambda: checkpoint.steps(folder)[:1] > [4], process)
+    os.kill(worker(process, rank), signal.SIGKILL)
+    assert process.wait(60) != 0, "it does not hang"
+    record = json.loads((folder / "phase.json").read_text())
+    if rank == 1:
+        assert record["status"] == "failed" and "another rank died" in record["reason"], record
+    else:
+        assert "died without a word" in script(prepared, "status.py", "--data=toy").stdout
+    saved = checkpoint.newest(folder)
+    assert 4 <= saved < 50
+    process = torchrun(prepared, 2, *BASE, "--save_minutes=0.0")
+    assert process.wait(100) == 0 and f"continuing at step {saved} of 50" in Path(f"{prepared}.log").read_text()
+    losses(folder)
+
+
+def test_torchrun_can_restart_the_ranks_itself(prepared):
+    folder = prepared / "toy/base_checkpoints/d1"
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    with open(f"{prepared}.log", "w") as f:
+        process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1", *BASE, "--save_minutes=0.0"],
+                                   cwd=REPO, env={**environment, "NANOCHAT_BASE_DIR": str(prepared), "OMP_NUM_THREADS": "1"}, stdout=f, stderr=subprocess.STDOUT)
+    wait_for(lambda: checkpoint.steps(folder)[:1] > [4], process)
+    os.kill(worker(process, 1), signal.SIGKILL)
+    assert process.wait(150) == 0, Path(f"{prepared}.log").read_text()[-3000:]
+    assert "continuing at step" in Path(f"{prepared}.log").read_text()
+    losses(folder)
