@@ -42,7 +42,7 @@ def result(state):
     root, found = Path(state) / "toy", {}
     for path in [*root.glob("base_data/*.parquet"), *root.glob("task_data/*"), *root.glob("tokenizer/*.txt")]:
         found[str(path.relative_to(root))] = sha(path)
-    for stage in STAGES:
+    for stage in (s for s in STAGES if (root / s / "d1").exists()):
         manifest, = (root / stage / "d1").glob("manifest_*.json")
         for name in json.loads(manifest.read_text())["files"]:
             if not name.startswith("meta"):
@@ -132,7 +132,7 @@ def chaos(kills, seed, folder, say=print):
     t0 = time.time()
     code = start(folder / "straight", folder / "straight.log").wait()
     assert code == 0, (folder / "straight.log").read_text()[-3000:]
-    straight, span = result(folder / "straight"), 0.6 * (time.time() - t0)
+    straight, span = result(folder / "straight"), 0.4 * (time.time() - t0)
     say(f"the straight run took {time.time() - t0:.0f} s and made {len(straight)} things to compare")
     table, number, lives = collections.Counter(), 0, 0
     while sum(table.values()) < kills:

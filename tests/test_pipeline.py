@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -78,34 +77,6 @@ def prepared(tmp_path_factory):
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=20", "--device_batch_size=4", "--device=cpu", "--dtype=float32",
         "--threads=1", "--compile=False", "--eval_every=0", "--eval_tokens=4000", "--sample_every=0"]
-
-
-def losses(state, tag):
-    lines = [json.loads(line) for line in (state / f"toy/base_checkpoints/{tag}/metrics.jsonl").read_text().splitlines()]
-    return [m["loss"] for m in lines if m["kind"] == "train"], [m["val_bpb"] for m in lines if m["kind"] == "val"]
-
-
-def torchrun(state, ranks, *args):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args], cwd=REPO, capture_output=True, text=True,
-                          timeout=200, env={**environment, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"})
-
-
-def test_two_ranks_give_the_losses_of_one_and_their_checkpoint_continues_on_one(prepared):
-    assert script(prepared, *BASE, "--tag=one").returncode == 0
-    out = torchrun(prepared, 2, *BASE, "--tag=two")
-    assert out.returncode == 0, out.stderr[-3000:]
-    (one, one_bpb), (two, two_bpb) = losses(prepared, "one"), losses(prepared, "two")
-    assert len(one) == len(two) == 20
-    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and abs(one_bpb[-1] - two_bpb[-1]) < 1e-4
-    assert one[-1] < one[0] - 0.2, "it must have learned something for the comparison to mean anything"
-
-    half = torchrun(prepared, 2, *BASE, "--tag=moved", "--time_limit=0.0")  # stops at its first step, saved
-    assert half.returncode == 0 and "saved at step 0" in half.stdout, half.stdout + half.stderr[-2000:]
-    record = json.loads((prepared / "toy/base_checkpoints/moved/phase.json").read_text())
-    assert record["status"] == "interrupted" and record["code"] == 75
-    assert script(prepared, *BASE, "--tag=moved").returncode == 0
-    assert max(abs(a - b) for a, b in zip(one, losses(prepared, "moved")[0])) < 1e-4
 
 
 def snapshot(folder):
