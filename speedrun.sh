@@ -9,6 +9,7 @@ bash speedrun.sh [flags] [-- --key=value ...]      all phases in order; run it a
 
   phases: data tok base base-eval mid mid-eval sft sft-eval rl rl-eval report
   --skip-PHASE       do not run it (--skip-tok, --skip-base, ...); later phases use what it made earlier
+                     (--skip-trial: not try all training phases to come, at their real shapes, before the first of them)
   --from=PHASE       skip what comes before PHASE
   --only=PHASE[,..]  run only these (setup: only make .venv)
   --data=NAME        toy (default: needs no download), fineweb_edu, climbmix, or a folder of .parquet, .jsonl(.gz), .txt
@@ -29,7 +30,7 @@ data=toy depth="" nproc="" from="" only="" dry="" skip=" " rest=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --help|-h) usage; exit 0 ;;
-        --skip-*) skip+="${1#--skip-} "; [[ " ${PHASES[*]} " == *" ${1#--skip-} "* ]] || bad "no such phase: ${1#--skip-}" ;;
+        --skip-*) skip+="${1#--skip-} "; [[ " trial ${PHASES[*]} " == *" ${1#--skip-} "* ]] || bad "no such phase: ${1#--skip-}" ;;
         --from=*) from="${1#*=}"; [[ " ${PHASES[*]} " == *" $from "* ]] || bad "no such phase: $from" ;;
         --only=*) only="${1#*=}"
                   for p in ${only//,/ }; do [[ " setup ${PHASES[*]} " == *" $p "* ]] || bad "no such phase: $p"; done ;;
@@ -149,7 +150,7 @@ if [ -n "${NANOCHAT_SLURM:-}" ]; then  # a job that cannot succeed fails in its 
     "${launcher[@]}" "${ready[@]}" < /dev/null
 fi
 training=$(printf '%s\n' "${run[@]}" | grep -xE 'base|mid|sft|rl' | paste -sd, || true)
-mapfile -t steps < <(for p in "${run[@]}"; do [ "$p" != "${training%%,*}" ] || echo trial; echo "$p"; done)  # tried before the first training
+mapfile -t steps < <(for p in "${run[@]}"; do [ "$p" != "${training%%,*}" ] || [[ "$skip" == *" trial "* ]] || echo trial; echo "$p"; done)  # tried before the first training
 
 failed_evals=()
 finish() {  # $1: exit code, $2: the last line

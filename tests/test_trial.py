@@ -59,7 +59,7 @@ def test_every_phase_is_tried_from_nothing_and_nothing_stays_behind(tmp_path):
     assert out.returncode == 0, out.stderr
     for stage, shape in (("base", "8 rows of 64 tokens"), ("mid", "8 rows of 64 tokens"), ("sft", "8 rows of 64 tokens"), ("rl", "8 rows of 80 tokens, 8 answers")):
         assert f"trial: {stage}: {shape}" in out.stdout, out.stdout
-    assert "evaluation: 8 answers at once" in out.stdout and "read in" in out.stdout and "all phases left take about" in out.stdout
+    assert "evaluation: 8 answers of up to 16 tokens at once" in out.stdout and "read in" in out.stdout and "all phases left take about" in out.stdout
     assert [p.name for p in (tmp_path / "toy").iterdir()] == ["trial.json"]
     assert found(tmp_path)["trying"] is None and found(tmp_path)["found"]["rl rollout_rows"] == [8, 8]
 
