@@ -100,12 +100,15 @@ def sound(path, numbered, convert):
                 yield value
                 continue
             broken += 1
-            common.print0(f"{path}:{number}: left out, broken ({why})")
+            if broken <= 20:
+                common.print0(f"{path}:{number}: left out, broken ({why})")
             if broken >= 100 and too_many(broken, total):
                 break
     except ValueError as e:
         common.fail(f"{e}; remove it and prepare the data again")
     common.check(not too_many(broken, total), f"{path} has {broken} broken lines or rows among {total}; the first ones are named above")
+    if broken > 20:
+        common.print0(f"{path}: {broken} broken lines or rows were left out in all")
 
 def problem(path, numbered, convert, enough=None):
     """None, or why sound() would end the run; looks at all, or until `enough` are good."""

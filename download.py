@@ -152,9 +152,10 @@ def fetch(session, url, path, opens, state):
                 return f"{url}: {' '.join(why.removeprefix('gone: ').split())[:200]}"
             time.sleep(wait_seconds(wait, max(failures, 1)))
 
-def fetch_all(jobs, command, workers=8):
+def fetch_all(jobs, command, workers=8, also=0):
     """
-    jobs: list of (url, path, opens, size); opens(path) -> None or what is wrong with the file; size in bytes, roughly
+    jobs: list of (url, path, opens, size); opens(path) -> None or what is wrong with the file; size in bytes, roughly;
+    also: bytes that the next phases will make of it and that must have room too
     Returns when all are there. Exits with 75 when asked to stop (what came is kept), with 2 before the first byte where the
     network is forbidden or the disk too small, else with 1, naming what could not be had.
     """
@@ -167,7 +168,8 @@ def fetch_all(jobs, command, workers=8):
     folder = next(p for p in (jobs[0][1], *jobs[0][1].parents) if p.is_dir())
     free = shutil.disk_usage(folder).free
     common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to {common.base_dir()} ({free / 1e9:.1f} GB free)")
-    common.check(needed < free, f"{needed / 1e9:.2f} GB have to be downloaded, but only {free / 1e9:.2f} GB are free in {folder}; "
+    common.check(needed + also < free, f"{needed / 1e9:.2f} GB have to be downloaded{f' and {also / 1e9:.2f} GB are made of it' if also else ''}, "
+                 f"but only {free / 1e9:.2f} GB are free in {folder}; "
                  "free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
     todo, state, done, errors, started, shown = list(reversed(jobs)), {"bytes": 0, "sizes": {}}, [], [], time.time(), 0.0
 

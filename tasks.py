@@ -8,7 +8,6 @@ The tasks a model is trained and measured on, from files in common.task_dir(data
 An item is a conversation (see tokenizer.messages_of) whose last message, the assistant's, is the answer. Multiple-choice
 items also carry "letters".
 """
-import gzip
 import hashlib
 import json
 import re
@@ -133,14 +132,15 @@ SPELLING_QUESTIONS = ["How many '{c}' are in '{w}'?", "How many times does '{c}'
                       "In the word '{w}', how many '{c}' are there?", "How often is '{c}' in '{w}'?", "What number of '{c}' does '{w}' have?",
                       "Tell me how many '{c}' you find in '{w}'.", "The word '{w}': how many '{c}'?"]
 
-def read_words(path):
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-        return [w for w in f.read().split() if 3 <= len(w) <= 15 and w.isascii() and w.isalpha() and w.islower()]
+def word_of(line):
+    """A line of the list of words -> its word, or None where it is none to spell."""
+    word = line.decode().strip()
+    return word if 3 <= len(word) <= 15 and word.isascii() and word.isalpha() and word.islower() else None
 
 def words(split, data):
     """The words of a split: one in ten, by its hash, is a test word."""
     path = find("spellingbee", split, data)[0]
-    listed = read_words(path)
+    listed = [w for w in dataset.sound(path, dataset.read_lines(path), word_of) if w]
     held_out = lambda w: hashlib.sha256(w.encode()).digest()[0] % 10 == 0
     listed = [w for w in listed if held_out(w) == (split == "test")]
     common.check(listed, f"{path} holds no words of the {split} split", f"python prepare_data.py --data={data}")

@@ -215,6 +215,10 @@ def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkey
     with pytest.raises(SystemExit) as stopped:
         get(server, tmp_path)
     assert stopped.value.code == 2 and not server.seen and "NANOCHAT_BASE_DIR" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 2000))
+    with pytest.raises(SystemExit):
+        get(server, tmp_path, also=5000)
+    get(server, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
@@ -310,13 +314,14 @@ def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_f
     (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" * 20)
     (state / "task_data/gsm8k_test.parquet").write_bytes(b"<html>")
     (state / "task_data/humaneval_test.parquet").unlink()
+    (state / "task_data/words_alpha.txt").write_bytes(b"\xff\xfe" * 500 + b"\n" * 3)
     out = check()
     assert out.returncode == 2 and len(hub.seen) == asked
-    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1 ", r"damaged +gsm8k_test .*rl mid-eval sft-eval rl-eval", r"missing +humaneval_test ", r"have +arc_easy_test "):
+    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1 ", r"damaged +gsm8k_test .*rl mid-eval sft-eval rl-eval", r"missing +humaneval_test ", r"damaged +words_alpha ", r"have +arc_easy_test "):
         assert re.search(line, out.stdout), line + out.stdout
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
     assert out.returncode == 2 and len(hub.seen) == asked and "run: python prepare_data.py --data=fineweb_edu --shards=2" in out.stderr
-    assert prepare(hub, state, *args).returncode == 0 and len(hub.seen) == asked + 5
+    assert prepare(hub, state, *args).returncode == 0 and len(hub.seen) == asked + 6
     (state / "base_data/shard_00007.parquet").unlink()
     assert digests(state) == before
 
