@@ -69,7 +69,8 @@ dataset.dataset_files(data)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 
 common.init_distributed()
-train = dataset.tokenize_files(data, "train", tokenizer)
+begun_with = None if start_over else (phase.read(directory) or {}).get("train_files")  # what was added since does not stop a run
+train = dataset.tokenize_files(data, "train", tokenizer, begun_with)
 val = dataset.tokenize_files(data, "val", tokenizer)
 resumed = common.on_rank0(phase.begin, directory, "base_train", settings,
                           {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)},
@@ -84,7 +85,7 @@ import optim
 import training
 
 compute = common.init_compute(settings, resumed.get("chosen"))
-phase.note(directory, chosen=common.chosen(compute))
+phase.note(directory, chosen=common.chosen(compute), train_files=[s.facts["source"]["name"] for s in train])
 config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)

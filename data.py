@@ -227,9 +227,11 @@ def in_batches(iterator, size=1024):
     if batch:
         yield batch
 
-def tokenize_files(data, split, tokenizer, say=common.print0):
-    """Tokenises the files of a split that are not tokenised yet (on rank 0). -> list of Store"""
+def tokenize_files(data, split, tokenizer, names=None, say=common.print0):
+    """Tokenises the files of a split that are not tokenised yet (on rank 0). -> list of Store
+    names: of the training files to take, where a run has begun with these; None: all"""
     train, val = dataset_files(data)
+    train = [p for p in train if names is None or p.name in names] or train
     folder = common.token_dir(data) / tokenizer.fingerprint
     stores = []
     for path in train if split == "train" else val:

@@ -79,6 +79,23 @@ BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=128", "--tota
         "--threads=1", "--compile=False", "--eval_every=0", "--eval_tokens=4000", "--sample_every=0"]
 
 
+def losses(state, tag):
+    return [m["loss"] for m in map(json.loads, (state / f"toy/base_checkpoints/{tag}/metrics.jsonl").read_text().splitlines()) if m["kind"] == "train"]
+
+
+def test_more_data_does_not_stop_a_run_that_began_with_less(prepared):
+    small = [*BASE, "--num_steps=6"]
+    assert script(prepared, *small, "--tag=whole").returncode == 0
+    assert script(prepared, *small, "--tag=more", "--time_limit=0.0").returncode == 75
+    added = prepared / "toy/base_data/shard_00003-more.parquet"
+    shutil.copy(prepared / "toy/base_data/shard_00000.parquet", added)
+    try:
+        assert script(prepared, *small, "--tag=more").returncode == 0
+        assert losses(prepared, "more") == losses(prepared, "whole")
+    finally:
+        added.unlink()
+
+
 def snapshot(folder):
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file() and "tokens" not in p.parts)
 
