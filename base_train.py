@@ -108,7 +108,7 @@ optimizer = optim.make_optimizer(model, matrix_lr=matrix_lr * lr_batch_scale, em
                                  weight_decay=weight_decay, compute_dtype=compute.dtype)
 epochs = num_steps * rows / dataset.n_rows(plan)
 common.print0(f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} tokens = {num_steps * batch_tokens / 1e6:,.1f}M tokens "
-              f"({num_steps * batch_tokens / scaling_parameters:.1f} a parameter, {epochs:.2f} epochs of {dataset.n_rows(plan):,} rows)")
+              f"({num_steps * batch_tokens / scaling_parameters:.1f} a parameter, {epochs:.2f} epochs of {dataset.n_rows(plan):,} rows, {100 * dataset.cropped(plan):.3f} % of the text cropped)")
 common.print0(f"{compute.world} x {compute.device.type}, {compute.dtype}, {compute.threads} threads, compile={compute.compile}, "
               f"{rows // (micro_rows * compute.world)} x {micro_rows} rows a rank and step, {num_steps * batch_tokens * model.flops_per_token():.2e} FLOPs")
 

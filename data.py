@@ -334,6 +334,10 @@ def make_plan(stores, row_length, bos, split=True):
 def n_rows(plan):
     return len(plan.first) - 1
 
+def cropped(plan):
+    """The share of the tokens that stand in no row."""
+    return 1 - float(plan.piece_length.sum()) / max(1, sum(s.tokens.size for s in plan.stores))
+
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may be trained on)"""
     tokens = np.full((len(numbers), plan.length), plan.bos, np.int64)
