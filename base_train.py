@@ -130,7 +130,7 @@ training.start_clock(num_steps, step, spent, save_minutes)
 training.explain_out_of_memory("base", device_batch_size=device_batch_size)
 
 def save(wait=True):
-    t0 = time.time()
+    t0 = time.monotonic()
     state = optimizer.state_dict()  # a collective call: gathers the shards
     if compute.rank == 0:
         checkpoint.save(directory, step, model.state_dict(), state, {

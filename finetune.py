@@ -80,7 +80,7 @@ def run(stage, parent, settings, every_token):
     training.explain_out_of_memory(stage, device_batch_size=s.device_batch_size)
 
     def save(wait=True):
-        t0 = time.time()
+        t0 = time.monotonic()
         state = optimizer.state_dict()  # a collective call: gathers the shards
         if compute.rank == 0:
             checkpoint.save(directory, step, model.state_dict(), state, {

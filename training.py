@@ -147,37 +147,37 @@ def explain_out_of_memory(name, **rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the clock: nothing that it says affects weights
+# the clock: nothing that it says affects weights; one that cannot be set back, or nothing would be saved until then
 
 _clock = {}
 PHASE = Path(sys.argv[0]).stem.removesuffix("_train").removeprefix("chat_")  # base, mid, sft, rl
 
 def start_clock(num_steps, step, spent, save_minutes):
     """spent: seconds of training in earlier lives of this phase."""
-    now = time.time()
+    now = time.monotonic()
     _clock.update(num_steps=num_steps, first=step, spent=spent, start=now, interval=60.0 * save_minutes, last_save=now,
                   last_tick=now, last_show=0.0, save_seconds=0.0, steps=[])
 
 def spent():
     """Seconds of training, earlier lives included."""
-    return _clock["spent"] + time.time() - _clock["start"]
+    return _clock["spent"] + time.monotonic() - _clock["start"]
 
 def save_due():
     """When the interval is over; and at once where the save in flight has failed, to say so."""
-    return (time.time() - _clock["last_save"] >= _clock["interval"] and not exploding()) or checkpoint.save_failed()
+    return (time.monotonic() - _clock["last_save"] >= _clock["interval"] and not exploding()) or checkpoint.save_failed()
 
 def saved(since):
     """The training has waited for a save from `since` to now."""
-    _clock["last_save"] = time.time()
+    _clock["last_save"] = time.monotonic()
     _clock["save_seconds"] += _clock["last_save"] - since
 
 def save_share():
     """Share of this life's time that the training waited for saves, 0 to 1."""
-    return _clock["save_seconds"] / max(time.time() - _clock["start"], 1e-9)
+    return _clock["save_seconds"] / max(time.monotonic() - _clock["start"], 1e-9)
 
 def tick(step, text, tokens, flops_per_token, compute):
     """Called after each step: prints progress, at most about once in two seconds, and returns the readings for the metrics."""
-    now = time.time()
+    now = time.monotonic()
     _clock["steps"] = (_clock["steps"] + [now - _clock["last_tick"]])[-20:]
     _clock["last_tick"] = now
     seconds = sorted(_clock["steps"])[len(_clock["steps"]) // 2]  # the median: evaluations and saves are no steps
@@ -185,7 +185,7 @@ def tick(step, text, tokens, flops_per_token, compute):
     peak = next((f for name, f in PEAK_FLOPS.items() if compute.device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     if peak:
         reading["mfu"] = round(flops_per_token * tokens / seconds / (peak * compute.world), 4)
-    if len(_clock["steps"]) == 10 and (line := common.budget_line(PHASE, (_clock["num_steps"] - step) * seconds, common.deadline(), now)):
+    if len(_clock["steps"]) == 10 and (line := common.budget_line(PHASE, (_clock["num_steps"] - step) * seconds, common.deadline(), time.time())):
         common.print0(line)
     if now - _clock["last_show"] >= 2.0 or step == _clock["num_steps"]:
         _clock["last_show"] = now

@@ -2,6 +2,7 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -123,3 +124,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys
 def test_metrics_on_a_full_disk(tmp_path, capsys):
     assert exit_code(common.append_metrics, "/dev/full", {"step": 1}) == 1
     assert "No space left" in capsys.readouterr().err
+
+
+def test_a_clock_that_is_set_back_does_not_put_off_a_save(monkeypatch):
+    import training
+    real = time.time
+    training.start_clock(num_steps=10, step=0, spent=5.0, save_minutes=0.05 / 60)
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert not training.save_due() and training.spent() < 6.0
+    time.sleep(0.06)
+    assert training.save_due() and 5.0 < training.spent() < 6.0
+    training.saved(time.monotonic() - 0.01)
+    assert not training.save_due() and 0.0 < training.save_share() < 1.0
