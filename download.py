@@ -42,6 +42,7 @@ ADDRESSES = {  # name: (address of file i, number of files, bytes of each, rough
 }
 RETRIES = 8      # tries in a row that bring nothing new before a file is given up
 BACKOFF = 1.0    # seconds before the second try, doubled for each further one up to a minute
+PROGRESS = 5.0   # seconds between progress lines
 TIMEOUT = 30.0   # seconds without a byte after which a connection is given up
 
 def offline():
@@ -110,7 +111,7 @@ def receive(session, url, f, state):
             total = have + int(r.headers["Content-Length"])
         total = int(linked.get("x-linked-size", 0)) or total
         if total:
-            state["sizes"][f.name] = total
+            state["sizes"][str(f.name)] = total
         for chunk in r.iter_content(65536):
             f.write(chunk)
             state["bytes"] += len(chunk)  # a count for the progress line: it may miss one now and then
@@ -193,10 +194,10 @@ def fetch_all(jobs, command, workers=8, also=0):
     while any(thread.is_alive() for thread in threads):
         if why := common.stop_requested():
             common.fail(f"{why} while downloading; what came is kept, run the same command again", code=75)
-        if time.time() - shown > 5:
+        if time.time() - shown > PROGRESS:
             shown, rate = time.time(), state["bytes"] / max(1e-3, time.time() - started)
             total = sum(state["sizes"].get(str(part_of(path)), size) for _, path, _, size in jobs) - there
-            common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files, {state['bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s"
+            common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files, {state['bytes'] / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
                           + (f", {common.clock(max(0, total - state['bytes']) / rate)} left" if rate else ""))
         time.sleep(0.05)
     common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files are there, {state['bytes'] / 1e9:.2f} GB in {common.clock(time.time() - started)}")

@@ -168,11 +168,15 @@ def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, ca
     assert stopped.value.code == 1 and "200 files could not be had" in capsys.readouterr().err and 1 <= len(server.seen) <= 8
 
 
-def test_a_server_that_falls_silent_is_asked_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, ["stall"]
+def test_a_server_that_falls_silent_is_asked_again_and_progress_is_shown(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "PROGRESS", 0.0)
+    big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["stall"]
     get(server, tmp_path)
-    assert server.stalled.is_set() and (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == 2
+    assert server.stalled.is_set() and (tmp_path / "shard.parquet").read_bytes() == big and len(server.seen) == 2
+    shown = re.findall(r"0 of 1 files, ([\d.]+) of ([\d.]+) MB, [\d.]+ MB/s, \d+s left", capsys.readouterr().out)
+    assert any(float(have) > len(big) / 4e6 and float(total) == round(len(big) / 1e6, 1) for have, total in shown), shown
 
 
 def test_a_proxy_is_honoured(server, tmp_path, monkeypatch):
