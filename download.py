@@ -111,7 +111,7 @@ def receive(session, url, f, state):
             total = have + int(r.headers["Content-Length"])
         total = int(linked.get("x-linked-size", 0)) or total
         if total:
-            state["sizes"][str(f.name)] = total
+            state["sizes"][f.name] = total
         for chunk in r.iter_content(65536):
             f.write(chunk)
             state["bytes"] += len(chunk)  # a count for the progress line: it may miss one now and then
