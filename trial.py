@@ -102,14 +102,16 @@ def write(**facts):
     if compute.rank == 0:
         common.atomic_write(path, json.dumps(record))
 
-def stop(message):
+def stop(message, code=2):
     if compute.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    common.fail(message)
+    common.fail(message, code)
 
 def attempt(stage, key, work):
     """work(n) with n = the rows asked for, or half of them where memory does not suffice. -> (n, what work returned); exits with 2 where half does not fit"""
     name, asked = f"{stage} {key}", given[stage][key]
+    if common.agree(1 if common.stop_requested() else 0):
+        stop(f"stopped during the trial ({common.stop_requested() or 'another rank was asked'}), nothing was begun: run the same command again", 75)
     for n in dict.fromkeys([asked, max(1, asked // 2)]):
         if n >= record["killed"].get(name, n + 1):
             continue

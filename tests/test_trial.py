@@ -138,3 +138,8 @@ def test_a_loss_that_explodes_ends_the_phase_and_does_not_overwrite_the_good_che
 def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=30"], "loss * 3 if 10 < call < 15 else loss", "training.EXPLODED = 8")
     assert out.returncode == 0 and "far above its level" in out.stdout and checkpoint.newest(folder) == 30
+
+
+def test_a_trial_that_is_asked_to_stop_does(prepared, folder):
+    out = faulty(prepared, "trial.py", TRIAL, "os.kill(os.getpid(), signal.SIGTERM) or loss", "import os, signal")
+    assert out.returncode == 75 and "signal SIGTERM" in out.stderr and "trial: sft" not in out.stdout and not (prepared / "toy/trial").exists(), out.stdout + out.stderr
