@@ -181,6 +181,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
             common.print0(f"{name}: done already ({directory})")
             common.outcome(0, "done already")
             sys.exit(0)
+        common.only_asked()
         for line in differences(old["free"], settings.free):
             common.print0(f"{name}: setting changed since the last start: {line}")
     try:

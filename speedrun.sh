@@ -102,11 +102,11 @@ script() {
 slurm_launcher() {  # one task a node; torchrun ignores the signals that Slurm sends to all processes of a step: its workers save and stop by themselves
     local port=$((12000 + (SLURM_JOB_ID * 97 + ${SLURM_RESTART_COUNT:-0} * 13 + ++launches) % 20000))  # a dead run may still hold the one before
     launcher=(python)
-    [ -n "${1:-}" ] || [ $((nproc * SLURM_NNODES)) -eq 1 ] || launcher=(torchrun "--nnodes=$SLURM_NNODES" "--nproc_per_node=$nproc" --node_rank=NODE
+    [ -n "${1:-}" ] || [ $((nproc * SLURM_NNODES)) -eq 1 ] || launcher=(torchrun "--nnodes=$SLURM_NNODES" "--nproc_per_node=$nproc" --signals-to-handle=SIGQUIT --node_rank=NODE
         "--master_addr=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" "--master_port=$port")
     # shellcheck disable=SC2016  # $SLURM_NODEID is each node's own
     launcher=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1
-        bash -c 'trap "" USR1 TERM; export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGQUIT; exec "${@/#--node_rank=NODE/--node_rank=$SLURM_NODEID}"' node "${launcher[@]}")
+        bash -c 'trap "" USR1 TERM; exec "${@/#--node_rank=NODE/--node_rank=$SLURM_NODEID}"' node "${launcher[@]}")
 }
 launches=0
 command_of() {  # fills the array `command` for a phase; data, tok and report are single processes, the others run on all
@@ -117,8 +117,9 @@ command_of() {  # fills the array `command` for a phase; data, tok and report ar
     case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc"); [ -z "${NANOCHAT_SLURM:-}" ] || slurm_launcher ;; esac
     # shellcheck disable=SC2207  # the settings hold no spaces
     set -f  # the * of a mixture is no pattern
-    command=("${launcher[@]}" "$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
+    work=("$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
     set +f
+    command=("${launcher[@]}" "${work[@]}")
 }
 
 if [ -n "$dry" ]; then
@@ -137,7 +138,7 @@ done
 
 export NANOCHAT_OUTCOME
 if [ -z "${NANOCHAT_SLURM:-}" ]; then NANOCHAT_OUTCOME=$(mktemp); else
-    NANOCHAT_OUTCOME=$("$python" -c 'import common; common.base_dir().mkdir(parents=True, exist_ok=True); print(common.base_dir())')/outcome-$SLURM_JOB_ID
+    NANOCHAT_OUTCOME=$("$python" -c 'import common; common.base_dir().mkdir(parents=True, exist_ok=True); print(common.base_dir())')/outcome-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}  # seen by all nodes; an earlier run has its own
     true > "$NANOCHAT_OUTCOME"
 fi
 trap 'rm -f "$NANOCHAT_OUTCOME"' EXIT
@@ -151,6 +152,15 @@ if [ -n "${NANOCHAT_SLURM:-}" ]; then  # a job that cannot succeed fails in its 
 fi
 training=$(printf '%s\n' "${run[@]}" | grep -xE 'base|mid|sft|rl' | paste -sd, || true)
 mapfile -t steps < <(for p in "${run[@]}"; do [ "$p" != "${training%%,*}" ] || [[ "$skip" == *" trial "* ]] || echo trial; echo "$p"; done)  # tried before the first training
+
+done_already() {  # $1: a phase that its record calls done verifies that in one process here, sooner than processes on all nodes have met
+    local p said
+    [ "${command[0]}" != "$python" ] || return 1
+    for p in $([ "$1" = trial ] && echo "${training//,/ }" || echo "$1"); do
+        [ "$("$python" -c 'import sys, common, status; print(status.unit(common.data_root(sys.argv[1]), *sys.argv[2:])[0])' "$data" "$p" "$tag")" = done ] || return 1
+    done
+    said=$(NANOCHAT_ASK=1 "$python" "${work[@]}" 2>/dev/null) && echo "$said"
+}
 
 failed_evals=()
 finish() {  # $1: exit code, $2: the last line
@@ -166,6 +176,7 @@ for p in "${steps[@]}"; do
     echo
     echo "=== $p: ${command[*]}"
     true > "$NANOCHAT_OUTCOME"
+    ! done_already "$p" || continue
     "${command[@]}" < /dev/null &
     child=$!
     [ -z "$asked" ] || stop  # a signal that came since

@@ -169,11 +169,11 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2",
 @pytest.fixture
 def job(tmp_path, fake):
     """job(speedrun="exit 75", requeue="exit 0", submit="echo 8", **environment) -> (code, output) of the batch script"""
-    def run(speedrun, requeue="kill -TERM $PPID", submit="echo 8", state="RUNNING", args=("--depth=4", "--skip-rl"), during=None, **environment):
+    def run(speedrun, requeue="kill -TERM $PPID", submit="echo 8", state="RUNNING", restarts="${SLURM_RESTART_COUNT:-0}", args=("--depth=4", "--skip-rl"), during=None, **environment):
         shutil.copy(REPO / "slurm_speedrun.sbatch", tmp_path)
         (tmp_path / "speedrun.sh").write_text(speedrun)
         fake("squeue", "echo 4:00:00")
-        fake("scontrol", f'[ "$1" != show ] || echo "JobId=7 JobState={state}"\n[ "$1" != requeue ] || {{ {requeue}; }}')
+        fake("scontrol", f'[ "$1" != show ] || echo "JobId=7 JobState={state} Restarts={restarts} Requeue=1"\n[ "$1" != requeue ] || {{ {requeue}; }}')
         fake("sbatch", submit + '\necho "array: $SLURM_ARRAY_TASK_ID" >> ' + str(tmp_path / "fakes/environment"))
         process = subprocess.Popen(["bash", "slurm_speedrun.sbatch", *args], cwd=tmp_path, env={**os.environ, **JOB, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if during:
@@ -194,6 +194,11 @@ def test_the_log_says_what_runs_where_and_codes_pass_through(job):
 def test_saved_and_not_done_requeues_itself(job):
     code, out, calls = job("exit 75", SLURM_RESTART_COUNT="2")
     assert code == 75 and calls == ["scontrol requeue 7"] and "goes on in its run 4" in out
+
+
+def test_a_run_that_slurm_gave_up_does_not_requeue_the_next(job):
+    code, out, calls = job("exit 75", restarts=1)
+    assert code == 75 and not calls and "started another" in out
 
 
 def test_an_element_of_an_array_requeues_itself_alone(job):

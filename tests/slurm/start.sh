@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm for the tests, on this one machine: a controller and two nodes, n1 and n2, over loopback, with accounting. As root.
+# A real Slurm for the tests, on this one machine: a controller and two nodes, n1 and n2, over loopback, with accounting and the pretended
+# size of the nodes that slurm_speedrun.sbatch asks for. As root.
 #
 #   bash tests/slurm/start.sh      # installs Debian's packages where they are missing; starts what does not run; again at any time
 #   bash tests/slurm/stop.sh
@@ -26,13 +27,13 @@ if ! dpkg-query -W -f '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null | gre
 fi
 
 mkdir -p "$folder"/{log,run,state,spool,sql,gpu}
-touch "$folder"/gpu/gpu{0,1}
+touch "$folder"/gpu/gpu{0..7}
 chmod 755 "$folder"
 host=$(hostname -s)
 getent hosts n1 > /dev/null || echo "127.0.0.1 n1 n2 # speedrun-slurm" >> /etc/hosts
 getent ahostsv4 "$host" > /dev/null || echo "127.0.0.1 $host # speedrun-slurm" >> /etc/hosts
 
-# Short times: a requeued job waits for cred_expire, a lost node is noticed after SlurmdTimeout. Without cgroups, for containers.
+# Short times: a requeued job waits for cred_expire (less than 5 counts as 120), a lost node is noticed after SlurmdTimeout. Without cgroups, for containers.
 cat > "$folder/slurm.conf" <<CONF
 ClusterName=speedrun
 SlurmctldHost=$host(127.0.0.1)
@@ -41,7 +42,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$folder/run/munge.socket,cred_expire=3
+AuthInfo=socket=$folder/run/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/run/slurmctld.pid
@@ -72,12 +73,12 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((port + 1))
 AccountingStoragePass=$folder/run/munge.socket
 GresTypes=gpu
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 11)) CPUs=2 RealMemory=16000 Gres=gpu:2
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 12)) CPUs=2 RealMemory=16000 Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 11)) CPUs=64 RealMemory=16000 Gres=gpu:8
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 12)) CPUs=64 RealMemory=16000 Gres=gpu:8
 PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
 PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF
 CONF
-echo "NodeName=n[1-2] Name=gpu File=$folder/gpu/gpu[0-1]" > "$folder/gres.conf"
+echo "NodeName=n[1-2] Name=gpu File=$folder/gpu/gpu[0-7]" > "$folder/gres.conf"
 [ -s "$folder/password" ] || (umask 077; od -An -N12 -tx1 /dev/urandom | tr -d ' \n' > "$folder/password")
 (umask 077; cat > "$folder/slurmdbd.conf" <<CONF
 DbdHost=$host
