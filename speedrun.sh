@@ -50,9 +50,10 @@ child="" asked=""
 stop() {  # a signal to this script asks the phase to save and stop; torchrun itself must not get it: it would kill its workers
     asked=1
     [ -n "$child" ] || return 0
-    if [ "${command[0]}" = srun ]; then kill -USR1 "$child" 2>/dev/null || true; return; fi  # srun passes it on to all processes on all nodes
-    pkill -TERM -P "$child" 2>/dev/null || true
-    [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
+    if [ "${command[0]}" = srun ]; then kill -USR1 "$child" 2>/dev/null || true; else  # srun passes it on to all processes on all nodes
+        pkill -TERM -P "$child" 2>/dev/null || true
+        [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
+    fi
 }
 trap stop TERM INT USR1
 
@@ -162,6 +163,10 @@ done_already() {  # $1: a phase that its record calls done verifies that in one 
     said=$(NANOCHAT_ASK=1 "$python" "${work[@]}" 2>/dev/null) && echo "$said"
 }
 
+given_up() {  # this run of the job has lost its node to Slurm's knowledge and lives on, while the next is there already
+    [ -n "${NANOCHAT_SLURM:-}" ] && [[ "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" =~ \ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "${SLURM_RESTART_COUNT:-0}" ]
+}
+
 failed_evals=()
 finish() {  # $1: exit code, $2: the last line
     echo
@@ -171,10 +176,11 @@ finish() {  # $1: exit code, $2: the last line
     exit "$1"
 }
 for p in "${steps[@]}"; do
+    if given_up; then echo "Slurm has given this run up and started another: going no further"; exit 1; fi
     command_of "$p"
     [ -z "$asked" ] || finish 75 "stopped before $p with everything saved: run the same command again"
     echo
-    echo "=== $p: ${command[*]}"
+    echo "=== $p: $([ "${command[0]}" != srun ] && echo "${command[*]}" || echo "${work[*]} on $SLURM_NNODES x $nproc processes")"
     true > "$NANOCHAT_OUTCOME"
     ! done_already "$p" || continue
     "${command[@]}" < /dev/null &

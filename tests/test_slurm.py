@@ -267,6 +267,25 @@ def test_a_job_whose_inputs_are_missing_ends_at_once_with_the_reason(fake, tmp_p
 
 
 @needs_venv
+def test_a_signal_reaches_the_processes_on_all_nodes_and_nothing_more_is_started(fake, tmp_path):
+    flags = ["--depth=1", "--only=data,tok,base,report", "--", "--size=0.02", "--vocab_size=512"]
+    assert subprocess.run(["bash", "speedrun.sh", "--only=data,tok", *flags[2:]], cwd=REPO, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "state")}, capture_output=True).returncode == 0
+    fake("scontrol", '[ "$2" = job ] && echo "JobId=7 Restarts=0 JobState=RUNNING" || echo n1')
+    fake("srun", f'[[ "$*" == *preflight.py* ]] || {{ trap "echo signal; exit 0" USR1; touch {tmp_path}/listening; while :; do sleep 0.05; done; }}')
+    start = lambda **environment: subprocess.Popen(["bash", "speedrun.sh", *flags], cwd=REPO, env={**os.environ, **JOB, "NANOCHAT_SLURM": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "state"), **environment},
+                                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start()
+    while not (tmp_path / "listening").exists():
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "signal\n" in out and "=== base" not in out and out.rstrip().endswith("run the same command again"), out
+    fake("scontrol", '[ "$2" = job ] && echo "JobId=7 Restarts=1 JobState=RUNNING" || echo n1')
+    out, _ = (process := start()).communicate(timeout=30)
+    assert process.returncode == 1 and "going no further" in out and "===" not in out, "a run whose node Slurm lost lives on, but starts nothing in the next run's nodes"
+
+
+@needs_venv
 def test_a_job_does_not_install(tmp_path, fake):
     for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)

@@ -60,13 +60,15 @@ class Job:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return self.wait_for("the end of the job", lambda: (s := self.show("JobState")) in over and (r := self.runs()) and r[-1] == s and s, seconds)
 
-def step(state, stage="base_checkpoints"):
-    """The newest saved step, -1 for none"""
-    return max((int(p.stem.split("_")[1]) for p in (state / f"toy/{stage}/d1").glob("manifest_*.json")), default=-1)
+def step(state):
+    """The newest saved step of base, -1 for none"""
+    return max((int(p.stem.split("_")[1]) for p in (state / "toy/base_checkpoints/d1").glob("manifest_*.json")), default=-1)
 
-def a_later_step(job, stage="base_checkpoints"):
-    before = step(job.state, stage)
-    job.wait_for(f"a save after step {before}", lambda: step(job.state, stage) > before)
+def a_later_step(job, number=1):
+    """Waits for a save of base in its run of that number"""
+    job.wait_for(f"run {number}", lambda: f"run {number} of it" in job.log())
+    before = step(job.state)  # no earlier run saves any more
+    job.wait_for(f"a save after step {before}", lambda: step(job.state) > before)
 
 def rank_processes(state):
     """Numbers of the processes that train with this state folder"""
@@ -180,22 +182,22 @@ def test_the_whole_pipeline_unattended_through_limits_preemption_requeue_and_a_l
     assert run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--time=1", "--wrap", "sleep 1").returncode == 0
     job.wait_for("the preemption", lambda: "PREEMPTED" in job.runs())
 
-    a_later_step(job)
+    a_later_step(job, 2)
     assert run("scontrol", "requeue", job.id).returncode == 0
     job.wait_for("the requeue from outside", lambda: job.runs()[1:2] == ["REQUEUED"])
 
-    a_later_step(job)
+    a_later_step(job, 3)
     old = rank_processes(state)
     assert len(old) == 2
     kill_node("n1")  # the one that the batch script runs on
     assert rank_processes(state), "the old run is alive, and may still write"
     job.wait_for("the loss of the node", lambda: "NODE_FAIL" in job.runs(), 120)
     assert subprocess.run(["bash", "tests/slurm/start.sh"], cwd=REPO).returncode == 0
-    a_later_step(job)
+    a_later_step(job, 4)
 
     assert job.ended(1800) == "COMPLETED", job.log()[-5000:]
     log, runs = job.log(), job.runs()
-    limits = len(re.findall(r"stopped[^\n]*deadline", log)) + log.count("stopped in ") * 0
+    limits = len(re.findall(r"stopped[^\n]*deadline", log))
     print(f"runs: {runs}; stopped by their limits: {limits}")
     assert limits >= 4 and runs.count("REQUEUED") >= 5 and runs.count("PREEMPTED") == 1 and runs.count("NODE_FAIL") == 1 and "TIMEOUT" not in runs
     assert "it will stop at" in log and "all done" in log
