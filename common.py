@@ -257,7 +257,7 @@ def init_compute(settings, recorded=None):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = want["threads"] or max(1, cores // world)
+    threads = want["threads"] or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
     torch.set_num_threads(threads)
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     dtype = on_rank0(probe_dtype, device) if want["dtype"] == "auto" else want["dtype"]
