@@ -227,6 +227,8 @@ def gather(value):
 
 def leave(code=0):
     """Ends this process; under torchrun with 0, since it would start a worker again that says anything else."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)  # told once more while Python winds up, when its handlers are gone, it would die of it
     if rank_world()[2] > 1:
         import torch.distributed as dist
         dist.destroy_process_group()

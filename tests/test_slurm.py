@@ -51,6 +51,12 @@ def test_the_end_of_the_job(fake, monkeypatch):
     assert common.slurm_end_time() == 1234.0
 
 
+def test_a_process_that_leaves_does_not_die_of_being_told_once_more():
+    code = f"import sys, os, signal; sys.path.insert(0, {str(REPO)!r})\nimport common\ncommon.install_stop_handlers()\n" \
+           "class Last:\n def __del__(self, kill=os.kill, pid=os.getpid()): [kill(pid, s) for s in (10, 15)]\nsys.last = Last()\ncommon.leave(75)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 75
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is set: clock["now"] = ..."""

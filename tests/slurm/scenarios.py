@@ -197,7 +197,7 @@ def test_the_whole_pipeline_unattended_through_limits_preemption_requeue_and_a_l
 
     assert job.ended(1800) == "COMPLETED", job.log()[-5000:]
     log, runs = job.log(), job.runs()
-    limits = len(re.findall(r"stopped[^\n]*deadline", log))
+    limits = sum("requeued: job" in part and ("deadline" in part or "signal SIGUSR1" in part) for part in re.split(r"\nstate: ", log))  # one part for each run
     print(f"runs: {runs}; stopped by their limits: {limits}")
     assert limits >= 4 and runs.count("REQUEUED") >= 5 and runs.count("PREEMPTED") == 1 and runs.count("NODE_FAIL") == 1 and "TIMEOUT" not in runs
     assert "it will stop at" in log and "all done" in log
