@@ -16,7 +16,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
 FOLDER = Path(os.environ.get("SLURM_TEST_FOLDER", "/tmp/speedrun-slurm"))
-STEPS, MORE_STEPS = int(os.environ.get("SLURM_TEST_STEPS", 1200)), 150  # of base and rl; of mid and sft
+STEPS, MORE_STEPS = int(os.environ.get("SLURM_TEST_STEPS", 1600)), 150  # of base and rl; of mid and sft
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--max_items=20", "--core_items=8", "--compile=False", "--dtype=float32", "--threads=1",
          "--device=cpu", "--save_minutes=0.02", "--eval_every=0", "--sample_every=0", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
 QUICK = [*SMALL, "--num_steps=60", "--max_steps=10"]
