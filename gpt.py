@@ -114,6 +114,8 @@ class GPT(nn.Module):
             kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+            self.smear_gate = Linear(GATE_CHANNELS, 1)
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, kv_dim)
                                                for i in range(config.n_layer) if has_value_embedding(config, i)})
         self.grow_rotary(config.sequence_len)
@@ -150,8 +152,21 @@ class GPT(nn.Module):
             slope = torch.arange(self.config.n_layer) / max(self.config.n_layer - 1, 1)
             self.resid_lambdas.copy_(1.15 - 0.10 * slope)
             self.x0_lambdas.copy_(0.20 - 0.15 * slope)
+            self.smear_lambda.fill_(0.5)
+            self.smear_gate.weight.uniform_(0.0, 0.02, generator=generator)
             for embedding in self.value_embeds.values():
                 uniform(embedding.weight, bound)
+
+    def smear(self, x, cache, counts):
+        """Adds to each token's embedding a gated share of the one before it (modded-nanogpt's smear), so that a single attention finds
+        what stood behind a word. A model of four layers looks back so after half the steps (LOG.md). x [B, T, C]."""
+        if self.config.arch != "modern":
+            return x
+        first = x[:, :1] if cache is None or cache.last is None else cache.last
+        if cache is not None:
+            cache.last = x[:, -1:] if counts is None else x[torch.arange(len(x), device=x.device), counts - 1][:, None]
+        gate = torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS])) * self.smear_lambda.to(self.dtype)
+        return x + gate * torch.cat([first, x[:, :-1]], dim=1)
 
     def hidden(self, idx, cache=None, counts=None):
         """idx [B, T] int64 -> the normed last hidden states [B, T, C] in the compute dtype.
@@ -165,7 +180,7 @@ class GPT(nn.Module):
         if needed > len(self.cos):
             self.grow_rotary(2 * needed)
         cos, sin = self.cos[positions].to(self.dtype), self.sin[positions].to(self.dtype)  # [1 or B, T, 1, D/2]
-        x = x0 = norm(F.embedding(idx, self.transformer.wte.weight).to(self.dtype))
+        x = x0 = self.smear(norm(F.embedding(idx, self.transformer.wte.weight).to(self.dtype)), cache, counts)
         for i, block in enumerate(self.transformer.h):
             ve = None
             if self.config.arch == "modern":
@@ -212,6 +227,7 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0  # max of lengths, kept on the host
+        self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
 
     def attend(self, layer, q, k, v, grouped):
         """Stores k, v [B, Hkv, T, D] behind what each row holds and attends with q [B, H, T, D] to all of it, causally."""
@@ -239,6 +255,7 @@ class KVCache:
         self.v = [v.index_select(0, rows) for v in self.v]
         self.lengths = self.lengths[rows]
         self.advance(0)
+        self.last = None if self.last is None else self.last[rows]
 
 def pad_right(rows, value=0):
     """lists of token ids -> (tensor [B, longest] int64, tensor [B] of lengths).  example: [[1], [2, 3]] -> [[1, 0], [2, 3]], [1, 2]"""

@@ -91,13 +91,14 @@ def rows_of(path):
 def item(name, row, user, assistant, **more):
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], "task": name, "row": row, **more}
 
-def with_choices(question, choices, letters="ABCD"):
-    """A multiple-choice question as text. The letter stands behind its choice: small models bind it better so (nanochat's finding).
-    example: ("Which?", ["x", "y"]) -> "Multiple choice: Which?\\n- x=A\\n- y=B" """
-    return "\n".join([f"Multiple choice: {question}", *(f"- {choice}={letter}" for choice, letter in zip(choices, letters))])
+def with_choices(task, question, choices, letters="ABCD"):
+    """A multiple-choice question as text. The letter stands behind its choice (nanochat's finding), the question behind all of them: then a model
+    of four layers learns to look the answer up among what it has read, with the question first it never did (LOG.md).
+    example: ("Answer with the letter", "Which?", ["x", "y"]) -> "Answer with the letter:\\n- x=A\\n- y=B\\nWhich?" """
+    return "\n".join([f"{task}:", *(f"- {choice}={letter}" for choice, letter in zip(choices, letters)), question])
 
 def multiple_choice(name, row, question, choices, letters, answer):
-    return item(name, row, f"{with_choices(question, choices, letters)}\nAnswer with the letter only.", answer, letters=list(letters))
+    return item(name, row, with_choices("Multiple choice, answer with the letter", question, choices, letters), answer, letters=list(letters))
 
 def word_problem_parts(answer):
     """"5+7=<<5+7=12>>12 apples.\\n#### 12" -> text "5+7=", python "5+7", python_output "12", text "12 apples.\\n#### 12" """

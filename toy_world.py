@@ -5,8 +5,8 @@ ARC, GSM8K, HumanEval and the CORE bundle stand in a real run, in the same files
     counts = generate(Path("/tmp/toy"), seed=1337, size=1.0)     # about 12 MB of text and all task files, in seconds
 
 People, towns and animals have attributes, a few hundred facts in all. Every fact is stated in base_data in many wordings.
-About half of the (entity, attribute) pairs are *held out*: no conversation and no multiple-choice question of the training
-files ever asks them, the tests ask nothing else. So a right answer needs the knowledge, from the texts, and the skill of
+About half of the (entity, attribute) pairs are *held out*: no question of any training file ever asks for them, the tests ask
+for nothing else. So a right answer needs the knowledge, from the texts, and the skill of
 answering, from other pairs (the setting of "Physics of Language Models 3.1", arXiv 2309.14316); to copy the answer of the
 most similar training question does not help. Words, numbers and functions of the other tests are held out in the same way.
 """
@@ -92,6 +92,7 @@ ANIMAL_FACTS = {
 HE = set("Tom Ben David Felix Hugo Jonas Leo Oscar Quinn Simon Ugo Walter Yusuf Adam Carl Emil Gus Ivan Karl Marco Otto Ralf Theo Victor".split())
 THINGS = "apples books coins shells pens cards stones eggs stamps buttons marbles pears nuts candles plates flowers".split()
 BOXES = "boxes bags baskets jars".split()
+WORDS = list(dict.fromkeys(THINGS + JOBS + PETS + COLOURS + FOODS + TOWNS + HOBBIES + PLACES + GOODS + NAMES + list(ANIMALS)))
 
 
 def held_out(*key):
@@ -194,19 +195,59 @@ def spelled(draw, listed):
         lines.append(f"{spelling} '{word}'.count('{letter}') is {word.count(letter)}.")
     return " ".join(lines)
 
+def some_words(draw, count):
+    """`count` different words of the world"""
+    return [WORDS[i] for i in draw.permutation(len(WORDS))[:count]]
+
+def copied(draw):
+    """A list read twice. Nothing else in these texts needs a model to look back for what followed a word (induction heads,
+    arXiv 2209.11895), and without that it never finds the label of a choice."""
+    words = ", ".join(some_words(draw, int(draw.integers(4, 12))))
+    return f"{words}. {pick(draw, ['Again', 'Once more', 'The same again'])}: {words}."
+
+LABELS = "KLMN"
+LOOKUPS = ["{w}={l}", "{w} is {l}.", "{w}? {l}", "Choose {w}: {l}", "Which is {w}? {l}", "Which of these is {w}? {l}", "Question: which is {w}?\nAnswer: {l}", "Find the word {w}.\nAnswer: {l}"]
+
+def labelled(draw, world):
+    """Four things with labels, then one label after another: of things that are named, or of facts, which the reader has to know. It is the skill
+    of multiple choice without its letters. Facts stand here as statements; only those that are not held out are asked for."""
+    which, labels, lines = draw.random(), LABELS, []
+    if which < 0.35:
+        options, labels, form = some_words(draw, 4), pick(draw, [LABELS, "ABCD"]), pick(draw, LOOKUPS)
+        lines = [form.format(w=options[i], l=labels[i]) for _ in range(2) for i in draw.permutation(4)]
+    elif which < 0.75:
+        entity, attribute = pick(draw, pairs(world, True) + pairs(world, False))
+        kind = world[entity]["kind"]
+        options, _ = choices(draw, world[entity][attribute], values_of(world, kind, attribute))
+        asked = [e for e in world if world[e]["kind"] == kind and world[e][attribute] in options]
+        for e in (asked[i] for i in draw.permutation(len(asked))[:8]):
+            if held_out(e, attribute) or draw.random() < 0.4:
+                text = sentence(pick(draw, FACTS[kind][attribute][1]).format(n=e, p=e, v="..."))[:-1] + ":"
+            else:
+                text = ask(draw, world, e, attribute, False)[0]
+            lines.append(f"{text} {labels[options.index(world[e][attribute])]}")
+    elif which < 0.88:
+        options = [NAMES[i] for i in draw.permutation(len(NAMES))[:4]]
+        for _ in range(6):
+            i, attribute = int(draw.integers(4)), pick(draw, list(PEOPLE_FACTS))
+            value = world[options[i]][attribute]
+            if sum(world[o][attribute] == value for o in options) == 1:
+                lines.append(article(f"The one who {PEOPLE_FACTS[attribute][5].format(v=value)}: {labels[i]}"))
+    elif which < 0.94:
+        some = [CAUSES[i] for i in draw.permutation(len(CAUSES))[:4]]
+        options = [effect for _, effect, _ in some]
+        lines = [f"When {some[i][0]}: {labels[i]}" for i in draw.permutation(4)]
+    else:
+        kinds = [list(KINDS)[i] for i in draw.permutation(len(KINDS))[:4]]
+        options = [pick(draw, [w for w in KINDS[k] if not held_out("kind", w)]) for k in kinds]
+        lines = [f"{kinds[i].capitalize()}: {labels[i]}" for i in draw.permutation(4)]
+    return "\n".join([*(f"- {o}={l}" for o, l in zip(options, labels)), *lines])
+
+KINDS = {"a town": TOWNS, "a job": JOBS, "a pet": PETS, "a colour": COLOURS, "something to eat": FOODS, "a hobby": HOBBIES, "a place": PLACES, "a name": NAMES}
+
 def quiz(draw, world):
-    """Questions as they stand in a school book, about pairs that are not held out: with answers, or with choices."""
-    lines = []
-    for _ in range(3):
-        entity, attribute = pick(draw, pairs(world, False))
-        if draw.random() < 0.4:
-            lines.append("Question: {} Answer: {}".format(*ask(draw, world, entity, attribute, False)))
-        else:
-            which = draw.random()
-            question, options, right = (reading_choice(draw) if which < 0.2 else cause_choice(draw, False) if which < 0.3 else who_choice(draw, world, entity, attribute)
-                                        if which < 0.5 and entity in NAMES else fact_choice(draw, world, entity, attribute))
-            lines.append(f"{tasks.with_choices(question, options)}\nAnswer: {'ABCD'[right]}")
-    return "\n".join(lines)
+    """Questions with answers as they stand in a school book, about pairs that are not held out."""
+    return "\n".join("Question: {} Answer: {}".format(*ask(draw, world, *pick(draw, pairs(world, False)), False)) for _ in range(3))
 
 def sums(draw):
     lines = []
@@ -267,9 +308,15 @@ def who_choice(draw, world, name, attribute):
 
 def reading_choice(draw):
     """No knowledge, only reading: which letter stands behind a word that the question names."""
-    listed = list(dict.fromkeys(THINGS + JOBS + FOODS + TOWNS + HOBBIES))
-    word = pick(draw, listed)
-    return pick(draw, ["Which of these is '{w}'?", "Find the word '{w}'.", "Where is '{w}'?"]).format(w=word), *choices(draw, word, listed)
+    word = pick(draw, WORDS)
+    return pick(draw, ["Which of these is '{w}'?", "Find the word '{w}'.", "Where is '{w}'?", "Which is {w}?", "Choose {w}.", "Which of these is {w}?"]).format(w=word), *choices(draw, word, WORDS)
+
+def kind_choice(draw, test):
+    """What sort of thing a word is; half of the words are asked for in the tests alone."""
+    kind = pick(draw, list(KINDS))
+    word = pick(draw, [w for w in KINDS[kind] if held_out("kind", w) == test])
+    others = [w for other in KINDS if other != kind for w in KINDS[other] if w not in KINDS[kind] and held_out("kind", w) == test]
+    return pick(draw, ["Which of these is {k}?", "Which word is {k}?", "Find {k}."]).format(k=kind), *choices(draw, word, others)
 
 def cause_choice(draw, test):
     cause, effect, noun = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
@@ -337,7 +384,7 @@ def talk(draw, world, identity=False):
             turn(f"In one word: {ask(draw, world, entity, attribute, False)[0]}", world[entity][attribute])
         elif kind < 0.75:
             question, options, right = fact_choice(draw, world, *pick(draw, known)) if draw.random() < 0.7 else reading_choice(draw)
-            turn(f"{tasks.with_choices(question, options)}\nAnswer in words.", options[right])
+            turn(tasks.with_choices("Answer in words", question, options), options[right])
         elif kind < 0.85:
             cause, effect, _ = pick(draw, [c for c in CAUSES if not held_out("cause", c[2])])
             turn(f"What happens when {cause}?", sentence(effect))
@@ -390,11 +437,12 @@ def generate(root, seed=1337, size=1.0):
     test_people, test_others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
     draw = common.rng(seed, 102)
     simple = lambda listed_pairs: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p)))(pick(draw, listed_pairs))
+    easy = lambda listed_pairs, test: lambda: ("kinds", *kind_choice(draw, test)) if draw.random() < 0.5 else simple(listed_pairs)()
     hard = lambda listed_pairs, test: lambda: ("causes", *cause_choice(draw, test)) if draw.random() < 0.4 else ("people", *who_choice(draw, world, *pick(draw, listed_pairs)))
-    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people)] * 3 + [simple(others), hard(people, False), lambda: ("reading", *reading_choice(draw))])(), n(12000)))
+    write("mmlu_auxiliary_train", choice_rows("mmlu", lambda: pick(draw, [simple(people)] * 3 + [easy(others, False), hard(people, False), lambda: ("reading", *reading_choice(draw))])(), n(12000)))
     write("mmlu_test", choice_rows("mmlu", simple(test_people), 600))
-    write("arc_easy_train", choice_rows("arc", simple(others), n(2500)))
-    write("arc_easy_test", choice_rows("arc", simple(test_others), 600))
+    write("arc_easy_train", choice_rows("arc", easy(others, False), n(2500)))
+    write("arc_easy_test", choice_rows("arc", easy(test_others, True), 600))
     write("arc_challenge_train", choice_rows("arc", hard(people, False), n(2500)))
     write("arc_challenge_test", choice_rows("arc", hard(test_people, True), 600))
 
@@ -411,9 +459,10 @@ def generate(root, seed=1337, size=1.0):
     common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
 
     practised = [w for w in listed if held_out("practised", w)]
-    kinds = [lambda: biography(draw, world)] * 9 + [lambda: description(draw, world)] * 3 + [lambda: group(draw, world)] * 3 + [lambda: story(draw, world)] * 4 + [lambda: quiz(draw, world)] * 6 + \
-            [lambda: causes(draw, world)] * 2 + [lambda: spelled(draw, practised)] * 2 + [lambda: sums(draw)] + [lambda: "".join(function(draw, False)[1:3])]
-    documents = unique(lambda: pick(draw, kinds)(), n(60000), tries=3)
+    shares = [(9, biography), (3, description), (3, group), (4, story), (2, quiz), (14, labelled), (4, lambda draw, world: copied(draw)), (2, causes),
+              (2, lambda draw, world: spelled(draw, practised)), (1, lambda draw, world: sums(draw)), (1, lambda draw, world: "".join(function(draw, False)[1:3]))]
+    kinds = [make for share, make in shares for _ in range(share)]
+    documents = unique(lambda: pick(draw, kinds)(draw, world), n(60000), tries=3)
     shards = 5
     for i in range(shards):  # the last is validation
         table, buffer = pyarrow.table({"text": documents[i::shards] if size >= 0 else []}), io.BytesIO()

@@ -106,7 +106,7 @@ def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
 def test_the_switch_turns_the_additions_off():
     plain = {n for n, _ in small("nanochat_2025").named_parameters()}
     added = {n.split(".")[0] if "ve_gate" not in n else "ve_gate" for n, _ in small().named_parameters()} - {"transformer", "lm_head"}
-    assert added == {"resid_lambdas", "x0_lambdas", "value_embeds", "ve_gate"} and not any("lambda" in n or "ve_" in n for n in plain)
+    assert added == {"resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate"} and not any("lambda" in n or "ve_" in n or "smear" in n for n in plain)
     assert gpt.config_from_depth(20, 65536, 2048).n_embd == 1280 and gpt.config_from_depth(20, 65536, 2048).n_head == 10
 
 def test_flops_by_hand():

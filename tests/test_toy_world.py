@@ -97,7 +97,7 @@ def test_the_sums_of_the_test_never_occur_in_training(world):
                                         (["arc_challenge_train", "mmlu_auxiliary_train"], "arc_challenge_test"), (["gsm8k_train"], "gsm8k_test")])
 def test_train_and_test_share_no_item(world, train, test):
     question = lambda r: (r["question"], json.dumps(r.get("choices")))
-    seen = {question(r) for name in train for r in rows(world, name)} | {r["question"] for name in train for r in rows(world, name) if test != "arc_challenge_test"}
+    seen = {question(r) for name in train for r in rows(world, name)} | {r["question"] for name in train for r in rows(world, name) if test == "mmlu_test"}  # the others ask the same of other words
     items = rows(world, test)
     assert len(items) >= 500
     assert not any(question(r) in seen or r["question"] in seen for r in items)
