@@ -21,6 +21,7 @@ from pathlib import Path
 import common
 
 MARKER = "may change at every resume"
+PHASES = ("data", "tok", "base", "base-eval", "mid", "mid-eval", "sft", "sft-eval", "rl", "rl-eval", "report")  # as in speedrun.sh
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 class Settings(dict):
@@ -111,22 +112,26 @@ def configure(module_globals):
     return settings
 
 def main():
-    """`python configurator.py accepted SCRIPT --key=value ...` prints the arguments that SCRIPT has a setting for;
-    `python configurator.py check --key=value ...` exits with 2 if an argument fits no phase at all. For speedrun.sh."""
-    def key(arg):
+    """`python configurator.py accepted PHASE SCRIPT --key=value --PHASE.key=value ...` prints the arguments that SCRIPT has a setting
+    for, those of PHASE alone last; `python configurator.py check --key=value ...` exits with 2 if one fits no phase. For speedrun.sh."""
+    def key(arg):  # example: "--rl.num-steps=8" -> ("rl", "num_steps")
         common.check(arg.startswith("--") and "=" in arg, f"cannot read {arg!r} behind --: write --key=value")
-        return arg[2:].split("=", 1)[0].replace("-", "_")
+        part, _, name = arg[2:].split("=", 1)[0].rpartition(".")
+        return part, name.replace("-", "_")
     if sys.argv[1] == "accepted":
-        known = {name for name, _, _ in declared(common.REPO / sys.argv[2])}
-        for arg in sys.argv[3:]:
-            if key(arg) in known:
-                print(arg)
+        known = {name for name, _, _ in declared(common.REPO / sys.argv[3])}
+        given = [(*key(arg), arg.split("=", 1)[1]) for arg in sys.argv[4:] if key(arg)[1] in known]
+        mine = [g for g in given if not g[0]] + [g for g in given if g[0] == sys.argv[2]]
+        others = [g for g in given if g not in mine and sys.argv[2] == "data"]  # what other phases read is its business
+        print("".join(f"--{name}={value}\n" for _, name, value in mine) + "".join(f"--{part}.{name}={value}\n" for part, name, value in others), end="")
     else:
         scripts = [p for p in common.REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name != "configurator.py"]
         known = {name for script in scripts for name, _, _ in declared(script)}
         for arg in sys.argv[2:]:
-            near = difflib.get_close_matches(key(arg), known, n=1, cutoff=0.0)
-            common.check(key(arg) in known, f"no phase has a setting {key(arg)!r}; the nearest is --{near[0]}")
+            part, name = key(arg)
+            common.check(part in ("", *PHASES), f"there is no phase {part!r} ({arg}); there are {', '.join(PHASES)}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            common.check(name in known, f"no phase has a setting {name!r}; the nearest is --{near[0]}")
 
 if __name__ == "__main__":
     main()

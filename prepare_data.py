@@ -47,6 +47,9 @@ extra_conversations = ""     # your own conversations for mid and sft
 core_items = -1              # 0: no CORE
 workers = 8                  # files downloaded at once
 start_over = False           # put the old data aside and make it again
+command, alone = "python prepare_data.py " + shlex.join(a for a in sys.argv[1:] if not a.startswith("--check")), [
+    a for a in sys.argv[1:] if re.match(r"--[a-z-]+\.\w+=", a)]  # settings of one phase, as speedrun.sh takes them: --sft.mixture=...
+sys.argv[1:] = [a for a in sys.argv[1:] if a not in alone]
 settings = configurator.configure(globals())
 
 SCRIPTS = {"tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "sft": "chat_sft.py",
@@ -62,7 +65,6 @@ unknown = [p for p in phases if p not in (*SCRIPTS, "data", "report")]
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are {', '.join(SCRIPTS)}")
 phases = [p for p in phases if p in SCRIPTS] or list(SCRIPTS)
 directory, root = common.base_data_dir(data), common.data_root(data)
-command = "python prepare_data.py " + shlex.join(a for a in sys.argv[1:] if not a.startswith("--check"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what has to be there
@@ -70,15 +72,21 @@ command = "python prepare_data.py " + shlex.join(a for a in sys.argv[1:] if not 
 File = namedtuple("File", "what path needs opens url size")
 # path: where; needs: the phases that read it; opens(path) -> None or what is wrong; url: where it comes from, or None; size: roughly
 
-def declared(script):
+def given(name, key, usual):
+    """A setting of the phase `name` alone, where this script was given it, else `usual`."""
+    values = [a.split("=", 1)[1] for a in alone if a.startswith(f"--{name}.{key}=")]
+    return configurator.convert(key, values[-1], usual) if values else usual
+
+def declared(name):
     """The settings of a phase that say what it reads: its own, where this script was not given others."""
-    return {k: settings[k] or value for k, value in configurator.defaults(common.REPO / script).items() if k in READS}
+    usual = configurator.defaults(common.REPO / SCRIPTS[name])
+    return {k: given(name, k, settings[k] or value) for k, value in usual.items() if k in READS}
 
 def task_splits():
     """-> {(task, split): [phases that read it]}"""
     found = {}
     for name in phases:
-        for setting, value in declared(SCRIPTS[name]).items():
+        for setting, value in declared(name).items():
             for spec in (value if isinstance(value, list) else [value]) if value else []:
                 for split in READS[setting]:
                     readers = found.setdefault((task_list.parse(spec)[0], split), [])
@@ -88,7 +96,7 @@ def task_splits():
 def shards_needed():
     """How many training shards the horizon of the base model needs (see base_train.py), a little more rather than less."""
     base = configurator.defaults(common.REPO / "base_train.py")
-    per_param, flops, steps, batch = (settings[k] if settings[k] != -1 else base[k] for k in ("tokens_per_param", "target_flops", "num_steps", "total_batch_size"))
+    per_param, flops, steps, batch = (given("base", k, settings[k] if settings[k] != -1 else base[k]) for k in ("tokens_per_param", "target_flops", "num_steps", "total_batch_size"))
     width = 128 * math.ceil(depth / 2)
     parameters = depth * 12 * width ** 2 + 32768 * width  # of matrices and head, without importing torch
     tokens = steps * (batch if batch != -1 else 2 ** 19) if steps != -1 else flops / (6 * parameters) if flops > 0 else per_param * parameters
@@ -160,7 +168,7 @@ def files():
         found += task_files(stem or name, name, needed_by)
     if data in dataset.VAL_SHARD and readers:
         found += [f for stem in NOT_READ for f in task_files(stem, stem.rsplit("_", 1)[0], [])]
-    if "base-eval" in phases and core_items:
+    if "base-eval" in phases and given("base-eval", "core_items", core_items):
         url, _, about = download.ADDRESSES["eval_bundle"]
         found.append(File("CORE", common.eval_bundle_dir(data), ["base-eval"], bundle_problem, url, about))
     readers = {f.path: [p for g in found if g.path == f.path for p in g.needs] for f in found}  # two tasks may share a file

@@ -16,7 +16,8 @@ bash speedrun.sh [flags] [-- --key=value ...]      all phases in order; run it a
   --depth=N          layers of the model (toy: 4, else 20)
   --nproc=N          processes on this machine (default: the GPUs visible, or 1)
   --dry-run          print the commands and do nothing
-  -- --key=value     settings for every phase that has them, e.g. -- --device_batch_size=8 --time_limit=60
+  -- --key=value     settings for every phase that has them, e.g. -- --device_batch_size=8 --time_limit=60;
+                     for one phase alone: -- --rl.num_steps=100 --sft.mixture=smoltalk,gsm8k
 
   state goes to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat)
   exit codes: 0 done, 2 bad settings or missing inputs, 75 interrupted but saved: run the same command again, else a failure
@@ -112,7 +113,7 @@ slurm_launcher() {  # one task a node; torchrun ignores the signals that Slurm s
 launches=0
 command_of() {  # fills the array `command` for a phase; data, tok and report are single processes, the others run on all
     local mine=() launcher=("$python") accepted=""
-    [ ${#rest[@]} -eq 0 ] || accepted=$("$python" configurator.py accepted "$(script "$1")" "${rest[@]}")
+    [ ${#rest[@]} -eq 0 ] || accepted=$("$python" configurator.py accepted "$1" "$(script "$1")" "${rest[@]}")
     [ -z "$accepted" ] || mapfile -t mine <<< "$accepted"
     [ "$1" != trial ] || mine=("${rest[@]}")  # it knows the settings of all phases
     case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc"); [ -z "${NANOCHAT_SLURM:-}" ] || slurm_launcher ;; esac

@@ -157,6 +157,22 @@ def test_the_same_for_an_ordinary_user():
     assert done.stdout.strip() == "held", done.stderr
 
 @needs_sandbox
+def test_root_with_a_single_user_id_has_a_sandbox_too(tmp_path):
+    """As in a container without root: it cannot become nobody, and gets a user namespace of its own."""
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "precious").write_text("x")
+    removes, kills = f"import shutil\nshutil.rmtree({str(home)!r})", "import os\nos.kill(-1, 9)"
+    code = (f"from execution import *\nprint(sandbox_available(), run_python({HONEST!r}, test={CHECK!r}, entry_point='f')[0],\n"
+            f"  [name for name, code in {FORGERIES!r}.items() if 'bomb' not in name and run_python(code, 1.0, test={CHECK!r}, entry_point='f')[0]],\n"
+            f"  run_python({removes!r})[0], run_python({kills!r})[0])")
+    out = subprocess.run(["unshare", "-rn", sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert out.stdout.strip() == "(True, '') True [] False False", out.stdout + out.stderr
+    assert (home / "precious").read_text() == "x"
+
+@needs_sandbox
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail_and_the_evaluator_goes_on(name):
     t0 = time.time()

@@ -59,7 +59,13 @@ def test_the_flags_of_speedrun(tmp_path):
     assert dry.returncode == 0 and [next(w for w in line.split() if w.endswith(".py")) for line in lines] == ["chat_sft.py", "chat_eval.py", "chat_rl.py", "report.py"]
     assert lines[0].startswith("torchrun --standalone --nproc_per_node=2 chat_sft.py --data=toy") and lines[0].endswith("--seed=5")
     assert "seed" not in lines[3] and not any(tmp_path.iterdir())
-    for flags, says in [(["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"), (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
+    dry = speedrun(tmp_path, "--dry-run", "--", "--num_steps=9", "--rl.num-steps=5", "--mixture=gsm8k", "--sft.mixture=gsm8k,arc_easy*2", "--mid-eval.max_items=7").stdout
+    line = {name: next(x for x in dry.splitlines() if f"{name}.py" in x and source in x) for name, source in
+            {"prepare_data": "", "base_train": "", "mid_train": "", "chat_sft": "", "chat_rl": "", "chat_eval": "--source=sft"}.items()}
+    assert line["base_train"].endswith(" --num_steps=9") and line["chat_rl"].endswith("--num_steps=9 --num_steps=5") and line["mid_train"].endswith(" --mixture=gsm8k")
+    assert line["chat_sft"].endswith("--mixture=gsm8k --mixture=gsm8k,arc_easy*2") and line["prepare_data"].endswith("--rl.num_steps=5 --sft.mixture=gsm8k,arc_easy*2")
+    assert "max_items" not in line["chat_eval"] and "--source=mid --max_new_tokens=96 --rows=128 --max_items=7" in dry
+    for flags, says in [(["--", "--rll.num_steps=4"], "no phase 'rll'"), (["--", "--rl.num_stepz=4"], "--num_steps"), (["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"), (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
                         (["--depth=0"], "--depth"), (["--", "--num_stepz=4"], "--num_steps"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
         out = speedrun(tmp_path, *flags)
         assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, (flags, out.stderr)

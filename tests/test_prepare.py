@@ -340,6 +340,8 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
         assert "sft-eval" in everything[tasks.TASKS[name]["test"]].split()
     assert set(table("--phases=tok,base", "--mixture=gsm8k")) == {"text"} and set(table("--phases=base-eval", "--core_items=0")) == {"text"}
     assert {"gsm8k_train", "identity_train"} == set(table("--phases=mid", "--mixture=gsm8k*2,identity", "--held_out=gsm8k")) - {"gsm8k_test"} - {n for n in everything if everything[n] == "- "}
+    alone = table("--phases=mid,sft,base-eval", "--mixture=gsm8k", "--held_out=gsm8k", "--sft.mixture=gsm8k,arc_easy", "--rl.task=spellingbee", "--base-eval.core_items=0")
+    assert alone["gsm8k_train"].split() == ["mid", "sft"] and alone["arc_easy_train"].split() == ["sft"] and not {"words_alpha", "CORE"} & set(alone)
     out = prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
 
@@ -376,6 +378,7 @@ def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
         wanted = base["tokens_per_param"] * parameters / 50e6
         assert wanted + 1 <= shards(f"--depth={depth}") <= 1.1 * wanted + 4
     assert abs(shards("--depth=20", "--tokens_per_param=24") - 2 * wanted) < 15 and shards("--num_steps=100", "--total_batch_size=1000000") == 4
+    assert shards("--num_steps=9000", "--base.num_steps=100", "--total_batch_size=1000000", "--rl.num_steps=9000") == 4
     assert shards("--depth=100") == 1823 and shards("--shards=0") == 1
 
 
