@@ -138,6 +138,7 @@ while True:
 
 core, reason, mean = core_eval.core_of(results, missing)
 measured = f" (mean of what was measured: {mean:.4f})" if results else ""
-common.print0(f"{name} {core:.4f}" if core is not None else f"no {name}: {reason}{measured}")
+short = ", ".join(f"{task} {n}" for task, n in evaluation.parts(data, results).items())
+common.print0(f"{name} {core:.4f}" + (f" in part: {short} items" if short else "") if core is not None else f"no {name}: {reason}{measured}")
 evaluation.done(stage="base", data=data, tag=directory.name, step=step, train_bpb=kept.get("train bpb"), val_bpb=kept.get("val bpb"), label=name,
                 core=core, reason=reason, mean_centred=mean, missing=missing, tasks=results, samples=kept.get("samples", []))

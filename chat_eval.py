@@ -100,7 +100,7 @@ for name in tasks:
             found = {k: bool(v) for part in common.gather(mine) for k, v in part.items()}
             evaluation.keep(piece, None if stopped else [found[i] for i in range(len(batch))])
     results[name] = r = evaluation.score([ok for piece, _ in pieces for ok in kept[piece]], task_list.TASKS[name]["chance"])
-    common.print0(f"{prefix + name:<18} {r['accuracy']:.3f}  ({r['low']:.3f} to {r['high']:.3f}, {r['n']} items, chance {r['chance']:.2f}, "
+    common.print0(f"{prefix + name:<18} {r['accuracy']:.3f}  ({r['low']:.3f} to {r['high']:.3f}, {r['n']} items" + (f" of {evaluation.FULL[name]:,}" if evaluation.parts(data, {name: r}) else "") + f", chance {r['chance']:.2f}, "
                   f"{common.clock(time.time() - t0)})")
 
 missing = [name for name in CHATCORE if name not in results]

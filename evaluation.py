@@ -74,3 +74,10 @@ def score(outcomes, chance):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
     return {"accuracy": p, "n": n, "low": low, "high": high, "chance": chance, "centred": (p - chance) / (1 - chance), "outcomes": outcomes}
+
+FULL = {"arc_easy": 2376, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 1319, "humaneval": 164, "squad": 10570}  # items of the public test sets
+
+def parts(data, results):
+    """Which results are of a part of a public test set only: {task: "30 of 164"}; they are not called by the name of the whole."""
+    known = {name: r["n"] for name, r in results.items() if data != "toy" and name in FULL and isinstance(r, dict) and isinstance(r.get("n"), int)}
+    return {name: f"{n:,} of {FULL[name]:,}" for name, n in known.items() if n < FULL[name]}

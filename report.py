@@ -20,6 +20,7 @@ from importlib import metadata
 import checkpoint
 import common
 import configurator
+import evaluation
 import phase
 import status
 
@@ -208,14 +209,18 @@ def interval(results):
 def table(stages):
     """The rows of the final table, its head first: [name, BASE, MID, SFT, RL] as texts"""
     prefix = "toy-" if data == "toy" else ""
+    core = stages[0]["core"]
+    part = bool(core) and (core.get("core") is None or bool(evaluation.parts(data, core.get("tasks") or {})))
     cell = lambda value, half, digits: show(value, digits) + (f" ±{half:.{digits}f}" if half and number(value) is not None else "")
     rows = [["", *(name.upper() for name in STAGES)],
-            [prefix + "CORE", *(cell(s["core"].get("core"), interval((s["core"].get("tasks") or {}).values()), 4) for s in stages)]]
+            [prefix + "CORE" + " in part" * part, *(cell(s["core"].get("mean_centred") if part else s["core"].get("core"),
+                                                              interval((s["core"].get("tasks") or {}).values()), 4) for s in stages)]]
     for name, shown in SCORES.items():
         if name != "facts" or data == "toy":
             found = [(s["chat"].get("results") or {}).get(name) or {} for s in stages]
-            rows.append([prefix + shown, *(cell(r.get("accuracy"), interval([{**r, "chance": 0}]), 3) for r in found)])
-    rows.append([prefix + "ChatCORE"])
+            few = dict.fromkeys(evaluation.parts(data, {name: r}).get(name, "all") for r in found if r)
+            rows.append([prefix + shown + (f", {' / '.join(few)}" if set(few) - {"all"} else ""), *(cell(r.get("accuracy"), interval([{**r, "chance": 0}]), 3) for r in found)])
+    rows.append([prefix + "ChatCORE" + " in part" * any(evaluation.parts(data, s["chat"].get("results") or {}) for s in stages)])
     for chat in (s["chat"] for s in stages):
         parts = [r for name, r in (chat.get("results") or {}).items() if name in SCORES and name != "facts"]
         rows[-1].append(cell(chat.get("chatcore"), interval(parts), 4))
@@ -257,6 +262,8 @@ def main():
     left = [f"{unit}: {words}" for unit, (state, words, _) in units.items() if state != "done"]
     notes = [f"{s['stage']}: no ChatCORE, since {', '.join(s['chat']['missing'])} was not measured"
              for s in stages.values() if s["chat"].get("missing")]
+    short = evaluation.parts(data, stages["base"]["core"].get("tasks") or {})
+    notes += [f"CORE in part: {', '.join(f'{name} {n}' for name, n in short.items())} items"] if short else []
     notes += [f"more runs are here: {', '.join(r for r in runs if r != run)} (--tag=...)"] if len(runs) > 1 else []
     rows = table(list(stages.values()))
     shown = aligned(rows)

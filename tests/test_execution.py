@@ -62,6 +62,10 @@ ATTACKS = {
     "a file of 1 GB": "open('big', 'wb').write(b'x' * 2 ** 30)\nassert False",
     "looks for the marker in the frames": "import sys, os\nf, seen = sys._getframe(), []\nwhile f:\n  seen += [*f.f_globals.items(), *f.f_locals.items()]\n  f = f.f_back\n"
         "for k, v in seen:\n  for data in (str(v).encode() + b'\\n', b'passed'):\n    for fd in range(3, 64):\n      try: os.write(fd, data)\n      except OSError: pass\nos._exit(0)",
+    "reads every environment": "import os\nfound = [str(os.environ)]\nfor p in os.listdir('/proc'):\n  try: found.append(open(f'/proc/{p}/environ').read())\n  except OSError: pass\n"
+        "assert any('HOME' in f or 'USER' in f for f in found)",
+    "opens sockets": "import socket\nfor kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):\n  for address in ('192.0.2.1', '1.1.1.1'):\n    s = socket.socket(socket.AF_INET, kind)\n    s.settimeout(1)\n"
+        "    try: s.connect((address, 53)); reached = True\n    except OSError: pass\nreached",
     "leaves a child behind": "import os, time\nif os.fork() == 0: time.sleep(1000)\nos._exit(0)",
 }
 

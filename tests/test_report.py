@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import common
 import report
 from conftest import script
 
@@ -153,6 +154,24 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
     assert re.search(r"sft d4 +failed, saved at step 20 of 40, \S+ ago: .*the reason why", status) and re.search(r"rl d4 +not started", status)
     assert re.search(r"mid d4 +done, step 40 of 40", status) and re.search(r"mid-eval d4 +done", status)
     assert status.strip().split("\n")[-1] == "next: python chat_sft.py --data=toy"
+
+def test_a_part_of_a_public_test_set_is_not_called_by_the_name_of_the_whole(whole):
+    """Of real data: half of a test set, or some items of it; the toy world's are whole as they are."""
+    (whole / "texts").mkdir()
+    real = common.data_root(str(whole / "texts"))
+    (whole / "toy").rename(real)
+    counts = {"arc_easy": 1197, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 30, "humaneval": 164, "spellingbee": 500}
+    for name in SCORES:
+        found = json.loads((real / f"report/chat_{name}_d4.json").read_text())
+        write(real / f"report/chat_{name}_d4.json", {**found, "results": {t: {**found["results"][t], "n": n} for t, n in counts.items()}})
+    core = json.loads((real / "report/core_base_d4.json").read_text())
+    table = lambda: script(whole, "report.py", f"--data={whole / 'texts'}").stdout and (real / "report/report.md").read_text()
+    text = table()
+    assert row(text, "CORE")[0] == "0.2042 ±0.0100" and row(text, "ChatCORE in part")[3].startswith("0.8000")
+    assert row(text, "ARC-Easy, 1,197 of 2,376")[1] == row(text, "ARC-Challenge")[1] == row(text, "GSM8K, 30 of 1,319")[1] == row(text, "SpellingBee")[1] == "0.300 ±0.040"
+    for more in ({"tasks": {"arc_easy": {**core["tasks"]["x"], "n": 1197}}}, {"core": None}):
+        write(real / "report/core_base_d4.json", {**core, "mean_centred": 0.2, **more})
+        assert row(table(), "CORE in part")[0].startswith("0.2000")
 
 def test_scores_of_other_weights_are_left_out(whole):
     path = whole / "toy/report/chat_rl_d4.json"
