@@ -4,7 +4,9 @@ import json
 import pytest
 
 import common
+import execution
 import tasks
+from conftest import SHARED
 
 
 @pytest.fixture
@@ -134,3 +136,39 @@ def test_a_damaged_file_is_one_clear_line(folder, capsys, name, content):
         tasks.load("gsm8k", "train", "toy")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and name in error and error.count("\n") == 1
+
+
+REAL = {"arc_easy_test": "arc/ARC-Easy_validation.jsonl", "arc_challenge_test": "arc/ARC-Challenge_test_visible.jsonl", "mmlu_test": "mmlu/mmlu_validation.jsonl.gz",
+        "gsm8k_test": "gsm8k/gsm8k_test.jsonl", "humaneval_test": "humaneval/HumanEval.jsonl.gz", "words_alpha": "words/words_alpha.txt.gz"}
+
+
+@pytest.mark.skipif(not (SHARED / "humaneval").exists(), reason="no real task files at hand (NANOCHAT_TEST_DATA)")
+def test_real_files_are_read_and_judged_right(state):
+    folder = common.task_dir("toy")
+    folder.mkdir(parents=True)
+    for stem, path in REAL.items():
+        (folder / (stem + path[path.index("."):])).symlink_to(SHARED / path)
+    seen = set()
+    for name in ("arc_easy", "arc_challenge", "mmlu"):
+        for item in tasks.load(name, "test", "toy"):
+            row, letter, choices = item["row"], item["messages"][-1]["content"], item["row"]["choices"]
+            right = choices[row["answer"]] if name == "mmlu" else choices["text"][choices["label"].index(row["answerKey"])]
+            assert f"\n- {right}={letter}\n" in item["messages"][0]["content"]
+            assert [x for x in item["letters"] if tasks.correct(item, x)] == [letter]
+            seen.add("".join(item["letters"]))
+    assert seen == {"ABC", "ABCD", "ABCDE", "1234"}
+    for name, n in (("gsm8k", 1319), ("spellingbee", 300)):
+        items = tasks.load(name, "test", "toy", n)
+        spoken = lambda item: "".join(part["text"] for part in item["messages"][-1]["content"] if part["type"] != "python")
+        assert len(items) == n and all(tasks.correct(item, spoken(item)) for item in items)
+        assert sum(tasks.correct(item, spoken(other)) for item, other in zip(items, items[1:])) < n / 2
+    called = [(execution.calculate(a["text"]), b["text"]) for item in tasks.load("gsm8k", "test", "toy") for a, b in zip(item["messages"][-1]["content"], item["messages"][-1]["content"][1:])
+              if a["type"] == "python"]
+    assert sum(value is not None and abs(float(value) - float(said)) < 0.01 for value, said in called) > 0.998 * len(called) > 4000
+    problems = tasks.load("humaneval", "test", "toy")
+    assert len(problems) == 164
+    if execution.sandbox_available()[0]:  # all 164 pass, which takes a minute
+        for item in problems[::14]:
+            row = item["row"]
+            assert tasks.correct(item, row["canonical_solution"]) and tasks.correct(item, f"So:\n```python\n{row['prompt']}{row['canonical_solution']}```\nThat is it.")
+            assert not tasks.correct(item, "    return None\n") and not tasks.correct(item, "    pass\nraise SystemExit(0)\n")
