@@ -51,10 +51,11 @@ child="" asked=""
 stop() {  # a signal to this script asks the phase to save and stop; torchrun itself must not get it: it would kill its workers
     asked=1
     [ -n "$child" ] || return 0
-    if [ "${command[0]}" = srun ]; then kill -USR1 "$child" 2>/dev/null || true; else  # srun passes it on to all processes on all nodes
-        pkill -TERM -P "$child" 2>/dev/null || true
-        [ "${command[0]}" = torchrun ] || kill -TERM "$child" 2>/dev/null || true
-    fi
+    case "${command[0]}" in
+        srun) kill -USR1 "$child" 2>/dev/null || true ;;  # srun passes it on to all processes on all nodes
+        torchrun) pkill -TERM -P "$child" 2>/dev/null || true ;;
+        *) kill -TERM "$child" 2>/dev/null || true ;;  # not its children: a sandbox that dies is an answer that counts as wrong
+    esac
 }
 trap stop TERM INT USR1
 
@@ -164,8 +165,10 @@ done_already() {  # $1: a phase that its record calls done verifies that in one 
     said=$(NANOCHAT_ASK=1 "$python" "${work[@]}" 2>/dev/null) && echo "$said"
 }
 
-given_up() {  # this run of the job has lost its node to Slurm's knowledge and lives on, while the next is there already
-    [ -n "${NANOCHAT_SLURM:-}" ] && [[ "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" =~ \ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "${SLURM_RESTART_COUNT:-0}" ]
+unless_given_up() {  # where this run of the job has lost its node to Slurm's knowledge it lives on, while the next is there already
+    [ -n "${NANOCHAT_SLURM:-}" ] && [[ "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" =~ \ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "${SLURM_RESTART_COUNT:-0}" ] || return 0
+    echo "Slurm has given this run up and started another: going no further"
+    exit 1
 }
 
 failed_evals=()
@@ -177,7 +180,7 @@ finish() {  # $1: exit code, $2: the last line
     exit "$1"
 }
 for p in "${steps[@]}"; do
-    if given_up; then echo "Slurm has given this run up and started another: going no further"; exit 1; fi
+    unless_given_up
     command_of "$p"
     [ -z "$asked" ] || finish 75 "stopped before $p with everything saved: run the same command again"
     echo
@@ -201,6 +204,7 @@ for p in "${steps[@]}"; do
     case "$code" in 130|138|143) code=75 ;; esac  # INT, USR1, TERM before its handlers stood: it had not begun
     [ -z "$asked" ] || [ "$code" -ne 0 ] || code=75
     [ "$code" -ne 0 ] || continue
+    [ "$code" -eq 75 ] || unless_given_up
     if [ "$code" -eq 75 ]; then
         finish 75 "stopped in $p with everything saved: run the same command again"
     elif [[ "$p" == *-eval && "$code" -ne 2 ]] || [ "$p" = report ]; then

@@ -152,3 +152,24 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(prepared, tmp_path):
                  ["base_eval.py", "--data=toy", "--tag=v"]):
         out = script(state, *args)
         assert out.returncode == 2 and "vocabulary of 512" in out.stderr and "Traceback" not in out.stderr, out.stderr
+
+
+def test_a_signal_to_the_script_reaches_the_phase_and_not_what_the_phase_has_started(tmp_path):
+    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text("""#!/bin/bash
+[ "$1" = prepare_data.py ] || exit 0
+bash -c 'trap "echo the helper was told" TERM; touch listening; while [ ! -f told ]; do sleep 0.05; done; exit 0' &
+trap 'sleep 0.2; touch told; wait; echo the phase was told; exit 75' TERM
+wait
+""")
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    matches = 'echo "$(python3 --version) $(cat requirements.txt requirements.txt | cksum)" > .venv/matches'
+    subprocess.run(["bash", "-c", matches], cwd=tmp_path, check=True, env={"PATH": f"{tmp_path}/.venv/bin:{os.environ['PATH']}"})
+    process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "listening").exists():
+        assert process.poll() is None, process.stdout.read()
+    process.terminate()
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out

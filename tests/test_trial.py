@@ -143,3 +143,10 @@ def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
 def test_a_trial_that_is_asked_to_stop_does(prepared, folder):
     out = faulty(prepared, "trial.py", TRIAL, "os.kill(os.getpid(), signal.SIGTERM) or loss", "import os, signal")
     assert out.returncode == 75 and "signal SIGTERM" in out.stderr and "trial: sft" not in out.stdout and not (prepared / "toy/trial").exists(), out.stdout + out.stderr
+
+
+def test_a_signal_that_ends_what_the_trial_asks_is_no_failure(tmp_path):
+    (tmp_path / "bash").write_text("#!/bin/sh\nkill -TERM $PPID\nkill -TERM $$\n")
+    (tmp_path / "bash").chmod(0o755)
+    out = script(tmp_path / "state", "-c", f"import os, runpy, sys; sys.path.insert(0, '.'); os.environ['PATH'] = {str(tmp_path)!r}; sys.argv = ['trial.py']; runpy.run_path('trial.py')")
+    assert out.returncode == 75 and "stopped before anything was tried" in out.stderr, out.stderr
