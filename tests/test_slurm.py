@@ -193,18 +193,19 @@ def test_the_log_says_what_runs_where_and_codes_pass_through(job):
     for code in (0, 1, 2):
         got, out, calls = job(f'echo "flags: $*"; exit {code}')
         assert got == code and not calls, "neither done nor failed is started again"
+        assert ("failed" in out) is (code > 0) and (not code or out.rstrip().endswith("type: sbatch --nodes=2 --time=4:00:00 slurm_speedrun.sbatch --depth=4 --skip-rl"))
     for part in ("job 7, run 1 of it", "limit 4:00:00", "nodes: n[1-2], GPUs per node: 8", "state: ", "commit: ", "flags: --depth=4 --skip-rl"):
         assert part in out, out
 
 
 def test_saved_and_not_done_requeues_itself(job):
     code, out, calls = job("exit 75", SLURM_RESTART_COUNT="2")
-    assert code == 75 and calls == ["scontrol requeue 7"] and "goes on in its run 4" in out
+    assert code == 75 and calls == ["scontrol requeue 7"] and "goes on by itself in its run 4" in out
 
 
 def test_a_run_that_slurm_gave_up_does_not_requeue_the_next(job):
     code, out, calls = job("exit 75", restarts=1)
-    assert code == 75 and not calls and "started another" in out
+    assert code == 75 and not calls and "into the queue itself" in out
 
 
 def test_an_element_of_an_array_requeues_itself_alone(job):
@@ -216,15 +217,15 @@ def test_an_element_of_an_array_requeues_itself_alone(job):
 
 def test_a_successor_where_requeueing_is_not_permitted(job, tmp_path):
     code, out, calls = job("exit 75", requeue="echo 'Requested operation is presently disabled for job 7' >&2; exit 1", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="10", SLURM_ARRAY_TASK_MAX="10")
-    assert code == 75 and "job 8 goes on" in out
-    for part in ("--dependency=afterany:5_10", "--nodes=2", "--time=4:00:00", "--partition=main", "--account=lab", "--gpus-per-node=8", "slurm_speedrun.sbatch --depth=4 --skip-rl"):
+    assert code == 75 and "job 8 is submitted and goes on" in out
+    for part in ("--dependency=afterany:5_10", "--nodes=2", "--time=4:00:00", "--partition=main", "--account=lab", "slurm_speedrun.sbatch --depth=4 --skip-rl"):
         assert part in calls[-1], calls
     assert (tmp_path / "fakes/environment").read_text() == "array: \n", "the successor is no element"
 
 
 def test_a_command_to_type_where_neither_is_permitted(job):
     code, out, _ = job("exit 75", requeue="exit 1", submit="exit 1")
-    assert code == 75 and out.rstrip().endswith("to go on: sbatch slurm_speedrun.sbatch --depth=4 --skip-rl")
+    assert code == 75 and out.rstrip().endswith("to go on, type: sbatch --nodes=2 --time=4:00:00 slurm_speedrun.sbatch --depth=4 --skip-rl")
 
 
 @pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False), ("TIMEOUT", True), ("PREEMPTED", True)])
@@ -289,6 +290,10 @@ def test_a_signal_reaches_the_processes_on_all_nodes_and_nothing_more_is_started
     fake("scontrol", '[ "$2" = job ] && echo "JobId=7 Restarts=1 JobState=RUNNING" || echo n1')
     out, _ = (process := start()).communicate(timeout=30)
     assert process.returncode == 1 and "going no further" in out and "===" not in out, "a run whose node Slurm lost lives on, but starts nothing in the next run's nodes"
+    fake("srun", f'[[ "$*" == *preflight.py* ]] || {{ touch {tmp_path}/lost; exit 1; }}')
+    fake("scontrol", f'[ "$2" = job ] && echo "JobId=7 Restarts=$([ -f {tmp_path}/lost ] && echo 1 || echo 0) JobState=RUNNING" || echo n1')
+    out, _ = (process := start()).communicate(timeout=30)
+    assert process.returncode == 1 and "=== trial" in out and out.rstrip().endswith("going no further"), "nor does it report, or set the guard of the next one back"
 
 
 @needs_venv
