@@ -262,8 +262,9 @@ def main():
     left = [f"{unit}: {words}" for unit, (state, words, _) in units.items() if state != "done"]
     notes = [f"{s['stage']}: no ChatCORE, since {', '.join(s['chat']['missing'])} was not measured"
              for s in stages.values() if s["chat"].get("missing")]
-    short = evaluation.parts(data, stages["base"]["core"].get("tasks") or {})
-    notes += [f"CORE in part: {', '.join(f'{name} {n}' for name, n in short.items())} items"] if short else []
+    core, short = stages["base"]["core"], evaluation.parts(data, stages["base"]["core"].get("tasks") or {})
+    why = core.get("reason") or ", ".join(f"{name} {n} items" for name, n in short.items())
+    notes += [f"CORE in part: {why}"] if core and why else []
     notes += [f"more runs are here: {', '.join(r for r in runs if r != run)} (--tag=...)"] if len(runs) > 1 else []
     rows = table(list(stages.values()))
     shown = aligned(rows)
