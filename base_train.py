@@ -69,7 +69,7 @@ dataset.dataset_files(data)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 
 common.init_distributed()
-begun_with = None if start_over else (phase.read(directory) or {}).get("train_files")  # what was added since does not stop a run
+begun_with = phase.earlier(directory, settings, start_over).get("train_files")  # what was added since does not stop a run
 train = dataset.tokenize_files(data, "train", tokenizer, begun_with)
 val = dataset.tokenize_files(data, "val", tokenizer)
 resumed = common.on_rank0(phase.begin, directory, "base_train", settings,

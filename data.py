@@ -39,8 +39,9 @@ def text_files(data):
     common.check(files, f"the data folder {folder} holds no text: it has no file of {', '.join(ENDINGS)} that is not empty", command)
     return files
 
-def dataset_files(data):
+def dataset_files(data, names=None):
     """
+    names: of the training files to take, where a run has begun with these; None: all
     -> (train files, validation files), lists of Path sorted by name. The validation file is the last by name (of known
     data sets a fixed name). A single file is in both lists: HOLD_OUT splits its documents.
     Exits with 2: missing or empty folder, a parquet file that does not open or has no string column `text`.
@@ -52,8 +53,10 @@ def dataset_files(data):
     if data in VAL_SHARD:
         val = [p for p in files if p.name == VAL_SHARD[data]]
         common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in {files[0].parent}", f"python prepare_data.py --data={data}")
-        return [p for p in files if p not in val], val
-    return (files[:-1], files[-1:]) if len(files) > 1 else (files, files)
+        train = [p for p in files if p not in val]
+    else:
+        train, val = files[:-1] or files, files[-1:]
+    return [p for p in train if names is None or p.name in names] or train, val
 
 def parquet_problem(path, columns):
     """None, or why the parquet file cannot be read: looks at its footer and for the columns."""
@@ -162,9 +165,9 @@ def documents(path, split, alone):
         if not alone or (i % HOLD_OUT == HOLD_OUT - 1) == (split == "val"):
             yield text
 
-def iter_texts(data, split="train"):
-    """All documents of a split, file by file."""
-    train, val = dataset_files(data)
+def iter_texts(data, split="train", names=None):
+    """All documents of a split, file by file. names: as dataset_files has it"""
+    train, val = dataset_files(data, names)
     for path in train if split == "train" else val:
         yield from documents(path, split, train == val)
 
@@ -230,8 +233,7 @@ def in_batches(iterator, size=1024):
 def tokenize_files(data, split, tokenizer, names=None, say=common.print0):
     """Tokenises the files of a split that are not tokenised yet (on rank 0). -> list of Store
     names: of the training files to take, where a run has begun with these; None: all"""
-    train, val = dataset_files(data)
-    train = [p for p in train if names is None or p.name in names] or train
+    train, val = dataset_files(data, names)
     folder = common.token_dir(data) / tokenizer.fingerprint
     stores = []
     for path in train if split == "train" else val:

@@ -155,6 +155,16 @@ def differences(old, new):
     keys = list(dict.fromkeys([*old, *new]))
     return [f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in keys if old.get(k) != new.get(k)]
 
+def earlier(directory, settings, start_over=False):
+    """The record that a start in `directory` goes on from, {} where it begins anew. --start_over=True holds for one beginning: the same
+    command given again goes on with the half-done run that it began, and inside speedrun.sh leaves a done one alone."""
+    old = read(directory) or {}
+    for kept in (settings.defining, old.get("settings", {})):
+        if "tag" in kept:
+            kept["tag"] = directory.name  # an empty one stands for it
+    begun_so = old.get("free", {}).get("start_over") and old["settings"] == settings.defining and (old["status"] != "done" or "NANOCHAT_OUTCOME" in os.environ)
+    return old if begun_so or not start_over else {}
+
 def begin(directory, name, settings, inputs, verify, start_over=False):
     """
     Opens the phase `name` in `directory`: takes the lock, compares settings and inputs with what was recorded.
@@ -164,14 +174,17 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
     Called on rank 0 (common.on_rank0).
     """
     directory = Path(directory)
-    command = "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    if start_over and directory.exists():
+    command = "python " + " ".join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
+    old = earlier(directory, settings, start_over)
+    if start_over and old.get("inputs") != inputs:
+        old = {}
+    if start_over and not old and directory.exists():
+        common.only_asked()
         if (lock := common.read_json(directory / "lock.json")) and holder_alive(lock, (directory / "lock.json").stat().st_mtime):
             common.fail(f"{directory} is being written by process {lock['pid']} on {lock['host']}; stop it first")
         aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         directory.rename(aside)
         common.print0(f"starting over; the old state is kept in {aside}")
-    old = read(directory) or {}
     if old:
         changed = differences(old["settings"], settings.defining) + differences(old["inputs"], inputs)
         if changed:

@@ -246,22 +246,24 @@ def main():
     for name, least in (("max_chars", 1), ("doc_cap", 1), ("workers", 0)):
         common.check(settings[name] >= least, f"--{name} must be at least {least}, not {settings[name]}")
     common.check(common.rank_world()[2] == 1, "the tokenizer is trained by one process: start it without torchrun")
-    files, _ = dataset.dataset_files(data)
-    common.check(any(True for _ in dataset.iter_texts(data)), f"no file of the data set {data} holds a document")
     directory = common.tokenizer_dir(data)
+    begun_with = phase.earlier(directory, settings, start_over).get("train_files")  # what was added since does not stop a run
+    files, _ = dataset.dataset_files(data, begun_with)
+    common.check(any(True for _ in dataset.iter_texts(data)), f"no file of the data set {data} holds a document")
     there = (directory / "tokenizer.json").exists() or (directory / "tokenizer.pkl").exists()
     if there and phase.read(directory) is None and not start_over:
         common.fail(f"{directory} holds a tokenizer that was not trained here; models may depend on it "
                     "(--start_over=True puts it aside and trains a new one)")
     names = repr([(path.name, path.stat().st_size) for path in files]).encode()
     phase.begin(directory, "tok_train", settings, {"data": hashlib.sha256(names).hexdigest()[:16]}, lambda: damage(directory), start_over)
+    phase.note(directory, train_files=[path.name for path in files])
     common.set_deadline(time_limit)
     gc.disable()  # nothing here makes cycles; looking for them took a fifth of the merges' time
 
     t0 = time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     small = min(max_chars, sum(path.stat().st_size for path in files)) < CHUNK_CHARS // 4  # not worth starting workers
-    words, chars = count_all(dataset.iter_texts(data), max_chars, doc_cap, 1 if small else workers or cores)
+    words, chars = count_all(dataset.iter_texts(data, names=begun_with), max_chars, doc_cap, 1 if small else workers or cores)
     stop_if_asked(directory)
     t1 = time.time()
     common.print0(f"{chars:,} characters, {len(words):,} different words, counted in {t1 - t0:.1f} s")

@@ -96,6 +96,37 @@ def test_starting_over_keeps_the_old(folder):
     assert checkpoint.steps(old) == [3]
 
 
+def test_starting_over_holds_for_one_beginning(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["base_train.py", "--depth=4", "--start_over=True"])
+    over = lambda depth=4, **more: begin(folder, SimpleNamespace(defining={"depth": depth, "tag": ""}, free={"start_over": True}), start_over=True, **more)
+    over()
+    save(folder, 3)
+    phase.release(folder)
+    assert over()["settings"] == {"depth": 4, "tag": "d4"} and checkpoint.steps(folder) == [3] and not list(folder.parent.glob("d4.old-*")), "the same command goes on"
+    assert phase.read(folder)["next"] == "python base_train.py --depth=4"
+    phase.release(folder)
+    monkeypatch.setenv("NANOCHAT_ASK", "1")
+    assert exit_code(over, 5) == 3 and checkpoint.steps(folder) == [3], "who only asks puts nothing aside"
+    monkeypatch.delenv("NANOCHAT_ASK")
+    assert over(inputs={"data": "other"}) == {}, "another run begins"
+    phase.done(folder)
+    monkeypatch.setenv("NANOCHAT_OUTCOME", str(folder.parent / "outcome"))
+    assert exit_code(over, inputs={"data": "other"}) == 0, "speedrun.sh skips what is done, with the same flags too"
+    monkeypatch.delenv("NANOCHAT_OUTCOME")
+    time.sleep(1)  # the folders put aside have names by the second
+    assert over(inputs={"data": "other"}) == {} and len(list(folder.parent.glob("d4.old-*"))) == 2
+
+
+def test_an_empty_tag_and_the_one_it_stands_for_are_the_same(folder):
+    named = lambda tag: SimpleNamespace(defining={"tag": tag}, free={})
+    for first, second in (("", "d4"), ("d4", "")):
+        begin(folder, named(first), start_over=True)
+        phase.release(folder)
+        assert begin(folder, named(second))
+        phase.release(folder)
+        folder.rename(folder.parent / f"kept{first}")
+
+
 def test_a_stopped_old_life_does_not_write_when_it_wakes_up(folder, capsys):
     begin(folder)
     save(folder, 1)

@@ -295,6 +295,13 @@ def test_anothers_tokenizer_is_not_overwritten(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=300", "--start_over=True")
     assert out.returncode == 0 and tok.load_tokenizer(where).vocab_size == 300
 
+def test_more_data_does_not_make_a_finished_tokenizer_another(state, folder):
+    command = ["tok_train.py", f"--data={folder}", "--vocab_size=300"]
+    assert script(state, *command).returncode == 0
+    (folder / "a-more.txt").write_text("text that came later")
+    out = script(state, *command)
+    assert out.returncode == 0 and "done already" in out.stdout, out.stderr
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_interrupted_leaves_no_tokenizer_and_runs_again(state, tmp_path, number, code):
     big = tmp_path / "big"
