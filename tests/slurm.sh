@@ -12,4 +12,4 @@ bash tests/slurm/start.sh || code=$?
 if [ "$code" -eq 77 ] && [ -z "${SLURM_TESTS_REQUIRED:-}" ]; then echo "skipped: the line above says why"; exit 0; fi
 [ "$code" -eq 0 ] || exit 1
 . "$SLURM_TEST_FOLDER/env"
-python -m pytest -q -x --durations=0 tests/slurm/scenarios.py "$@"
+python -m pytest -q -x --durations=0 tests/slurm/scenarios.py "$@" || { code=$?; echo "what Slurm itself wrote last:" >&2; tail -n 15 "$SLURM_TEST_FOLDER"/log/slurm*.log >&2; exit $code; }

@@ -13,6 +13,7 @@ port=${SLURM_TEST_PORT:-17900}
 export PATH=$PATH:/usr/sbin:/sbin
 export TMPDIR=$folder/sql  # the daemons run as users of their own
 cannot() { echo "no Slurm here: $1" >&2; exit 77; }  # 77: the tests are skipped, but not in CI
+trap 'echo "tests/slurm/start.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 [ "$(id -u)" -eq 0 ] || cannot "only root can start one"
 
 packages=(munge slurmctld slurmd slurm-client slurmdbd mariadb-server)
@@ -21,17 +22,20 @@ if ! dpkg-query -W -f '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null | gre
     made=""
     [ -e /usr/sbin/policy-rc.d ] || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; made=1; }  # no services of the packages' own
     code=0
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } < /dev/null > /tmp/apt-slurm.log 2>&1 || code=$?
+    { apt-get update -qq || true; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 "${packages[@]}"; } < /dev/null > /tmp/apt-slurm.log 2>&1 || code=$?
     [ -z "$made" ] || rm -f /usr/sbin/policy-rc.d
-    [ "$code" -eq 0 ] || { tail -n 5 /tmp/apt-slurm.log >&2; cannot "apt-get failed"; }
+    [ "$code" -eq 0 ] || { tail -n 5 /tmp/apt-slurm.log >&2; cannot "apt-get could not install ${packages[*]}"; }
 fi
 
 mkdir -p "$folder"/{log,run,state,spool,sql,gpu}
 touch "$folder"/gpu/gpu{0..7}
 chmod 755 "$folder"
-host=$(hostname -s)
-getent hosts n1 > /dev/null || echo "127.0.0.1 n1 n2 # speedrun-slurm" >> /etc/hosts
-getent ahostsv4 "$host" > /dev/null || echo "127.0.0.1 $host # speedrun-slurm" >> /etc/hosts
+setpriv --reuid=mysql --clear-groups test -x "$folder" || cannot "the user mysql cannot enter $folder: set SLURM_TEST_FOLDER to a folder that all users can enter"
+host=$(uname -n); host=${host%%.*}
+here() { getent ahostsv4 "$1" | grep -q '^127\.'; }  # what a name server says of n1 is another machine
+{ here n1 || echo "127.0.0.1 n1 n2 # speedrun-slurm" >> /etc/hosts
+  getent ahostsv4 "$host" > /dev/null || echo "127.0.0.1 $host # speedrun-slurm" >> /etc/hosts; } || cannot "/etc/hosts cannot be written"
+here n1 && here n2 || cannot "the names n1 and n2 do not lead to this machine: /etc/hosts or /etc/nsswitch.conf says otherwise"
 
 # Short times: a requeued job waits for cred_expire (less than 5 counts as 120), a lost node is noticed after SlurmdTimeout. Without cgroups, for containers.
 cat > "$folder/slurm.conf" <<CONF
@@ -41,7 +45,6 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-CredType=cred/munge
 AuthInfo=socket=$folder/run/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool/%n
@@ -50,10 +53,6 @@ SlurmdPidFile=$folder/run/slurmd.%n.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
 SlurmdLogFile=$folder/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-SwitchType=switch/none
 SlurmdParameters=config_overrides
 KillWait=20
 SlurmdTimeout=15
