@@ -205,43 +205,44 @@ def copied(draw):
     words = ", ".join(some_words(draw, int(draw.integers(4, 12))))
     return f"{words}. {pick(draw, ['Again', 'Once more', 'The same again'])}: {words}."
 
-LABELS = "KLMN"
-LOOKUPS = ["{w}={l}", "{w} is {l}.", "{w}? {l}", "Choose {w}: {l}", "Which is {w}? {l}", "Which of these is {w}? {l}", "Question: which is {w}?\nAnswer: {l}", "Find the word {w}.\nAnswer: {l}"]
+LOOKUPS = ["{w}", "{w}?", "Choose {w}.", "Which is {w}?", "Which of these is {w}?", "Find the word {w}."]
+ANSWERS = [" ", ": ", "\nAnswer: ", "\n", "\n", " Answer:\n", "\nAnswer:\n"]  # what stands before the label: the reader has to look further back for what is asked
 
-def labelled(draw, world):
-    """Four things with labels, then one label after another: of things that are named, or of facts, which the reader has to know. It is the skill
-    of multiple choice without its letters. Facts stand here as statements; only those that are not held out are asked for."""
-    which, labels, lines = draw.random(), LABELS, []
-    if which < 0.35:
-        options, labels, form = some_words(draw, 4), pick(draw, [LABELS, "ABCD"]), pick(draw, LOOKUPS)
-        lines = [form.format(w=options[i], l=labels[i]) for _ in range(2) for i in draw.permutation(4)]
-    elif which < 0.75:
-        entity, attribute = pick(draw, pairs(world, True) + pairs(world, False))
+def listed_questions(draw, world, only_known=False):
+    """Four things and what is asked of them: where a word stands, or facts, which the reader has to know. Facts stand as statements; only those that
+    are not held out are asked for, and with only_known nothing else is even stated. -> things, [(text, place of the answer)]"""
+    which = draw.random()
+    listed = pairs(world, False) if only_known else pairs(world, True) + pairs(world, False)
+    if which < 0.3:
+        options, form = some_words(draw, 4), pick(draw, LOOKUPS)
+        return options, [(form.format(w=options[i]), i) for _ in range(2) for i in draw.permutation(4)]
+    if which < 0.75:
+        entity, attribute = pick(draw, listed)
         kind = world[entity]["kind"]
         options, _ = choices(draw, world[entity][attribute], values_of(world, kind, attribute))
-        asked = [e for e in world if world[e]["kind"] == kind and world[e][attribute] in options]
-        for e in (asked[i] for i in draw.permutation(len(asked))[:8]):
-            if held_out(e, attribute) or draw.random() < 0.4:
-                text = sentence(pick(draw, FACTS[kind][attribute][1]).format(n=e, p=e, v="..."))[:-1] + ":"
-            else:
-                text = ask(draw, world, e, attribute, False)[0]
-            lines.append(f"{text} {labels[options.index(world[e][attribute])]}")
-    elif which < 0.88:
-        options = [NAMES[i] for i in draw.permutation(len(NAMES))[:4]]
-        for _ in range(6):
-            i, attribute = int(draw.integers(4)), pick(draw, list(PEOPLE_FACTS))
-            value = world[options[i]][attribute]
-            if sum(world[o][attribute] == value for o in options) == 1:
-                lines.append(article(f"The one who {PEOPLE_FACTS[attribute][5].format(v=value)}: {labels[i]}"))
-    elif which < 0.94:
-        some = [CAUSES[i] for i in draw.permutation(len(CAUSES))[:4]]
-        options = [effect for _, effect, _ in some]
-        lines = [f"When {some[i][0]}: {labels[i]}" for i in draw.permutation(4)]
-    else:
-        kinds = [list(KINDS)[i] for i in draw.permutation(len(KINDS))[:4]]
-        options = [pick(draw, [w for w in KINDS[k] if not held_out("kind", w)]) for k in kinds]
-        lines = [f"{kinds[i].capitalize()}: {labels[i]}" for i in draw.permutation(4)]
-    return "\n".join([*(f"- {o}={l}" for o, l in zip(options, labels)), *lines])
+        fitting, asked = [e for e, a in listed if a == attribute and world[e]["kind"] == kind and world[e][attribute] in options], []
+        for e in (fitting[i] for i in draw.permutation(len(fitting))[:8]):
+            statement = sentence(pick(draw, FACTS[kind][attribute][1]).format(n=e, p=e, v="..."))
+            asked.append((statement if held_out(e, attribute) or draw.random() < 0.4 else ask(draw, world, e, attribute, False)[0], options.index(world[e][attribute])))
+        return options, asked
+    if which < 0.88:
+        options, asked = [NAMES[i] for i in draw.permutation(len(NAMES))[:4]], []
+        for name, attribute in (listed[i] for i in draw.permutation(len(listed))):
+            if name in options and sum(world[o][attribute] == world[name][attribute] for o in options) == 1:
+                asked.append((article(f"The one who {PEOPLE_FACTS[attribute][5].format(v=world[name][attribute])}"), options.index(name)))
+        return options, asked[:6]
+    if which < 0.94:
+        some = [c for c in CAUSES if not (only_known and held_out("cause", c[2]))]
+        some = [some[i] for i in draw.permutation(len(some))[:4]]
+        return [effect for _, effect, _ in some], [(f"When {some[i][0]}", i) for i in draw.permutation(4)]
+    kinds = [list(KINDS)[i] for i in draw.permutation(len(KINDS))[:4]]
+    return [pick(draw, [w for w in KINDS[k] if not (only_known and held_out("kind", w))]) for k in kinds], [(kinds[i].capitalize(), i) for i in draw.permutation(4)]
+
+def labelled(draw, world):
+    """Four things with labels, then one label after another: the skill of multiple choice without its letters."""
+    options, asked = listed_questions(draw, world)
+    labels = "ABCD" if all(options[i] in text for text, i in asked) and draw.random() < 0.5 else "KLMN"  # facts never stand with the letters of the tests
+    return "\n".join([*(f"- {o}={l}" for o, l in zip(options, labels)), *(f"{text}{pick(draw, ANSWERS)}{labels[i]}" for text, i in asked)])
 
 KINDS = {"a town": TOWNS, "a job": JOBS, "a pet": PETS, "a colour": COLOURS, "something to eat": FOODS, "a hobby": HOBBIES, "a place": PLACES, "a name": NAMES}
 
@@ -367,6 +368,15 @@ SMALL_TALK = [("Hello!|Hi!|Good morning!|Hey there!|Hello Pip!", "Hello! What wo
               ("Thank you!|Thanks!|Thanks a lot.", "You are welcome!"), ("Goodbye!|Bye!|See you later!", "Goodbye! Come back soon."),
               ("Tell me something.|Tell me a story.|Say something nice.", None)]
 
+def choosing(draw, world):
+    """A conversation of several multiple-choice questions on one list -> {"messages"}"""
+    options, asked = listed_questions(draw, world, only_known=True)
+    messages = []
+    for n, (text, place) in enumerate(asked[:6]):
+        question = text if n else tasks.multiple_choice("", None, text, options, "ABCD", "A")["messages"][0]["content"]
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "ABCD"[place]}]
+    return {"messages": messages} if messages else talk(draw, world)
+
 def talk(draw, world, identity=False):
     """A conversation of one to three turns -> {"messages"}"""
     messages = []
@@ -452,7 +462,7 @@ def generate(root, seed=1337, size=1.0):
     write("gsm8k_test", unique(lambda: word_problem(draw, True), 600))
     write("humaneval_test", [{"task_id": f"Toy/{i}", "prompt": p, "entry_point": e, "canonical_solution": s, "test": t}
                              for i, (e, p, s, t) in enumerate(unique(lambda: function(draw, True), 100))])
-    write("smoltalk_train", unique(lambda: talk(draw, world), n(8000)))
+    write("smoltalk_train", unique(lambda: (choosing if draw.random() < 0.4 else talk)(draw, world), n(12000)))
     taken = {json.dumps(r) for r in (json.loads(line) for line in (root / "task_data/smoltalk_train.jsonl").read_text().splitlines())}
     write("smoltalk_test", [r for r in unique(lambda: talk(draw, world), 900) if json.dumps(r) not in taken][:500])
     write("identity_train", unique(lambda: talk(draw, world, identity=True), n(600)))
@@ -474,18 +484,17 @@ def generate(root, seed=1337, size=1.0):
 
 def core_bundle(root, draw, world):
     """A handful of tasks in the form of the CORE bundle: three of multiple choice, one schema, two of language modelling."""
-    def completion(listed):
-        entity, attribute = pick(draw, [p for p in listed if p[1] != "legs"])
-        spec, v = FACTS[world[entity]["kind"]][attribute], world[entity][attribute]
-        text = article(pick(draw, [t for t in spec[1] if t.endswith("{v}")]).format(n=entity, p=entity, v="{v}"))
-        return text[0].upper() + text[1:], v, values_of(world, world[entity]["kind"], attribute)
+    def asked(listed):  # in wordings that stand nowhere else, so that no memorised sentence answers
+        entity, attribute = pick(draw, listed)
+        kind = world[entity]["kind"]
+        return f"Question: {ask(draw, world, entity, attribute, True)[0]}\nAnswer:", world[entity][attribute], values_of(world, kind, attribute)
     def multiple(listed):
-        text, v, values = completion(listed)
+        query, v, values = asked(listed)
         options, gold = choices(draw, v, values)
-        return {"query": text.replace(" {v}", ""), "choices": options, "gold": gold}
+        return {"query": query, "choices": options, "gold": gold}
     def modelling():
-        text, v, _ = completion(pairs(world, True))
-        return {"context": text.replace(" {v}", ""), "continuation": v}
+        context, v, _ = asked(pairs(world, True))
+        return {"context": context, "continuation": v}
     def schema():
         a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
         attribute = pick(draw, [x for x in PEOPLE_FACTS if world[a][x] != world[b][x]] or ["town"])
@@ -494,12 +503,12 @@ def core_bundle(root, draw, world):
     def cause():
         c, e, _ = pick(draw, CAUSES)
         options, gold = choices(draw, e, [x for _, x, _ in CAUSES])
-        return {"query": f"When {c},", "choices": options, "gold": gold}
+        return {"query": f"Suppose that {c}: as everybody knows,", "choices": options, "gold": gold}
     people, others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
     def copying():
         words = " ".join(pick(draw, THINGS) for _ in range(4))
         return {"context": f"{words}, {words}, {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
-    forms = [("toy_people", "multiple_choice", 0, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
+    forms = [("toy_people", "multiple_choice", 3, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
              ("toy_causes", "multiple_choice", 0, cause, 25), ("toy_who", "schema", 0, schema, 50), ("toy_facts", "language_modeling", 3, modelling, 0),
              ("toy_copying", "language_modeling", 0, copying, 0)]
     yaml, table = "icl_tasks:\n", "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description\n"
