@@ -6,9 +6,10 @@ ARC, GSM8K, HumanEval and the CORE bundle stand in a real run, in the same files
 
 People, towns and animals have attributes, a few hundred facts in all. Every fact is stated in base_data in many wordings.
 About half of the (entity, attribute) pairs are *held out*: no question of any training file ever asks for them, the tests ask
-for nothing else. So a right answer needs the knowledge, from the texts, and the skill of
-answering, from other pairs (the setting of "Physics of Language Models 3.1", arXiv 2309.14316); to copy the answer of the
-most similar training question does not help. Words, numbers and functions of the other tests are held out in the same way.
+for nothing else. So a right answer needs the knowledge, from the texts, and the skill of answering, from other pairs (the setting of
+"Physics of Language Models 3.1", arXiv 2309.14316); to copy the answer of the most similar training question does not help.
+The texts state facts of both halves, also as exercises with a gap and four labelled values, never as questions and never with
+the letters of the tests. Words, numbers and functions of the other tests are held out in the same way.
 """
 import hashlib
 import json
@@ -16,6 +17,7 @@ import re
 from pathlib import Path
 
 import common
+import execution
 import tasks
 
 NAMES = """Mira Tom Ana Ben Clara David Elsa Felix Greta Hugo Ida Jonas Kira Leo Maya Nina Oscar Paula Quinn Rosa Simon Tara Ugo
@@ -94,11 +96,9 @@ THINGS = "apples books coins shells pens cards stones eggs stamps buttons marble
 BOXES = "boxes bags baskets jars".split()
 WORDS = list(dict.fromkeys(THINGS + JOBS + PETS + COLOURS + FOODS + TOWNS + HOBBIES + PLACES + GOODS + NAMES + list(ANIMALS)))
 
-
 def held_out(*key):
     """Whether a key belongs to the test half: a fixed coin for each key.  example: held_out("Mira", "job")"""
     return hashlib.sha256(" ".join(map(str, key)).encode()).digest()[0] % 2 == 0
-
 
 def make_world(seed):
     """-> {entity: {"kind", attribute: value}} for people, towns and animals"""
@@ -112,10 +112,8 @@ def make_world(seed):
         world[animal] = {"kind": "animal", **dict(zip(ANIMAL_FACTS, values))}
     return world
 
-
 def pick(draw, options):
     return options[int(draw.integers(len(options)))]
-
 
 FACTS = {"person": PEOPLE_FACTS, "town": TOWN_FACTS, "animal": ANIMAL_FACTS}
 
@@ -131,12 +129,9 @@ def sentence(text):
 
 def state(draw, world, entity, attribute, pronoun=False):
     """One statement of a fact as a sentence."""
-    kind = world[entity]["kind"]
-    template = pick(draw, FACTS[kind][attribute][1])
     p = ("he" if entity in HE else "she") if pronoun else entity
-    return sentence(template.format(n=entity, p=p, v=world[entity][attribute]))
+    return sentence(pick(draw, FACTS[world[entity]["kind"]][attribute][1]).format(n=entity, p=p, v=world[entity][attribute]))
 
-# ---------------------------------------------------------------------------------------------------------------------
 # documents of base_data
 
 def biography(draw, world):
@@ -148,18 +143,15 @@ def description(draw, world):
     entity = pick(draw, [e for e in world if world[e]["kind"] != "person"])
     attributes = list(FACTS[world[entity]["kind"]])
     lines = [state(draw, world, entity, attributes[i]) for i in draw.permutation(len(attributes))]
-    if world[entity]["kind"] == "town":
-        people = [n for n in NAMES if world[n]["town"] == entity]
-        if people:
-            lines.append(f"Some people of {entity} are {', '.join(people[i] for i in draw.permutation(len(people))[:4])}.")
+    if people := [n for n in NAMES if world[n]["town"] == entity]:
+        lines.append(f"Some people of {entity} are {', '.join(people[i] for i in draw.permutation(len(people))[:4])}.")
     return " ".join(lines)
 
 def group(draw, world):
     """Who shares a value: the same facts seen from the other side."""
     attribute = pick(draw, list(PEOPLE_FACTS))
     value = pick(draw, PEOPLE_FACTS[attribute][0])
-    people = [n for n in NAMES if world[n][attribute] == value]
-    if not people:
+    if not (people := [n for n in NAMES if world[n][attribute] == value]):
         return sentence(f"nobody in this land {PEOPLE_FACTS[attribute][5].format(v=value)}")
     people = [people[i] for i in draw.permutation(len(people))]
     start = pick(draw, ["Look who {x}: {n}.", "Here is everybody who {x}: {n}.", "Who {x} in this land? It is {n}.", "If you ask for a person who {x}, go to {n}."])
@@ -276,7 +268,6 @@ def function(draw, test):
     checks = "".join(f"    assert candidate({x!r}) == {y!r}\n" for x, y in examples)
     return name, prompt, f"    return {body}\n", f"def check(candidate):\n{checks}"
 
-# ---------------------------------------------------------------------------------------------------------------------
 # questions
 
 def pairs(world, test, found={}):
@@ -291,8 +282,7 @@ def ask(draw, world, entity, attribute, test):
 def choices(draw, right, wrong):
     """Four choices in random order and the place of the right one."""
     wrong = [w for w in wrong if w != right]
-    picked = [right] + [wrong[i] for i in draw.permutation(len(wrong))[:3]]
-    order = draw.permutation(4)
+    picked, order = [right] + [wrong[i] for i in draw.permutation(len(wrong))[:3]], draw.permutation(4)
     return [picked[i] for i in order], int(list(order).index(0))
 
 def fact_choice(draw, world, entity, attribute):
@@ -303,9 +293,8 @@ def fact_choice(draw, world, entity, attribute):
     return question, *choices(draw, world[entity][attribute], sorted(same_half) if len(same_half) >= 4 else values_of(world, kind, attribute))
 
 def who_choice(draw, world, name, attribute):
-    value = world[name][attribute]
-    question = pick(draw, ["Which of these people {x}?", "Who of these {x}?"]).format(x=PEOPLE_FACTS[attribute][5].format(v=value))
-    return article(question), *choices(draw, name, [n for n in NAMES if world[n][attribute] != value])
+    question = pick(draw, ["Which of these people {x}?", "Who of these {x}?"]).format(x=PEOPLE_FACTS[attribute][5].format(v=world[name][attribute]))
+    return article(question), *choices(draw, name, [n for n in NAMES if world[n][attribute] != world[name][attribute]])
 
 def reading_choice(draw):
     """No knowledge, only reading: which letter stands behind a word that the question names."""
@@ -320,9 +309,8 @@ def kind_choice(draw, test):
     return pick(draw, ["Which of these is {k}?", "Which word is {k}?", "Find {k}."]).format(k=kind), *choices(draw, word, others)
 
 def cause_choice(draw, test):
-    cause, effect, noun = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
-    question = pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause)
-    return question, *choices(draw, effect, [c[1] for c in CAUSES if held_out("cause", c[2]) == test])
+    cause, effect, _ = pick(draw, [c for c in CAUSES if held_out("cause", c[2]) == test])
+    return pick(draw, ["What happens when {c}?", "What follows if {c}?"]).format(c=cause), *choices(draw, effect, [c[1] for c in CAUSES if held_out("cause", c[2]) == test])
 
 def word_problem(draw, test):
     """A word problem in GSM8K's form -> {"question", "answer"}; the sums of the test never occur in training."""
@@ -345,17 +333,10 @@ def word_problem(draw, test):
             (f"{n} sells {a} {t} on Monday and twice as many on Tuesday. How many {t} does {n} sell on both days?", [f"2*{a}", f"{a}+{2 * a}"])][kind]
         if held_out("problem", *steps) == test:
             break
-    values = [calculate(s) for s in steps]
+    values = [execution.calculate(s) for s in steps]
     lines = "\n".join(f"{s} = <<{s}={v}>>{v}" for s, v in zip(steps, values))
     return {"question": question, "answer": f"{lines}\n#### {values[-1]}"}
 
-def calculate(expression):
-    """"3+4" -> 7, of the four operations on two whole numbers"""
-    for sign, function in {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}.items():
-        if sign in expression:
-            return function(*map(int, expression.split(sign)))
-
-# ---------------------------------------------------------------------------------------------------------------------
 # conversations
 
 IDENTITY = [("Who are you?|What is your name?|Tell me who you are.|How are you called?", "I am Pip, a small language model."),
@@ -403,7 +384,6 @@ def talk(draw, world, identity=False):
             turn(f"Complete this Python function.\n{prompt}", solution)
     return {"messages": messages}
 
-# ---------------------------------------------------------------------------------------------------------------------
 # files
 
 def make_words(seed):
@@ -437,14 +417,14 @@ def generate(root, seed=1337, size=1.0):
         common.atomic_write(root / "task_data" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         counts[name] = len(rows)
 
-    def choice_rows(form, make, many, seen=()):
+    def choice_rows(form, make, many):
         rows = unique(make, many)
         if form == "mmlu":
-            return [{"question": q, "subject": f"toy_{s}", "choices": c, "answer": a} for s, q, c, a in rows if q not in seen]
+            return [{"question": q, "subject": f"toy_{s}", "choices": c, "answer": a} for s, q, c, a in rows]
         return [{"id": f"toy-{i}", "question": q, "choices": {"text": c, "label": list("ABCD")}, "answerKey": "ABCD"[a]} for i, (_, q, c, a) in enumerate(rows)]
 
-    people, others = ([p for p in pairs(world, t) if (world[p[0]]["kind"] == "person") == person] for t, person in ((False, True), (False, False)))
-    test_people, test_others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
+    people, others, test_people, test_others = ([p for p in pairs(world, test) if (world[p[0]]["kind"] == "person") == person]
+                                                for test in (False, True) for person in (True, False))
     draw = common.rng(seed, 102)
     simple = lambda listed_pairs: lambda: (lambda p: (world[p[0]]["kind"], *fact_choice(draw, world, *p)))(pick(draw, listed_pairs))
     easy = lambda listed_pairs, test: lambda: ("kinds", *kind_choice(draw, test)) if draw.random() < 0.5 else simple(listed_pairs)()
@@ -463,7 +443,7 @@ def generate(root, seed=1337, size=1.0):
     write("humaneval_test", [{"task_id": f"Toy/{i}", "prompt": p, "entry_point": e, "canonical_solution": s, "test": t}
                              for i, (e, p, s, t) in enumerate(unique(lambda: function(draw, True), 100))])
     write("smoltalk_train", unique(lambda: (choosing if draw.random() < 0.4 else talk)(draw, world), n(12000)))
-    taken = {json.dumps(r) for r in (json.loads(line) for line in (root / "task_data/smoltalk_train.jsonl").read_text().splitlines())}
+    taken = set((root / "task_data/smoltalk_train.jsonl").read_text().splitlines())
     write("smoltalk_test", [r for r in unique(lambda: talk(draw, world), 900) if json.dumps(r) not in taken][:500])
     write("identity_train", unique(lambda: talk(draw, world, identity=True), n(600)))
     common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
@@ -473,9 +453,8 @@ def generate(root, seed=1337, size=1.0):
               (2, lambda draw, world: spelled(draw, practised)), (1, lambda draw, world: sums(draw)), (1, lambda draw, world: "".join(function(draw, False)[1:3]))]
     kinds = [make for share, make in shares for _ in range(share)]
     documents = unique(lambda: pick(draw, kinds)(draw, world), n(60000), tries=3)
-    shards = 5
-    for i in range(shards):  # the last is validation
-        table, buffer = pyarrow.table({"text": documents[i::shards] if size >= 0 else []}), io.BytesIO()
+    for i in range(5):  # the last is validation
+        table, buffer = pyarrow.table({"text": documents[i::5]}), io.BytesIO()
         pyarrow.parquet.write_table(table, buffer, row_group_size=1024, compression="zstd")
         common.atomic_write(root / "base_data" / f"shard_{i:05d}.parquet", buffer.getvalue())
     counts["documents"], counts["characters"] = len(documents), sum(map(len, documents))
