@@ -121,9 +121,9 @@ def check(condition, message, next_command=None):
 _stop = {"reason": None, "limit": math.inf, "end": math.inf, "room": 0.0, "save": None, "now": time.time}
 
 def install_stop_handlers():
-    """SIGTERM, SIGINT, SIGUSR1 ask for a save and a stop. A second SIGINT within the process ends it at once."""
+    """SIGTERM, SIGINT, SIGUSR1 ask for a save and a stop. A second SIGINT ends the process at once; under torchrun it does not, since Ctrl-C may come there twice."""
     def handler(signum, frame):
-        if signum == signal.SIGINT and _stop["reason"]:
+        if signum == signal.SIGINT and _stop["reason"] and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(130)
         _stop["reason"] = f"signal {signal.Signals(signum).name}"
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):

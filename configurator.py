@@ -129,6 +129,7 @@ def main():
         known = {name for script in scripts for name, _, _ in declared(script)}
         for arg in sys.argv[2:]:
             part, name = key(arg)
+            common.check(name not in ("data", "depth", "tag"), f"--{name} cannot stand behind the --: --data and --depth stand before it, and the tag is d<depth>")
             common.check(part in ("", *PHASES), f"there is no phase {part!r} ({arg}); there are {', '.join(PHASES)}")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             common.check(name in known, f"no phase has a setting {name!r}; the nearest is --{near[0]}")

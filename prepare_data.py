@@ -195,7 +195,7 @@ def look():
         needed_by = " ".join(p for p in phases if any(p in f.needs for f, _ in part)) or "-"
         how = ""
         if bad:
-            how = command if data == "toy" or what == "identity_train" or all(f.url for f, _ in bad) else "put it right"
+            how = command if data == "toy" or (what == "identity_train" and state == "missing") or all(f.url for f, _ in bad) else "put it right"
             if what in task_list.STEMS and data != "toy":
                 how += f", or link or copy your own to {common.task_dir(data) / what}{'.txt' if what == 'words_alpha' else '.jsonl'}, or take it out of the settings"
         common.print0(f"{state:<9}{what:<26}{f'{len(part) - len(bad)} of {len(part)}':>12}{count / 1e6:>12,.1f}   {needed_by:<30} {how}".rstrip())
@@ -249,7 +249,7 @@ def identity_conversations(n=1000):
 # ---------------------------------------------------------------------------------------------------------------------
 
 if check:
-    bad = look()
+    bad = [f for f, _ in look() if f.needs]  # what no phase reads is only shown
     common.check(not bad, f"{len(bad)} of the files that the phases read are missing or damaged", command)
     common.outcome(0, "done")
     raise SystemExit(0)
@@ -267,9 +267,9 @@ if data == "toy":
     raise SystemExit(0)
 
 bad = look()
-if any(f.what == "identity_train" for f, _ in bad):
+if ours := [f for f, _ in bad if f.what == "identity_train" and not f.path.exists()]:  # a damaged one may be the user's own
     common.atomic_write(common.task_dir(data) / "identity_train.jsonl", identity_conversations())
-    bad = [(f, why) for f, why in bad if f.what != "identity_train"]
+    bad = [(f, why) for f, why in bad if f not in ours]
 ours = [why for f, why in bad if not f.url]
 common.check(not ours, f"{len(ours)} files have to be put right by hand, see the table; the first: {ours[0] if ours else ''}")
 zipped = common.eval_bundle_dir(data).with_suffix(".zip")

@@ -1,5 +1,10 @@
 # Sourced by speedrun.sh and tests/run.sh: makes .venv from the requirements file $1 unless it matches already, and puts it first in PATH.
 # Inside a Slurm job nothing is installed (compute nodes have no internet, and many jobs may share the folder).
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION: install one and start it by its path" >&2; exit 2; fi
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "error: Python 3.11 or newer is needed and python3 is $(python3 --version 2>/dev/null || echo missing): put a newer one first in PATH (under Slurm: module load, in site.env)" >&2
+    exit 2
+}
 setup_venv() {
     local want
     want="$(python3 --version) $(cat requirements.txt "$1" | cksum)"

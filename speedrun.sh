@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline, from nothing to a ChatGPT of your own and its report. See --help.
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+if [ -z "${NANOCHAT_SLURM:-}" ] && [ -f site.env ]; then . ./site.env; fi  # the same state folder as the job's; a job has read it already
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'HELP'
@@ -68,9 +69,10 @@ for p in "${PHASES[@]}"; do
     [ -z "$only" ] || [[ ",$only," == *",$p,"* ]] || continue
     run+=("$p")
 done
+[ ${#run[@]} -gt 0 ] || [ "$only" = setup ] || bad "these flags leave nothing to run"
 
 . ./setup_venv.sh
-[ -n "$dry" ] && [ ! -x .venv/bin/python ] || setup_venv requirements.txt
+if [ -n "$dry" ]; then PATH="$PWD/.venv/bin:$PATH"; else setup_venv requirements.txt; fi
 [ "$only" != setup ] || exit 0
 python=$([ -x .venv/bin/python ] && echo python || echo python3)
 [ -n "$nproc" ] || nproc=${NANOCHAT_SLURM:+${SLURM_GPUS_ON_NODE:-1}}
@@ -117,7 +119,7 @@ command_of() {  # fills the array `command` for a phase; data, tok and report ar
     [ ${#rest[@]} -eq 0 ] || accepted=$("$python" configurator.py accepted "$1" "$(script "$1")" "${rest[@]}")
     [ -z "$accepted" ] || mapfile -t mine <<< "$accepted"
     [ "$1" != trial ] || mine=("${rest[@]}")  # it knows the settings of all phases
-    case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc"); [ -z "${NANOCHAT_SLURM:-}" ] || slurm_launcher ;; esac
+    case "$1" in data|tok|report) ;; *) [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone "--nproc_per_node=$nproc" --signals-to-handle=SIGQUIT); [ -z "${NANOCHAT_SLURM:-}" ] || slurm_launcher ;; esac
     # shellcheck disable=SC2207  # the settings hold no spaces
     set -f  # the * of a mixture is no pattern
     work=("$(script "$1")" "--data=$data" $(args "$1") "${mine[@]}")
@@ -147,9 +149,12 @@ fi
 trap 'rm -f "$NANOCHAT_OUTCOME"' EXIT
 
 ready=(preflight.py "--data=$data" "--depth=$depth" "--nproc=$nproc")
-if [ -n "${NANOCHAT_SLURM:-}" ]; then  # a job that cannot succeed fails in its first minute
+# A run that cannot succeed fails in its first minute, a job also where it is to bring data: only the toy world is made in the job itself.
+if [[ " ${run[*]} " != *" data "* && "${run[*]}" != report ]] || [ "${NANOCHAT_SLURM:+$data}" != "${NANOCHAT_SLURM:+toy}" ]; then
     command_of data
-    [ "$data" = toy ] && [[ " ${run[*]} " == *" data "* ]] || "${command[@]}" --check=True  # the toy world is made in the job itself
+    "${command[@]}" --check=True
+fi
+if [ -n "${NANOCHAT_SLURM:-}" ]; then
     slurm_launcher python
     "${launcher[@]}" "${ready[@]}" < /dev/null
 fi

@@ -202,6 +202,8 @@ def test_signals_and_deadlines_ask_for_a_stop():
     assert out.stdout == "None\ndeadline\n"
     out = subprocess.run([sys.executable, "-c", code + "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"], capture_output=True, text=True)
     assert out.returncode == 130 and out.stdout == ""
+    out = subprocess.run([sys.executable, "-c", code + "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"], capture_output=True, text=True, env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+    assert out.stdout == "still here\n", "under torchrun it goes on saving"
 
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_the_flags_of_speedrun(tmp_path):
     dry = speedrun(tmp_path, "--dry-run", "--from=sft", "--skip-rl-eval", "--nproc=2", "--", "--seed=5")
     lines = dry.stdout.strip().split("\n")
     assert dry.returncode == 0 and [next(w for w in line.split() if w.endswith(".py")) for line in lines] == ["chat_sft.py", "chat_eval.py", "chat_rl.py", "report.py"]
-    assert lines[0].startswith("torchrun --standalone --nproc_per_node=2 chat_sft.py --data=toy") and lines[0].endswith("--seed=5")
+    assert lines[0].startswith("torchrun --standalone --nproc_per_node=2 --signals-to-handle=SIGQUIT chat_sft.py --data=toy") and lines[0].endswith("--seed=5")
     assert "seed" not in lines[3] and not any(tmp_path.iterdir())
     dry = speedrun(tmp_path, "--dry-run", "--", "--num_steps=9", "--rl.num-steps=5", "--mixture=gsm8k", "--sft.mixture=gsm8k,arc_easy*2", "--mid-eval.max_items=7").stdout
     line = {name: next(x for x in dry.splitlines() if f"{name}.py" in x and source in x) for name, source in
@@ -66,7 +66,8 @@ def test_the_flags_of_speedrun(tmp_path):
     assert line["chat_sft"].endswith("--mixture=gsm8k --mixture=gsm8k,arc_easy*2") and line["prepare_data"].endswith("--rl.num_steps=5 --sft.mixture=gsm8k,arc_easy*2")
     assert "max_items" not in line["chat_eval"] and "--source=mid --max_new_tokens=96 --rows=128 --max_items=7" in dry
     for flags, says in [(["--", "--rll.num_steps=4"], "no phase 'rll'"), (["--", "--rl.num_stepz=4"], "--num_steps"), (["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"), (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
-                        (["--depth=0"], "--depth"), (["--", "--num_stepz=4"], "--num_steps"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
+                        (["--depth=0"], "--depth"), (["--", "--depth=6"], "--depth cannot stand behind"), (["--", "--base.tag=wide"], "--tag cannot stand behind"), (["--from=mid", "--only=tok"], "nothing to run"),
+                        (["--", "--num_stepz=4"], "--num_steps"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
         out = speedrun(tmp_path, *flags)
         assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, (flags, out.stderr)
         assert not any(tmp_path.iterdir()), f"{flags}: nothing may be written"
@@ -152,6 +153,33 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(prepared, tmp_path):
                  ["base_eval.py", "--data=toy", "--tag=v"]):
         out = script(state, *args)
         assert out.returncode == 2 and "vocabulary of 512" in out.stderr and "Traceback" not in out.stderr, out.stderr
+
+
+@needs_venv
+def test_what_later_phases_read_is_looked_at_before_the_first_begins(prepared, tmp_path):
+    state = tmp_path / "state"
+    subprocess.run(["cp", "-rp", str(prepared), str(state)], check=True)
+    next((state / "toy/task_data").glob("gsm8k_train*")).unlink()
+    out = speedrun(state, "--skip-data", "--depth=1")
+    assert out.returncode == 2 and "missing or damaged" in out.stderr and "===" not in out.stdout, out.stdout + out.stderr
+    before = snapshot(state)
+    assert speedrun(state, "--only=tok", "--depth=1", "--", "--vocab_size=512").stdout.count("done already") == 1 and snapshot(state) == before, "only of the phases to run"
+
+
+def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(tmp_path):
+    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/bin/false")  # of another requirements.txt: there is no .venv/matches
+    (tmp_path / "site.env").write_text("export NANOCHAT_BASE_DIR=$NOT_SET/there\necho state: $NANOCHAT_BASE_DIR\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    run = lambda *flags, **more: subprocess.run(["bash", "speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, env={**environment, **more})
+    out = run("--dry-run", "--only=report")
+    assert out.returncode == 0 and out.stdout == "state: /there\npython report.py --data=toy --tag=d4\n", out
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo Python 3.9.2\nexit 1\n')
+    (tmp_path / "python3").chmod(0o755)
+    out = run("--only=report", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert out.returncode == 2 and "Python 3.11 or newer is needed and python3 is Python 3.9.2" in out.stderr and out.stderr.count("\n") == 1
 
 
 def test_a_signal_to_the_script_reaches_the_phase_and_not_what_the_phase_has_started(tmp_path):

@@ -489,3 +489,6 @@ def test_identity_conversations_are_the_same_each_time_and_well_formed(hub, stat
         assert prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk").returncode == 0
         runs.append(path.read_bytes())
     assert runs[0] == runs[1] and len(set(runs[0].splitlines())) > 900
+    path.write_text("{broken\n" * 30)
+    out = prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk")
+    assert out.returncode == 2 and "identity_train.jsonl" in out.stderr and "by hand" in out.stderr and path.read_text() == "{broken\n" * 30, "it may be the user's own"
