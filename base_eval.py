@@ -17,6 +17,7 @@ import checkpoint
 import configurator
 import data as dataset
 import evaluation
+import phase
 import tokenizer as tok
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
@@ -64,7 +65,8 @@ if core_items:
 for label in missing:
     common.print0(f"the file of the task {label} is missing in {where}")
 common.init_distributed()
-splits = {split: dataset.tokenize_files(data, split, tokenizer) for split in ("train", "val")} if eval_tokens else {}
+begun_with = (phase.read(directory) or {}).get("train_files")  # what was added since is not what it was trained on
+splits = {split: dataset.tokenize_files(data, split, tokenizer, begun_with) for split in ("train", "val")} if eval_tokens else {}
 inputs = {"weights": checkpoint.fingerprint(directory, step), "step": step, "tokenizer": tokenizer.fingerprint,
           "data": dataset.fingerprint(sum(splits.values(), [])), "bundle": bundle, "missing": missing,
           "settings": {**settings.defining, "tag": directory.name}}

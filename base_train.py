@@ -98,7 +98,7 @@ parameters = sum(p.numel() for p in model.parameters())
 scaling_parameters = training.scaling_parameters(model)
 rows, num_steps = training.horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size)
 batch_tokens = rows * max_seq_len
-device_batch_size = training.rows_that_fit("base", "device_batch_size", device_batch_size, data, compute)
+device_batch_size = training.rows_that_fit("base", "device_batch_size", device_batch_size, data, directory.name, compute)
 micro_rows = dataset.fit_micro_rows(rows, device_batch_size, compute.world)
 lr_batch_scale = min(1.0, (batch_tokens / 2 ** 19) ** 0.5)  # Adam's and Muon's rates follow the root of the batch
 if weight_decay == -1.0:
@@ -119,7 +119,7 @@ step, spent, skipped = 0, 0.0, 0
 val_bpb, loss = None, None
 if (found := common.on_rank0(checkpoint.newest, directory)) is not None:
     model_state, optim_state, meta = checkpoint.load(directory, found)
-    model.load_state_dict(model_state)
+    checkpoint.put_weights(model, model_state)
     optimizer.load_state_dict(optim_state)
     step, spent, skipped, loss, val_bpb = meta["step"], meta["seconds"], meta["skipped"], meta["loss"], meta["val_bpb"]
     common.print0(f"continuing at step {step:,} of {num_steps:,}")

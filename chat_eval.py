@@ -49,7 +49,7 @@ directory, step = checkpoint.find_model(source, data, tag)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 checkpoint.must_fit(directory, step, tokenizer)
 path = common.eval_path("chat", source, data, directory.name)
-inputs = {"weights": checkpoint.fingerprint(directory, step), "tasks": task_list.fingerprint(tasks, "test", data), "settings": settings.defining}
+inputs = {"weights": checkpoint.fingerprint(directory, step), "tasks": task_list.fingerprint(tasks, "test", data), "settings": {**settings.defining, "tag": directory.name}}
 common.init_distributed()  # does nothing, and imports nothing, for one process
 
 sandbox, no_sandbox = execution.sandbox_available() if "humaneval" in tasks else (True, "")
@@ -59,9 +59,11 @@ compute, kept = evaluation.begin(path, inputs, settings, lambda result: set(task
 
 import torch
 import gpt
+import training
 
 common.set_deadline(time_limit)
 model = checkpoint.load_found(directory, step, compute.device, compute.dtype)[0]
+rows = training.rows_that_fit("eval", "rows", rows, data, directory.name, compute)
 if left_out:
     common.print0(f"HumanEval is left out: its programs cannot be run in a sandbox here ({no_sandbox}); --unsafe_exec=True runs them without")
 

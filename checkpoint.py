@@ -90,6 +90,8 @@ def write(directory, step, model_state, optim_state, meta, keep):
              optim_name: write_file(directory, optim_name, lambda f: torch.save(optim_state, f)),
              meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps({**meta, "step": step}, indent=1).encode()))}
     common.fsync_dir(directory)
+    with contextlib.suppress(FileNotFoundError), open(directory / "metrics.jsonl") as f:
+        os.fsync(f.fileno())  # the steps before this one will not run again
     write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": files}).encode()))
     common.fsync_dir(directory)
     whole = [s for s in steps(directory) if problem(directory, s) is None] if keep > 1 else [step]
@@ -220,11 +222,19 @@ def must_fit(directory, step, tokenizer):
         common.fail(f"tokenizer and checkpoint do not belong together: {directory} has a vocabulary of {vocab_size} "
                     f"({meta.get('tokenizer', 'unknown')[:8]}), the tokenizer one of {tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})")
 
+def put_weights(model, model_state):
+    """Exits with 2 where the weights are not those of this model."""
+    try:
+        model.load_state_dict(model_state)
+    except RuntimeError as e:
+        common.fail(f"the checkpoint's weights do not fit the model of this version of the source ({' '.join(str(e).split())[:200]}): "
+                    "use the version that trained it (git checkout; its commit is in phase.json), or train anew with --start_over=True")
+
 def build_model(meta, model_state, device, dtype):
     """A GPT with the given weights on `device`, computing in `dtype`."""
     from gpt import GPT, GPTConfig
     model = GPT(GPTConfig(**meta["model"]), dtype)
-    model.load_state_dict(model_state)
+    put_weights(model, model_state)
     return model.to(device)
 
 def load_found(directory, step, device, dtype):

@@ -64,9 +64,9 @@ def stage_dir(stage, data, tag):
     """("sft", "toy", "d4") -> .../toy/chatsft_checkpoints/d4"""
     return data_root(data) / STAGES[stage] / tag
 
-def trial_path(data):
-    """What trial.py found: the rows that fit into memory, and what it was trying when it was killed."""
-    return data_root(data) / "trial.json"
+def trial_path(data, tag):
+    """What trial.py found for the models of this tag: the rows that fit into memory, and what it was trying when it was killed."""
+    return data_root(data) / f"trial_{tag}.json"
 
 def eval_path(kind, stage, data, tag):
     """The result file of an evaluation, kind "core" or "chat"."""

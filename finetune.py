@@ -57,7 +57,7 @@ def run(stage, parent, settings, every_token):
     batch_tokens = rows * model.config.sequence_len
     num_steps = max(1, dataset.n_rows(plan) // rows)
     num_steps = min(num_steps, s.max_steps) if s.max_steps != -1 else num_steps
-    s.device_batch_size = training.rows_that_fit(stage, "device_batch_size", s.device_batch_size, s.data, compute)
+    s.device_batch_size = training.rows_that_fit(stage, "device_batch_size", s.device_batch_size, s.data, directory.name, compute)
     micro_rows = dataset.fit_micro_rows(rows, s.device_batch_size, compute.world)
     scale = s.lr_fraction * min(1.0, (batch_tokens / 2 ** 19) ** 0.5)
     optimizer = optim.make_optimizer(model, matrix_lr=s.matrix_lr * scale, embedding_lr=s.embedding_lr * scale, unembedding_lr=s.unembedding_lr * scale,

@@ -93,7 +93,10 @@ def watch(loss, directory):
     and after EXPLODED such steps in a row the phase ends with 1."""
     if not math.isfinite(loss):
         return  # count_skipped's
-    level = _clock.setdefault("level", loss)
+    if len(first := _clock.setdefault("losses", [])) < 20:  # of a life: its median, since one batch alone may be much easier than the others
+        first.append(loss)
+        _clock["level"] = sorted(first)[len(first) // 2]
+    level = _clock["level"]
     if loss <= 1.5 * level + 0.5:
         _clock.update(level=level + 0.02 * (loss - level), high=0)
         return
@@ -115,9 +118,9 @@ def machine(compute):
     """What memory depends on.  example: "4 x NVIDIA H100 80GB HBM3" """
     return f"{compute.world} x {torch.cuda.get_device_name() if compute.device.type == 'cuda' else compute.device.type}"
 
-def rows_that_fit(stage, key, asked, data, compute):
+def rows_that_fit(stage, key, asked, data, tag, compute):
     """The number of rows that trial.py found to fit on this machine, where that is less than `asked` for the setting `key` of `stage`."""
-    record = common.read_json(common.trial_path(data)) or {}
+    record = common.read_json(common.trial_path(data, tag)) or {}
     found = record.get("found", {}).get(f"{stage} {key}")
     if record.get("machine") != machine(compute) or not found or found[0] != asked or found[1] == asked:
         return asked

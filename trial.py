@@ -6,7 +6,7 @@ Tries every phase that is still to come, before hours are spent: a forward, a ba
     torchrun --standalone --nproc_per_node=8 trial.py --data=fineweb_edu --depth=20 --device_batch_size=16
 
 Takes the settings of any phase, and what it does not get is what speedrun.sh would give. Where memory does not suffice half the rows
-are tried (the batch of a step stays); the phases then use what was found, which is kept in trial.json.
+are tried (the batch of a step stays); the phases then use what was found, which is kept in trial_<tag>.json.
 """
 import common
 common.install_stop_handlers()  # before torch is imported
@@ -83,7 +83,7 @@ optimizer = optim.make_optimizer(model, 0.02, 0.2, 0.004, 0.5, 0.1, compute.dtyp
 # ---------------------------------------------------------------------------------------------------------------------
 # trying, with a record that outlives being killed
 
-path, folder = common.trial_path(data), common.data_root(data) / "trial"
+path, folder = common.trial_path(data, f"d{depth}"), common.data_root(data) / f"trial_d{depth}"
 
 def begin():
     """The record of what was found on this machine; names what the last trial was killed at."""
@@ -144,10 +144,17 @@ def now():
 @functools.cache  # finetuning's shapes are mostly pretraining's
 def train(rows, width, reduction):
     """-> seconds of a forward and backward pass (the second one: the first is slower), of an optimizer step"""
-    x = torch.randint(vocab_size, (rows, width), device=compute.device)
-    for _ in range(2):
-        t0 = now()
-        model(x, x, reduction=reduction).sum().backward()
+    x, out = torch.randint(vocab_size, (rows, width), device=compute.device), 0
+    try:
+        for _ in range(2):
+            t0 = now()
+            model(x, x, reduction=reduction).sum().backward()
+    except Exception as e:
+        if not training.is_out_of_memory(e):
+            raise
+        out = 1
+    if common.agree(out):  # on all ranks, before the optimizer's step, in which they wait for each other
+        raise torch.OutOfMemoryError("on one of the ranks")
     t1 = now()
     optimizer.set(lr_scale=0.0, muon_momentum=0.95, muon_weight_decay=0.0)
     optimizer.step()

@@ -94,11 +94,14 @@ def test_more_data_does_not_stop_a_run_that_began_with_less(prepared):
     small = [*BASE, "--num_steps=6"]
     assert script(prepared, *small, "--tag=whole").returncode == 0
     assert script(prepared, *small, "--tag=more", "--time_limit=0.0").returncode == 75
+    measure = ["base_eval.py", "--data=toy", "--tag=whole", "--core_items=0", "--eval_tokens=2000", "--show_samples=False", "--threads=1"]
+    assert script(prepared, *measure).returncode == 0
     added = prepared / "toy/base_data/shard_00003-more.parquet"
     shutil.copy(prepared / "toy/base_data/shard_00000.parquet", added)
     try:
         assert script(prepared, *small, "--tag=more").returncode == 0
         assert losses(prepared, "more") == losses(prepared, "whole")
+        assert "done already" in script(prepared, *measure).stdout, "nor does it throw an evaluation away"
     finally:
         added.unlink()
 

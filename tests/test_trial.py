@@ -46,12 +46,12 @@ def prepared(tmp_path_factory):
 def folder(prepared):
     import shutil
     shutil.rmtree(prepared / "toy/base_checkpoints", ignore_errors=True)
-    (prepared / "toy/trial.json").unlink(missing_ok=True)
+    (prepared / "toy/trial_d1.json").unlink(missing_ok=True)
     return prepared / "toy/base_checkpoints/d1"
 
 
 def found(state):
-    return json.loads((state / "toy/trial.json").read_text())
+    return json.loads((state / "toy/trial_d1.json").read_text())
 
 
 def test_every_phase_is_tried_from_nothing_and_nothing_stays_behind(tmp_path):
@@ -60,7 +60,7 @@ def test_every_phase_is_tried_from_nothing_and_nothing_stays_behind(tmp_path):
     for stage, shape in (("base", "8 rows of 64 tokens"), ("mid", "8 rows of 64 tokens"), ("sft", "8 rows of 64 tokens"), ("rl", "8 rows of 80 tokens, 8 answers")):
         assert f"trial: {stage}: {shape}" in out.stdout, out.stdout
     assert "evaluation: 8 answers of up to 16 tokens at once" in out.stdout and "read in" in out.stdout and "all phases left take about" in out.stdout
-    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["trial.json"]
+    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["trial_d1.json"]
     assert found(tmp_path)["trying"] is None and found(tmp_path)["found"]["rl rollout_rows"] == [8, 8]
 
 
@@ -79,10 +79,37 @@ def test_out_of_memory_is_named_and_half_is_tried_and_then_used_with_the_same_ba
     assert out.returncode == 0 and "--device_batch_size=4 instead of 8" in out.stdout and "2 x 4 rows a rank" in out.stdout and "2 steps of 512 tokens" in out.stdout, out.stderr
 
 
+def test_out_of_memory_on_one_of_two_ranks_halves_both(prepared, folder, tmp_path):
+    fault = 'out_of_memory(rows, 4 if os.environ["RANK"] == "1" else 99) or loss'
+    (tmp_path / "faulty.py").write_text(f"import os\n{FAULT}\nfault = lambda loss, rows, call: {fault}\nsys.argv = {['trial.py', *TRIAL, '--phases=base', '--total_batch_size=1024']!r}\nrunpy.run_path('trial.py', run_name='__main__')")
+    out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "faulty.py"), timeout=60)
+    assert out.returncode == 0 and "base runs out of memory at --device_batch_size=8" in out.stdout, out.stdout + out.stderr
+    assert found(prepared)["found"]["base device_batch_size"] == [8, 4]
+
+
+def test_what_was_found_is_of_one_model_and_the_evaluation_uses_it_too(prepared, folder):
+    assert script(prepared, "base_train.py", *BASE, "--num_steps=1").returncode == 0
+    common.atomic_write(prepared / "toy/trial_d1.json", json.dumps({"machine": "1 x cpu", "found": {"eval rows": [8, 4], "base device_batch_size": [8, 4]}}))
+    out = script(prepared, "chat_eval.py", "--data=toy", "--source=base", "--tasks=arc_easy", "--max_items=4", "--rows=8", "--threads=1")
+    assert out.returncode == 0 and "eval: --rows=4 instead of 8" in out.stdout, out.stdout + out.stderr
+    out = script(prepared, "base_train.py", *BASE, "--num_steps=1", "--tag=wide")
+    assert out.returncode == 0 and "instead of" not in out.stdout, "another model's"
+
+
+def test_an_easy_first_batch_sets_no_level(monkeypatch, capsys):
+    import training
+    monkeypatch.setattr(training, "_clock", {})
+    for loss in [0.01, *[3.0] * 60]:
+        training.watch(loss, "somewhere")
+        assert not training.exploding()
+    training.watch(9.0, "somewhere")
+    assert training.exploding() and "above its level of 3" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_at_half_either_ends_with_2(prepared, folder):
     out = faulty(prepared, "trial.py", TRIAL, "out_of_memory(rows, 2) or loss")
     assert out.returncode == 2 and "base does not fit" in out.stderr and "--device_batch_size=2" in out.stderr and out.stderr.count("\n") == 1
-    assert not (prepared / "toy/trial").exists()
+    assert not (prepared / "toy/trial_d1").exists()
 
 
 @pytest.mark.parametrize("kills,rows", [(6, 4), (7, 8)])
@@ -91,14 +118,14 @@ def test_a_trial_that_was_killed_is_named(prepared, folder, kills, rows):
     assert first.returncode == 0
     import phase
     record = {**found(prepared), "trying": {"name": "base device_batch_size", "n": 8, "boot": phase.boot_id(), "kills": kills}}
-    common.atomic_write(prepared / "toy/trial.json", json.dumps(record))
+    common.atomic_write(prepared / "toy/trial_d1.json", json.dumps(record))
     out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "training.memory_kills = lambda: 7")
     assert ("by this host's memory guard: trying 4" if rows == 4 else "trying it again") in out.stdout and f"base: {rows} rows" in out.stdout, out.stdout + out.stderr
 
 
 def test_too_little_disk_is_said_before_it_is_needed(prepared, folder):
     out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "checkpoint.free_bytes = lambda folder: 1000")
-    assert out.returncode == 2 and "make room" in out.stderr and not (prepared / "toy/trial").exists()
+    assert out.returncode == 2 and "make room" in out.stderr and not (prepared / "toy/trial_d1").exists()
 
 
 def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepared, folder):
@@ -142,7 +169,7 @@ def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
 
 def test_a_trial_that_is_asked_to_stop_does(prepared, folder):
     out = faulty(prepared, "trial.py", TRIAL, "os.kill(os.getpid(), signal.SIGTERM) or loss", "import os, signal")
-    assert out.returncode == 75 and "signal SIGTERM" in out.stderr and "trial: sft" not in out.stdout and not (prepared / "toy/trial").exists(), out.stdout + out.stderr
+    assert out.returncode == 75 and "signal SIGTERM" in out.stderr and "trial: sft" not in out.stdout and not (prepared / "toy/trial_d1").exists(), out.stdout + out.stderr
 
 
 def test_a_signal_that_ends_what_the_trial_asks_is_no_failure(tmp_path):
