@@ -21,7 +21,8 @@ nproc = 1                    # processes on each node
 ended = -1                   # exit code of a run that has ended; -1: it is about to start
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
-PATIENCE = 3                 # runs in a row without progress
+PATIENCE, KILLED = 3, 10      # runs in a row without progress: that ended by themselves, that were ended from outside
+TOLD = 143                   # instead of 75: it was told to end by SIGTERM, as a preemption does
 
 
 def landmarks(root, tag):
@@ -32,12 +33,15 @@ def landmarks(root, tag):
     return sorted([f"{p.relative_to(root)} {p.stat().st_size}" for p in found] + [f"{p.relative_to(root)} done" for p in done])
 
 def fruitless(path, marks, ended):
-    """How many runs in a row got nothing done: those before, or with this one if it has `ended`. `path` keeps what was done when the last one started."""
+    """-> (how many runs in a row ended by themselves with nothing done, how many were ended from outside: preempted, or with their node).
+    ended: this run's exit code, -1 where it starts. `path` keeps both, what was done, and whether the last run has said how it ended"""
     old = common.read_json(path) or {}
-    runs = old["runs"] + 1 if old.get("marks") == marks else 0
-    if not ended:
-        common.atomic_write(path, json.dumps({"runs": runs, "marks": marks}))
-    return runs
+    same = old.get("marks") == marks
+    runs, killed = (old["runs"], old.get("killed", 0)) if same else (0, 0)
+    runs += same and ended == 75
+    killed += same and (ended == TOLD or ended == -1 and old.get("open", True))
+    common.atomic_write(path, json.dumps({"runs": runs, "killed": killed, "marks": marks, "open": ended == -1}))
+    return runs, killed
 
 def check_packages():
     for line in (common.REPO / "requirements.txt").read_text().split():
@@ -64,7 +68,7 @@ def check_node():
 def main():
     root, tag = common.data_root(data), f"d{depth}"
     memory = root / f"slurm_{tag}.json"
-    if ended not in (-1, 75):
+    if ended not in (-1, 75, TOLD):
         memory.unlink(missing_ok=True)
         return
     first = int(os.environ.get("SLURM_NODEID", 0)) == 0
@@ -73,10 +77,10 @@ def main():
         if not first:
             return
         print(f"preflight: Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, {gpus}, {nproc} processes a node", flush=True)
-    runs = fruitless(memory, landmarks(root, tag), ended == 75)
-    if runs >= PATIENCE:
+    runs, killed = fruitless(memory, landmarks(root, tag), ended)
+    if runs >= PATIENCE or killed >= KILLED:
         memory.unlink()  # whoever starts it again after looking gets as many tries
-        common.fail(f"{runs} runs in a row got nothing done, so this one is the last: see why in the log above (is the time limit shorter than the start and one save?)", code=1)
+        common.fail(f"{runs + killed} runs in a row got nothing done, so this one is the last: see why in the log above (is the time limit shorter than the start and one save?)", code=1)
 
 if __name__ == "__main__":
     main()

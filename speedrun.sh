@@ -58,7 +58,9 @@ stop() {  # a signal to this script asks the phase to save and stop; torchrun it
         *) kill -TERM "$child" 2>/dev/null || true ;;  # not its children: a sandbox that dies is an answer that counts as wrong
     esac
 }
-trap stop TERM INT USR1
+told=""
+trap 'told=1; stop' TERM
+trap stop INT USR1
 
 run=()  # the phases to run
 started=""
@@ -180,7 +182,7 @@ failed_evals=()
 finish() {  # $1: exit code, $2: the last line
     echo
     "$python" status.py "--data=$data" || true
-    [ -z "${NANOCHAT_SLURM:-}" ] || "$python" "${ready[@]}" "--ended=$1" || exit 1  # the guard against runs without progress
+    [ -z "${NANOCHAT_SLURM:-}" ] || "$python" "${ready[@]}" "--ended=$([ "$told$1" = 175 ] && echo 143 || echo "$1")" || exit 1  # the guard against runs without progress
     echo "$2"
     exit "$1"
 }

@@ -134,11 +134,11 @@ def test_a_stray_process_of_an_earlier_run_is_ended_when_its_lock_is_taken(tmp_p
 def test_runs_without_progress_are_counted(tmp_path):
     path = tmp_path / "slurm_d4.json"
     runs = [preflight.fruitless(path, marks, ended) for marks, ended in
-            [(["a"], False), (["a"], True),   # the first run: nothing done
-             (["a"], False), (["a"], True),   # the second, started again at the same place
-             (["b"], False), (["c"], True),   # somebody moved it on; this one did get on
-             (["c"], False), (["c"], False), (["c"], False), (["c"], False)]]  # killed three times before it could say so
-    assert runs == [0, 1, 1, 2, 0, 0, 0, 1, 2, 3]
+            [(["a"], -1), (["a"], 75),   # the first run: nothing done
+             (["a"], -1), (["a"], 75),   # the second, started again at the same place
+             (["b"], -1), (["c"], 75),   # somebody moved it on; this one did get on
+             (["c"], -1), (["c"], -1), (["c"], -1), (["c"], preflight.TOLD), (["c"], -1), (["c"], 75)]]  # killed twice before it could say so, told to end once
+    assert runs == [(0, 0), (1, 0), (1, 0), (2, 0), (0, 0), (0, 0), (0, 0), (0, 1), (0, 2), (0, 3), (0, 3), (1, 3)]
 
 
 def test_what_counts_as_progress(tmp_path):
@@ -308,13 +308,20 @@ def test_a_job_does_not_install(tmp_path, fake):
 def test_preflight_finds_a_folder_that_is_not_shared_and_ends_what_gets_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     memory = tmp_path / "toy/slurm_d4.json"
-    for start in range(preflight.PATIENCE):
-        preflight.main()
+    run = lambda ended: (monkeypatch.setattr(preflight, "ended", ended), preflight.main())
+    for start in range(preflight.PATIENCE - 1):
+        run(-1)
         assert "torch" in capsys.readouterr().out and json.loads(memory.read_text())["runs"] == start
-    monkeypatch.setattr(preflight, "ended", 75)
+        run(75)
+    run(-1)
     with pytest.raises(SystemExit) as stopped:
-        preflight.main()
+        run(75)
     assert stopped.value.code == 1 and "3 runs in a row got nothing done" in capsys.readouterr().err and not memory.exists()
+    for _ in range(preflight.KILLED):
+        run(-1)  # each is killed, as by a preemption or a node that fails
+    with pytest.raises(SystemExit):
+        run(-1)
+    assert "10 runs in a row got nothing done" in capsys.readouterr().err and not memory.exists()
     monkeypatch.setattr(preflight, "ended", -1)
     preflight.main()
     monkeypatch.setattr(preflight, "ended", 0)
