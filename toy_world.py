@@ -408,7 +408,6 @@ def unique(make, n, tries=40):
 def generate(root, seed=1337, size=1.0):
     """Writes base_data/, task_data/ and eval_bundle/ under `root`. size scales the amount of training text and items. -> {what: how many}"""
     import io
-    import pyarrow
     import pyarrow.parquet
     world, listed, counts = make_world(seed), make_words(seed), {}
     n = lambda full: max(40, int(full * size))
@@ -463,17 +462,18 @@ def generate(root, seed=1337, size=1.0):
 
 def core_bundle(root, draw, world):
     """A handful of tasks in the form of the CORE bundle: three of multiple choice, one schema, two of language modelling."""
-    def asked(listed):  # in wordings that stand nowhere else, so that no memorised sentence answers
+    def asked(listed):  # in wordings of the tests alone
         entity, attribute = pick(draw, listed)
-        kind = world[entity]["kind"]
-        return f"Question: {ask(draw, world, entity, attribute, True)[0]}\nAnswer:", world[entity][attribute], values_of(world, kind, attribute)
+        kind, value = world[entity]["kind"], world[entity][attribute]
+        say = lambda v: article(FACTS[kind][attribute][4].format(n=entity, v=v))
+        return f"Question: {ask(draw, world, entity, attribute, True)[0]} Answer:", value, values_of(world, kind, attribute), say
     def multiple(listed):
-        query, v, values = asked(listed)
-        options, gold = choices(draw, v, values)
-        return {"query": query, "choices": options, "gold": gold}
+        query, value, values, say = asked(listed)
+        options, gold = choices(draw, value, values)
+        return {"query": query, "choices": [say(v) for v in options], "gold": gold}
     def modelling():
-        context, v, _ = asked(pairs(world, True))
-        return {"context": context, "continuation": v}
+        query, value, _, say = asked(pairs(world, True))
+        return {"context": f"{query} {say(value).rpartition(value)[0].rstrip()}", "continuation": value}
     def schema():
         a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
         attribute = pick(draw, [x for x in PEOPLE_FACTS if world[a][x] != world[b][x]] or ["town"])
@@ -482,11 +482,11 @@ def core_bundle(root, draw, world):
     def cause():
         c, e, _ = pick(draw, CAUSES)
         options, gold = choices(draw, e, [x for _, x, _ in CAUSES])
-        return {"query": f"Suppose that {c}: as everybody knows,", "choices": options, "gold": gold}
+        return {"query": f"Suppose that {c}. Then", "choices": options, "gold": gold}
     people, others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
     def copying():
-        words = " ".join(pick(draw, THINGS) for _ in range(4))
-        return {"context": f"{words}, {words}, {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
+        words = ", ".join(some_words(draw, 5))
+        return {"context": f"{words}. Again: {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
     forms = [("toy_people", "multiple_choice", 3, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
              ("toy_causes", "multiple_choice", 0, cause, 25), ("toy_who", "schema", 0, schema, 50), ("toy_facts", "language_modeling", 3, modelling, 0),
              ("toy_copying", "language_modeling", 0, copying, 0)]
