@@ -232,8 +232,8 @@ def listed_questions(draw, world, only_known=False):
 
 def labelled(draw, world):
     """Four things with labels, then one label after another: the skill of multiple choice without its letters."""
-    options, asked = listed_questions(draw, world)
-    labels = "ABCD" if all(options[i] in text for text, i in asked) and draw.random() < 0.5 else "KLMN"  # facts never stand with the letters of the tests
+    letters = draw.random() < 0.4  # those of the tests never stand with a fact of the test half
+    labels, (options, asked) = "ABCD" if letters else "KLMN", listed_questions(draw, world, only_known=letters)
     return "\n".join([*(f"- {o}={l}" for o, l in zip(options, labels)), *(f"{text}{pick(draw, ANSWERS)}{labels[i]}" for text, i in asked)])
 
 KINDS = {"a town": TOWNS, "a job": JOBS, "a pet": PETS, "a colour": COLOURS, "something to eat": FOODS, "a hobby": HOBBIES, "a place": PLACES, "a name": NAMES}
