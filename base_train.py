@@ -144,12 +144,8 @@ def save(wait=True):
 
 while True:
     last = step == num_steps
-    due = common.agree(2 if common.stop_requested() else 1 if training.save_due() else 0)
     measuring = last or (eval_every and step % eval_every == 0)
-    if last or ((due or (measuring and step)) and not training.exploding()):
-        save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
-    if due == 2 and not last:
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
+    training.save_or_stop(save, directory, step, num_steps, measuring)
 
     if measuring:
         val_bpb = training.bits_per_byte(model, val_plan, tokenizer, eval_tokens, micro_rows, compute)

@@ -148,12 +148,8 @@ def measure():
 
 while True:
     last = step == num_steps
-    due = common.agree(2 if common.stop_requested() else 1 if training.save_due() else 0)
     measuring = last or (eval_every and step % eval_every == 0)
-    if last or ((due or (measuring and step)) and not training.exploding()):
-        save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
-    if due == 2 and not last:
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
+    training.save_or_stop(save, directory, step, num_steps, measuring)
 
     if measuring:
         measured = measure()
@@ -170,7 +166,7 @@ while True:
     groups = rollout(train_items, mine, samples, 2, step) if (mine := numbers[compute.rank::compute.world]) else []
     if common.agree(1 if common.stop_requested() else 0):
         save()  # the samples of this step are drawn again, the same ones, when it continues
-        phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
+        training.stopped(directory, num_steps)
 
     sequences, rewards, lengths = [], [], []
     for group in groups:

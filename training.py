@@ -15,6 +15,7 @@ import checkpoint
 import common
 import data as dataset
 import gpt
+import phase
 
 # bf16 without sparsity, FLOP/s (vendors' data sheets); looked up by a part of the device's name
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
@@ -173,6 +174,20 @@ def saved(since):
     """The training has waited for a save from `since` to now."""
     _clock["last_save"] = time.monotonic()
     _clock["save_seconds"] += _clock["last_save"] - since
+
+def save_or_stop(save, directory, step, num_steps, measuring):
+    """At the beginning of each turn of a training loop: all ranks agree; saves when it is due, before measuring and at the end, but not a model
+    whose loss explodes; ends the phase, saved, where it was asked to stop. save(wait): the script's; wait=False may go on in the background"""
+    last = step == num_steps
+    due = common.agree(2 if common.stop_requested() else 1 if save_due() else 0)
+    if last or ((due or (measuring and step)) and not exploding()):
+        save(wait=measuring or due == 2)  # measuring waits for it: an evaluation that dies loses nothing
+    if due == 2 and not last:
+        stopped(directory, num_steps)
+
+def stopped(directory, num_steps):
+    """Ends the phase, saved, with 75."""
+    phase.interrupted(directory, f"{common.stop_requested() or 'another rank was asked'}: saved at step {checkpoint.last_step(directory)} of {num_steps}")
 
 def save_share():
     """Share of this life's time that the training waited for saves, 0 to 1."""
