@@ -21,7 +21,8 @@ from pathlib import Path
 import common
 
 MARKER = "may change at every resume"
-PHASES = ("data", "tok", "base", "base-eval", "mid", "mid-eval", "sft", "sft-eval", "rl", "rl-eval", "report")  # as in speedrun.sh
+PHASES = {"data": "prepare_data.py", "tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "mid-eval": "chat_eval.py",
+          "sft": "chat_sft.py", "sft-eval": "chat_eval.py", "rl": "chat_rl.py", "rl-eval": "chat_eval.py", "report": "report.py"}  # and their scripts, as in speedrun.sh
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 class Settings(dict):

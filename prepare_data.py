@@ -52,8 +52,7 @@ command, alone = "python prepare_data.py " + shlex.join(a for a in sys.argv[1:] 
 sys.argv[1:] = [a for a in sys.argv[1:] if a not in alone]
 settings = configurator.configure(globals())
 
-SCRIPTS = {"tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "sft": "chat_sft.py",
-           "rl": "chat_rl.py", "mid-eval": "chat_eval.py", "sft-eval": "chat_eval.py", "rl-eval": "chat_eval.py"}
+SCRIPTS = {name: configurator.PHASES[name] for name in ("tok", "base", "base-eval", "mid", "sft", "rl", "mid-eval", "sft-eval", "rl-eval")}  # that read something
 READS = {"mixture": ["train"], "extra_conversations": ["train"], "held_out": ["test"], "tasks": ["test"], "task": ["train", "test"]}  # setting: splits
 NOT_READ = ["mmlu_dev", "mmlu_validation", "arc_easy_validation", "arc_challenge_validation"]  # by no phase; come with the others
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
@@ -61,7 +60,7 @@ WHOLE = 500_000_000        # a folder of more bytes than this is not read to its
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
 common.check(1 <= depth <= 100 and workers >= 1 and shards >= -1, "--depth must be 1 to 100, --workers at least 1, --shards at least 0 (or -1)")
-unknown = [p for p in phases if p not in (*SCRIPTS, "data", "report")]
+unknown = [p for p in phases if p not in configurator.PHASES]
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are {', '.join(SCRIPTS)}")
 phases = [p for p in phases if p in SCRIPTS] or list(SCRIPTS)
 directory, root = common.base_data_dir(data), common.data_root(data)
@@ -126,7 +125,8 @@ def bundle_problem(folder):
     try:
         if folder.name.endswith(".zip"):
             with zipfile.ZipFile(folder) as bundle:
-                return f"{bundle.testzip()} is damaged" if bundle.testzip() else None if "eval_bundle/core.yaml" in bundle.namelist() else "no CORE bundle"
+                damaged = bundle.testzip()  # reads all of it
+                return f"{damaged} is damaged" if damaged else None if "eval_bundle/core.yaml" in bundle.namelist() else "no CORE bundle"
         uris = re.findall(r"^\W*dataset_uri: *['\"]?([^'\"\s]+)", (folder / "core.yaml").read_text(encoding="utf-8"), re.MULTILINE)
         for path in [folder / "eval_meta_data.csv", *(folder / "eval_data" / uri for uri in uris)]:
             if not path.is_file():

@@ -55,7 +55,7 @@ if code:
 common.check(listed.returncode == 0, f"speedrun.sh --dry-run failed: {listed.stderr or listed.stdout}")
 args = {words[1]: [w for w in words[2:] if w.startswith("--") and not w.startswith("--data=")] for words in map(str.split, listed.stdout.splitlines()) if len(words) > 1}
 given = {name: configurator.given(script, args.get(script, [])) for name, script in
-         {"tok": "tok_train.py", "base": "base_train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py", "eval": "chat_eval.py"}.items()}
+         {**configurator.PHASES, "eval": configurator.PHASES["sft-eval"]}.items() if name in ("tok", *common.STAGES, "eval")}
 folders = {name: common.stage_dir(name, data, f"d{depth}") for name in common.STAGES}
 phases = [name for name in phases if (phase.read(folders[name]) or {}).get("status") != "done"]
 if not phases:
