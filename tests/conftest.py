@@ -37,8 +37,20 @@ def state(tmp_path, monkeypatch):
     return folder
 
 
+def environment(state):
+    """This process's, without what a job or another state folder has put there."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}, "NANOCHAT_BASE_DIR": str(state)}
+
+
 def script(state, *args, env=None, timeout=300, said=None):
     """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess with text output"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
-    environment.update(NANOCHAT_BASE_DIR=str(state), **(env or {}))
-    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env=environment, input=said, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env={**environment(state), **(env or {})}, input=said, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A state folder with a small toy world and its tokenizer; what a module trains there stays for the module."""
+    state = tmp_path_factory.mktemp("prepared")
+    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+        assert script(state, *command).returncode == 0
+    return state

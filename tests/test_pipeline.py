@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import REPO, script
+from conftest import REPO, environment, script
 
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=6", "--max_steps=6", "--max_items=20", "--core_items=8",
          "--compile=False", "--dtype=float32", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
@@ -20,9 +20,8 @@ OFFLINE = next((p for p in (["unshare", "-n"], ["unshare", "-rn"]) if shutil.whi
 
 
 def speedrun(state, *flags, timeout=400, before=()):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
     return subprocess.run([*before, "bash", "speedrun.sh", *flags], cwd=REPO, capture_output=True, text=True, timeout=timeout,
-                          env={**environment, "NANOCHAT_BASE_DIR": str(state)}, stdin=subprocess.DEVNULL)
+                          env=environment(state), stdin=subprocess.DEVNULL)
 
 
 needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(), reason="speedrun.sh would install .venv; tests/run.sh makes it first")
@@ -72,14 +71,6 @@ def test_the_flags_of_speedrun(tmp_path):
         assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, (flags, out.stderr)
         assert not any(tmp_path.iterdir()), f"{flags}: nothing may be written"
     assert speedrun(tmp_path, "--help").stdout.count("--") > 10
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    state = tmp_path_factory.mktemp("prepared")
-    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
-        assert script(state, *command).returncode == 0
-    return state
 
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=20", "--device_batch_size=4", "--device=cpu", "--dtype=float32",
@@ -175,8 +166,8 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").symlink_to("/bin/false")  # of another requirements.txt: there is no .venv/matches
     (tmp_path / "site.env").write_text("export NANOCHAT_BASE_DIR=$NOT_SET/there\necho state: $NANOCHAT_BASE_DIR\n")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
-    run = lambda *flags, **more: subprocess.run(["bash", "speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, env={**environment, **more})
+    usual = {k: v for k, v in environment(tmp_path).items() if k != "NANOCHAT_BASE_DIR"}
+    run = lambda *flags, **more: subprocess.run(["bash", "speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, env={**usual, **more})
     out = run("--dry-run", "--only=report")
     assert out.returncode == 0 and out.stdout == "state: /there\npython report.py --data=toy --tag=d4\n", out
     (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo Python 3.9.2\nexit 1\n')

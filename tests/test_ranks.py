@@ -12,27 +12,18 @@ import pytest
 import checkpoint
 import common
 import data as dataset
-from conftest import REPO, script
+from conftest import REPO, environment, script
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--threads=1",
         "--compile=False", "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--num_steps=50"]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    state = tmp_path_factory.mktemp("prepared")
-    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
-        assert script(state, *command).returncode == 0
-    return state
-
-
 def torchrun(state, ranks, *args, restarts=0):
     """The process of torchrun (of Python, for one rank); its output goes to a file beside the state: .log"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"] if ranks > 1 else []
     with open(f"{state}.log", "w") as f:
         return subprocess.Popen([sys.executable, *launcher, *args], cwd=REPO, stdout=f, stderr=subprocess.STDOUT,
-                                env={**environment, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"})
+                                env={**environment(state), "OMP_NUM_THREADS": "1"})
 
 
 def losses(folder):

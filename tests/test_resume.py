@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPO, script
+from conftest import REPO, environment, script
 
 COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu"]
 TRAIN = ["--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
@@ -51,8 +51,7 @@ def straight(tmp_path_factory):
 
 
 def start(state, command):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
-    return subprocess.Popen([sys.executable, *command], cwd=REPO, env={**environment, "NANOCHAT_BASE_DIR": str(state)},
+    return subprocess.Popen([sys.executable, *command], cwd=REPO, env=environment(state),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -34,14 +34,6 @@ def faulty(state, name, args, fault, more=""):
     return script(state, "-c", code, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    state = tmp_path_factory.mktemp("prepared")
-    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
-        assert script(state, *command).returncode == 0
-    return state
-
-
 @pytest.fixture
 def folder(prepared):
     import shutil
