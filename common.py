@@ -197,7 +197,11 @@ def init_distributed():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        patience = datetime.timedelta(minutes=30)
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun starts workers again on the same store: a quick rank would find the address of
+            store = dist.PrefixStore(f"life{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # a dead one there (pytorch issue 135712); nodes count apart
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
         _patient["group"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
 def on_rank0(function, *args, **kwargs):

@@ -99,3 +99,23 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_continues(prepared):
     assert killed(1, second + 4, restarts=1).wait(150) == 0, Path(f"{prepared}.log").read_text()[-3000:]  # torchrun starts them again
     assert Path(f"{prepared}.log").read_text().count("continuing at step") == 2
     losses(folder)
+
+
+def test_workers_that_torchrun_starts_again_do_not_meet_the_addresses_of_the_dead(tmp_path):
+    (tmp_path / "late.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPO)!r})
+import common
+life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if life == 1 and rank == 0:
+    time.sleep(2)  # so that rank 1 looks first: what it finds is what the first life left
+common.init_distributed()
+if life == 0 and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.stdout.write("life %d ranks %s\\n" % (life, common.gather(rank)))  # one write: two ranks write into one file
+common.leave()
+""")
+    process = torchrun(tmp_path, 2, str(tmp_path / "late.py"), restarts=1)
+    said = lambda: Path(f"{tmp_path}.log").read_text()
+    assert process.wait(100) == 0, said()[-3000:]
+    assert said().count("life 1 ranks [0, 1]") == 2, said()
