@@ -90,7 +90,7 @@ args() {
     case "$1" in
         data)      echo "--depth=$depth --phases=$([ "${run[*]}" = data ] || (IFS=,; echo "${run[*]}"))" ;;  # alone: what all phases read
         tok)       toy --vocab_size=2048 ;;
-        base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1000 --eval_every=250 --eval_tokens=200000 --matrix_lr=0.08 --embedding_lr=1.2 --unembedding_lr=0.016 ;;
+        base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1000 --eval_every=250 --eval_tokens=200000 --matrix_lr=0.12 --embedding_lr=1.8 --unembedding_lr=0.024 ;;
         base-eval) echo "--tag=$tag"; toy --eval_tokens=200000 ;;
         mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux:5000,arc_easy,arc_challenge,gsm8k:800,identity,simplespelling:1000,spellingbee:5000 --eval_every=0 --eval_tokens=100000 $rates ;;
         sft)       echo "--tag=$tag"; toy --mixture=smoltalk:6000,mmlu_aux:2000,arc_easy:1500,arc_challenge:1500,gsm8k:200,identity,simplespelling:200,spellingbee:1500 --lr_fraction=0.3 --eval_every=0 --eval_tokens=100000 $rates ;;

@@ -115,6 +115,10 @@ def make_world(seed):
 def pick(draw, options):
     return options[int(draw.integers(len(options)))]
 
+def some(draw, options, count):
+    """`count` different ones, or all there are, in random order"""
+    return [options[i] for i in draw.permutation(len(options))[:count]]
+
 FACTS = {"person": PEOPLE_FACTS, "town": TOWN_FACTS, "animal": ANIMAL_FACTS}
 
 def values_of(world, kind, attribute):
@@ -136,15 +140,14 @@ def state(draw, world, entity, attribute, pronoun=False):
 
 def biography(draw, world):
     name = pick(draw, NAMES)
-    attributes = [list(PEOPLE_FACTS)[i] for i in draw.permutation(len(PEOPLE_FACTS))[:draw.integers(3, 7)]]
+    attributes = some(draw, list(PEOPLE_FACTS), draw.integers(3, 7))
     return " ".join(state(draw, world, name, a, pronoun=i > 0 and draw.random() < 0.5) for i, a in enumerate(attributes))
 
 def description(draw, world):
     entity = pick(draw, [e for e in world if world[e]["kind"] != "person"])
-    attributes = list(FACTS[world[entity]["kind"]])
-    lines = [state(draw, world, entity, attributes[i]) for i in draw.permutation(len(attributes))]
+    lines = [state(draw, world, entity, attribute) for attribute in some(draw, list(FACTS[world[entity]["kind"]]), 9)]
     if people := [n for n in NAMES if world[n]["town"] == entity]:
-        lines.append(f"Some people of {entity} are {', '.join(people[i] for i in draw.permutation(len(people))[:4])}.")
+        lines.append(f"Some people of {entity} are {', '.join(some(draw, people, 4))}.")
     return " ".join(lines)
 
 def group(draw, world):
@@ -153,15 +156,14 @@ def group(draw, world):
     value = pick(draw, PEOPLE_FACTS[attribute][0])
     if not (people := [n for n in NAMES if world[n][attribute] == value]):
         return sentence(f"nobody in this land {PEOPLE_FACTS[attribute][5].format(v=value)}")
-    people = [people[i] for i in draw.permutation(len(people))]
     start = pick(draw, ["Look who {x}: {n}.", "Here is everybody who {x}: {n}.", "Who {x} in this land? It is {n}.", "If you ask for a person who {x}, go to {n}."])
-    return article(start.format(x=PEOPLE_FACTS[attribute][5].format(v=value), n=", ".join(people)))
+    return article(start.format(x=PEOPLE_FACTS[attribute][5].format(v=value), n=", ".join(some(draw, people, len(people)))))
 
 def story(draw, world, only_known=False):
     """only_known: tells nothing that is held out, as stories in conversations must not."""
     allowed = lambda name: [a for a in PEOPLE_FACTS if not (only_known and held_out(name, a))]
     names = [name for name in NAMES if allowed(name)]
-    a, b = (names[i] for i in draw.permutation(len(names))[:2])
+    a, b = some(draw, names, 2)
     cause, effect, _ = pick(draw, [c for c in CAUSES if not (only_known and held_out("cause", c[2]))])
     thing, day = pick(draw, THINGS), pick(draw, "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
     said = [state(draw, world, n, pick(draw, allowed(n))) for n in (a, b, a, b)]
@@ -187,14 +189,11 @@ def spelled(draw, listed):
         lines.append(f"{spelling} '{word}'.count('{letter}') is {word.count(letter)}.")
     return " ".join(lines)
 
-def some_words(draw, count):
-    """`count` different words of the world"""
-    return [WORDS[i] for i in draw.permutation(len(WORDS))[:count]]
 
 def copied(draw):
     """A list read twice. Nothing else in these texts needs a model to look back for what followed a word (induction heads,
     arXiv 2209.11895), and without that it never finds the label of a choice."""
-    words = ", ".join(some_words(draw, int(draw.integers(4, 12))))
+    words = ", ".join(some(draw, WORDS, int(draw.integers(4, 12))))
     return f"{words}. {pick(draw, ['Again', 'Once more', 'The same again'])}: {words}."
 
 LOOKUPS = ["{w}", "{w}?", "Choose {w}.", "Which is {w}?", "Which of these is {w}?", "Find the word {w}."]
@@ -205,36 +204,38 @@ def listed_questions(draw, world, only_known=False):
     are not held out are asked for, and with only_known nothing else is even stated. -> things, [(text, place of the answer)]"""
     which = draw.random()
     listed = pairs(world, False) if only_known else pairs(world, True) + pairs(world, False)
-    if which < 0.3:
-        options, form = some_words(draw, 4), pick(draw, LOOKUPS)
-        return options, [(form.format(w=options[i]), i) for _ in range(2) for i in draw.permutation(4)]
-    if which < 0.75:
+    if which < 0.45:
+        options, form = some(draw, WORDS, int(draw.integers(2, 7))), pick(draw, LOOKUPS)
+        return options, [(form.format(w=options[i]), i) for _ in range(2) for i in draw.permutation(len(options))][:8]
+    if which < 0.8:
         entity, attribute = pick(draw, listed)
         kind = world[entity]["kind"]
         options, _ = choices(draw, world[entity][attribute], values_of(world, kind, attribute))
         fitting, asked = [e for e, a in listed if a == attribute and world[e]["kind"] == kind and world[e][attribute] in options], []
-        for e in (fitting[i] for i in draw.permutation(len(fitting))[:8]):
+        for e in some(draw, fitting, 8):
             statement = sentence(pick(draw, FACTS[kind][attribute][1]).format(n=e, p=e, v="..."))
             asked.append((statement if held_out(e, attribute) or draw.random() < 0.4 else ask(draw, world, e, attribute, False)[0], options.index(world[e][attribute])))
         return options, asked
-    if which < 0.88:
-        options, asked = [NAMES[i] for i in draw.permutation(len(NAMES))[:4]], []
-        for name, attribute in (listed[i] for i in draw.permutation(len(listed))):
+    if which < 0.91:
+        options, asked = some(draw, NAMES, 4), []
+        for name, attribute in some(draw, listed, len(listed)):
             if name in options and sum(world[o][attribute] == world[name][attribute] for o in options) == 1:
                 asked.append((article(f"The one who {PEOPLE_FACTS[attribute][5].format(v=world[name][attribute])}"), options.index(name)))
         return options, asked[:6]
-    if which < 0.94:
-        some = [c for c in CAUSES if not (only_known and held_out("cause", c[2]))]
-        some = [some[i] for i in draw.permutation(len(some))[:4]]
-        return [effect for _, effect, _ in some], [(f"When {some[i][0]}", i) for i in draw.permutation(4)]
-    kinds = [list(KINDS)[i] for i in draw.permutation(len(KINDS))[:4]]
+    if which < 0.96:
+        told = some(draw, [c for c in CAUSES if not (only_known and held_out("cause", c[2]))], 4)
+        return [effect for _, effect, _ in told], [(f"When {told[i][0]}", i) for i in draw.permutation(4)]
+    kinds = some(draw, list(KINDS), 4)
     return [pick(draw, [w for w in KINDS[k] if not (only_known and held_out("kind", w))]) for k in kinds], [(kinds[i].capitalize(), i) for i in draw.permutation(4)]
 
 def labelled(draw, world):
-    """Four things with labels, then one label after another: the skill of multiple choice without its letters."""
-    letters = draw.random() < 0.4  # those of the tests never stand with a fact of the test half
-    labels, (options, asked) = "ABCD" if letters else "KLMN", listed_questions(draw, world, only_known=letters)
-    return "\n".join([*(f"- {o}={l}" for o, l in zip(options, labels)), *(f"{text}{pick(draw, ANSWERS)}{labels[i]}" for text, i in asked)])
+    """Things with labels, then one label after another: the skill of multiple choice. The labels are other letters each time: with the same four always, all
+    choices predict alike and nothing rewards looking (LOG.md). Letters of the tests never stand with a fact of the test half. Many lists are read twice."""
+    options, asked = listed_questions(draw, world, only_known=(letters := draw.random() < 0.4))
+    labels = some(draw, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[0 if letters else 4:], len(options))
+    lines = [f"- {o}={l}" for o, l in zip(options, labels)]
+    again = some(draw, lines, len(lines)) if draw.random() < 0.6 else []
+    return "\n".join([*lines, *again, *(f"{text}{pick(draw, ANSWERS)}{labels[i]}" for text, i in asked)])
 
 KINDS = {"a town": TOWNS, "a job": JOBS, "a pet": PETS, "a colour": COLOURS, "something to eat": FOODS, "a hobby": HOBBIES, "a place": PLACES, "a name": NAMES}
 
@@ -281,9 +282,8 @@ def ask(draw, world, entity, attribute, test):
 
 def choices(draw, right, wrong):
     """Four choices in random order and the place of the right one."""
-    wrong = [w for w in wrong if w != right]
-    picked, order = [right] + [wrong[i] for i in draw.permutation(len(wrong))[:3]], draw.permutation(4)
-    return [picked[i] for i in order], int(list(order).index(0))
+    picked = some(draw, [right, *some(draw, [w for w in wrong if w != right], 3)], 4)
+    return picked, picked.index(right)
 
 def fact_choice(draw, world, entity, attribute):
     """The wording is one of training; the tests ask for pairs that training never asks for."""
@@ -354,8 +354,8 @@ def choosing(draw, world):
     options, asked = listed_questions(draw, world, only_known=True)
     messages = []
     for n, (text, place) in enumerate(asked[:6]):
-        question = text if n else tasks.multiple_choice("", None, text, options, "ABCD", "A")["messages"][0]["content"]
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "ABCD"[place]}]
+        question = text if n else tasks.multiple_choice("", None, text, options, "ABCDEF", "A")["messages"][0]["content"]
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "ABCDEF"[place]}]
     return {"messages": messages} if messages else talk(draw, world)
 
 def talk(draw, world, identity=False):
@@ -393,7 +393,7 @@ def make_words(seed):
     syllables = [a + b for a in "b d f g k l m n p r s t v br cl dr fl gr pl st tr".split() for b in "a e i o u ai ea oo".split()]
     built = {"".join(syllables[i] for i in draw.integers(len(syllables), size=draw.integers(2, 4))) + pick(draw, ["", "n", "r", "s", "t", "l", "m"]) for _ in range(4000)}
     built = sorted({w for w in built if len(w) <= 9} - set(own))
-    return sorted([*own, *(built[i] for i in draw.permutation(len(built))[:3000 - len(own)])])
+    return sorted([*own, *some(draw, built, 3000 - len(own))])
 
 def unique(make, n, tries=40):
     """n different results of make(), or fewer where it has no more"""
@@ -448,7 +448,7 @@ def generate(root, seed=1337, size=1.0):
     common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
 
     practised = [w for w in listed if held_out("practised", w)]
-    shares = [(9, biography), (3, description), (3, group), (4, story), (2, quiz), (14, labelled), (4, lambda draw, world: copied(draw)), (2, causes),
+    shares = [(9, biography), (3, description), (3, group), (4, story), (2, quiz), (26, labelled), (4, lambda draw, world: copied(draw)), (2, causes),
               (2, lambda draw, world: spelled(draw, practised)), (1, lambda draw, world: sums(draw)), (1, lambda draw, world: "".join(function(draw, False)[1:3]))]
     kinds = [make for share, make in shares for _ in range(share)]
     documents = unique(lambda: pick(draw, kinds)(draw, world), n(60000), tries=3)
@@ -475,7 +475,7 @@ def core_bundle(root, draw, world):
         query, value, _, say = asked(pairs(world, True))
         return {"context": f"{query} {say(value).rpartition(value)[0].rstrip()}", "continuation": value}
     def schema():
-        a, b = (NAMES[i] for i in draw.permutation(len(NAMES))[:2])
+        a, b = some(draw, NAMES, 2)
         attribute = pick(draw, [x for x in PEOPLE_FACTS if world[a][x] != world[b][x]] or ["town"])
         gold = int(draw.integers(2))
         return {"context_options": [a, b], "continuation": article(PEOPLE_FACTS[attribute][5].format(v=world[(a, b)[gold]][attribute])), "gold": gold}
@@ -485,7 +485,7 @@ def core_bundle(root, draw, world):
         return {"query": f"Suppose that {c}. Then", "choices": options, "gold": gold}
     people, others = ([p for p in pairs(world, True) if (world[p[0]]["kind"] == "person") == person] for person in (True, False))
     def copying():
-        words = ", ".join(some_words(draw, 5))
+        words = ", ".join(some(draw, WORDS, 5))
         return {"context": f"{words}. Again: {words[:words.rindex(' ')]}", "continuation": words[words.rindex(" ") + 1:]}
     forms = [("toy_people", "multiple_choice", 3, lambda: multiple(people), 25), ("toy_things", "multiple_choice", 3, lambda: multiple(others), 25),
              ("toy_causes", "multiple_choice", 0, cause, 25), ("toy_who", "schema", 0, schema, 50), ("toy_facts", "language_modeling", 3, modelling, 0),
