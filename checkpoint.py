@@ -41,7 +41,7 @@ def last_step(directory):
 def problem(directory, step):
     """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not."""
     manifest = common.read_json(Path(directory) / manifest_name(step))
-    if not manifest:
+    if not isinstance(manifest, dict) or "files" not in manifest:  # a flipped bit may hit a key
         return "its manifest is missing or damaged"
     for name, (size, digest) in manifest["files"].items():
         path = Path(directory) / name

@@ -8,7 +8,7 @@ Settings without argparse. A script keeps its settings as plain globals at its t
 
 and is then run as `python script.py --depth=4 --device-batch-size=8 my_settings.py --help`.
 A `.py` argument is a file of assignments; later arguments win. The type of the default is enforced (an int may stand
-for a float; a default of None takes any literal). What stands above the "may change at every resume" line defines the
+for a float; a default of None takes a number). What stands above the "may change at every resume" line defines the
 result and is held against the record when a phase resumes; what stands below is only logged.
 """
 import ast
@@ -23,7 +23,7 @@ import common
 MARKER = "may change at every resume"
 PHASES = {"data": "prepare_data.py", "tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "mid-eval": "chat_eval.py",
           "sft": "chat_sft.py", "sft-eval": "chat_eval.py", "rl": "chat_rl.py", "rl-eval": "chat_eval.py", "report": "report.py"}  # and their scripts, as in speedrun.sh
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
+KINDS = {type(None): "None or a number", int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 class Settings(dict):
     """All settings by name; `.defining` and `.free` are the two halves, dicts too (see the module's docstring)."""
@@ -70,7 +70,7 @@ def convert(name, value, default):
         literal = list(literal) if isinstance(literal, tuple) else ([literal] if literal else [])
     if isinstance(default, float) and isinstance(literal, int) and not isinstance(literal, bool):
         literal = float(literal)
-    if default is not None and type(literal) is not type(default):
+    if type(literal) is not type(default) and not (default is None and type(literal) in (int, float)):
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
     return literal
 

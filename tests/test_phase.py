@@ -155,7 +155,22 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damage, why):
     assert torch.equal(model["w"], tensors(1)["w"]) and meta["step"] == 1
 
 
-def test_keep(folder):
+def test_a_bit_flipped_anywhere_is_found(folder):
+    begin(folder)
+    save(folder, 1, keep=2), save(folder, 2, keep=2)
+    for path in folder.glob("*_000002*"):
+        whole = path.read_bytes()
+        for place in range(0, 8 * len(whole), 1 if "manifest" in path.name else len(whole) // 12):
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            found = checkpoint.newest(folder, lambda why: None)
+            assert found == 1 or (found == 2 and "manifest" in path.name and checkpoint.problem(folder, 2) is None), (path.name, place)
+        path.write_bytes(whole)
+
+
+def test_keep(folder, capsys):
+    assert exit_code(begin, folder, SimpleNamespace(defining={}, free={"keep": 0})) == 2 and "--keep must be at least 1" in capsys.readouterr().err, "0 would keep nothing at all"
     begin(folder)
     for step in range(5):
         save(folder, step, keep=2)

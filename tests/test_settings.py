@@ -47,7 +47,7 @@ def test_a_file_of_assignments_and_the_last_one_wins(tmp_path):
 
 @pytest.mark.parametrize("args,says", [
     (["--dept=4"], "--depth"), (["--depth=four"], "whole number"), (["--depth=1.5"], "whole number"), (["--on=1"], "True or False"),
-    (["--lr=fast"], "a number"), (["depth=4"], "--key=value"), (["--depth"], "--key=value"), (["absent.py"], "no such settings file"),
+    (["--lr=fast"], "a number"), (["--limit=soon"], "None or a number"), (["depth=4"], "--key=value"), (["--depth"], "--key=value"), (["absent.py"], "no such settings file"),
     (["--later=4"], "unknown setting"), (["--depth=True"], "whole number")])
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     out = run(tmp_path, *args)
