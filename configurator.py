@@ -114,7 +114,7 @@ def configure(module_globals):
 
 def main():
     """`python configurator.py accepted PHASE SCRIPT --key=value --PHASE.key=value ...` prints the arguments that SCRIPT has a setting
-    for, those of PHASE alone last; `python configurator.py check --key=value ...` exits with 2 if one fits no phase. For speedrun.sh."""
+    for, those of PHASE alone last; `python configurator.py check --key=value ...` exits with 2 if one fits no phase, or its value not all that have it. For speedrun.sh."""
     def key(arg):  # example: "--rl.num-steps=8" -> ("rl", "num_steps")
         common.check(arg.startswith("--") and "=" in arg, f"cannot read {arg!r} behind --: write --key=value")
         part, _, name = arg[2:].split("=", 1)[0].rpartition(".")
@@ -126,14 +126,16 @@ def main():
         others = [g for g in given if g not in mine and sys.argv[2] == "data"]  # what other phases read is its business
         print("".join(f"--{name}={value}\n" for _, name, value in mine) + "".join(f"--{part}.{name}={value}\n" for part, name, value in others), end="")
     else:
-        scripts = [p for p in common.REPO.glob("*.py") if "configurator.configure(globals())" in p.read_text() and p.name != "configurator.py"]
-        known = {name for script in scripts for name, _, _ in declared(script)}
+        known = {part: defaults(common.REPO / script) for part, script in PHASES.items()}
         for arg in sys.argv[2:]:
             part, name = key(arg)
             common.check(name not in ("data", "depth", "tag"), f"--{name} cannot stand behind the --: --data and --depth stand before it, and the tag is d<depth>")
             common.check(part in ("", *PHASES), f"there is no phase {part!r} ({arg}); there are {', '.join(PHASES)}")
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            common.check(name in known, f"no phase has a setting {name!r}; the nearest is --{near[0]}")
+            theirs = [values for of, values in known.items() if part in ("", of)]
+            near = difflib.get_close_matches(name, {n for values in theirs for n in values}, n=1, cutoff=0.0)[0]
+            common.check(any(name in values for values in theirs), f"{f'the phase {part}' if part else 'no phase'} has {'no' if part else 'a'} setting {name!r}; the nearest is --{near}")
+            for values in theirs:  # before the first phase begins, not hours later
+                convert(arg[2:].split("=", 1)[0], arg.split("=", 1)[1], values.get(name, ""))
 
 if __name__ == "__main__":
     main()

@@ -45,6 +45,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[ -n "$data" ] || bad "--data is empty"
 [[ "$depth" =~ ^([1-9][0-9]?)?$ ]] || bad "--depth takes a whole number from 1 to 99, not '$depth'"
 [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || bad "--nproc takes a whole number, not '$nproc'"
 
@@ -129,11 +130,11 @@ command_of() {  # fills the array `command` for a phase; data, tok and report ar
     command=("${launcher[@]}" "${work[@]}")
 }
 
+[ ${#rest[@]} -eq 0 ] || "$python" configurator.py check "${rest[@]}"
 if [ -n "$dry" ]; then
     for p in "${run[@]}"; do command_of "$p"; echo "${command[*]}"; done
     exit 0
 fi
-[ ${#rest[@]} -eq 0 ] || "$python" configurator.py check "${rest[@]}"
 
 # What a phase builds on and this run does not make must be there, whole, before anything starts.
 parent() { case "$1" in base) echo tok ;; mid|base-eval) echo base ;; sft|mid-eval) echo mid ;; rl|sft-eval) echo sft ;; rl-eval) echo rl ;; esac; }

@@ -66,7 +66,8 @@ def test_the_flags_of_speedrun(tmp_path):
     assert "max_items" not in line["chat_eval"] and "--source=mid --max_new_tokens=96 --rows=128 --max_items=7" in dry
     for flags, says in [(["--", "--rll.num_steps=4"], "no phase 'rll'"), (["--", "--rl.num_stepz=4"], "--num_steps"), (["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"), (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
                         (["--depth=0"], "--depth"), (["--", "--depth=6"], "--depth cannot stand behind"), (["--", "--base.tag=wide"], "--tag cannot stand behind"), (["--from=mid", "--only=tok"], "nothing to run"),
-                        (["--", "--num_stepz=4"], "--num_steps"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
+                        (["--", "--num_stepz=4"], "--num_steps"), (["--dry-run", "--", "--num_stepz=4"], "--num_steps"), (["--", "--base.samples=4"], "the phase base has no setting 'samples'"),
+                        (["--", "--rl.num_steps=x"], "--rl.num_steps takes a whole number"), (["--", "--matrix_lr=fast"], "--matrix_lr takes a number"), (["--", "--top_k=4"], "no phase has"), (["--data="], "--data is empty"), (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")]:
         out = speedrun(tmp_path, *flags)
         assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, (flags, out.stderr)
         assert not any(tmp_path.iterdir()), f"{flags}: nothing may be written"
