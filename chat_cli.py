@@ -39,7 +39,6 @@ settings = configurator.configure(globals())
 STAGES = list(common.STAGES)
 common.check(temperature >= 0 and top_k >= 0 and max_new_tokens >= 1,
              "--temperature and --top_k must not be negative, --max_new_tokens at least 1")
-common.check(seed is None or (type(seed) is int and seed >= 0), f"--seed is a whole number from 0 on, not {seed!r}")
 common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {source!r}")
 
 # ---------------------------------------------------------------------------------------------------------------------

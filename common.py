@@ -265,9 +265,9 @@ def init_compute(settings, recorded=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = want["threads"] or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
     torch.set_num_threads(threads)
+    check(device != "cuda" or torch.cuda.is_available(), "--device=cuda: torch sees no GPU here (nvidia-smi says whether there is one)")
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     dtype = on_rank0(probe_dtype, device) if want["dtype"] == "auto" else want["dtype"]
-    check(dtype in ("float32", "bfloat16"), f"--dtype is auto, float32 or bfloat16, not {dtype!r}")
     compiled = want["compile"]
     if compiled == "auto":  # on a CPU the compiler writes C++
         compiled = device.type == "cuda" or (device.type == "cpu" and bool(shutil.which("g++") or shutil.which("clang++")))

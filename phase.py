@@ -174,7 +174,6 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
     Called on rank 0 (common.on_rank0).
     """
     directory = Path(directory)
-    common.check(settings.free.get("keep", 1) >= 1, f"--keep must be at least 1, not {settings.free.get('keep')}")
     command = "python " + " ".join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
     old = earlier(directory, settings, start_over)
     if start_over and old.get("inputs") != inputs:

@@ -169,8 +169,7 @@ def test_a_bit_flipped_anywhere_is_found(folder):
         path.write_bytes(whole)
 
 
-def test_keep(folder, capsys):
-    assert exit_code(begin, folder, SimpleNamespace(defining={}, free={"keep": 0})) == 2 and "--keep must be at least 1" in capsys.readouterr().err, "0 would keep nothing at all"
+def test_keep(folder):
     begin(folder)
     for step in range(5):
         save(folder, step, keep=2)
@@ -207,6 +206,12 @@ def test_metrics_survive_a_torn_line_and_a_resume(tmp_path):
     common.trim_metrics(path, 3)
     common.append_metrics(path, {"step": 3, "loss": 3})
     assert [r["step"] for r in common.read_metrics(path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    assert exit_code(common.init_compute, {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 def test_signals_and_deadlines_ask_for_a_stop():

@@ -106,6 +106,8 @@ def snapshot(folder):
     (["base_train.py", "--data=toy", "--dept=4"], "--depth"),
     (["base_train.py", "--data=toy", "--depth=four"], "takes a whole number"),
     (["base_train.py", "--data=toy", "--depth=0"], "--depth must be"),
+    (["base_train.py", "--data=toy", "--tokens_per_param=-5"], "--tokens_per_param must be"),
+    (["chat_rl.py", "--data=toy", "--num_steps=-5"], "--num_steps must be"),
     (["base_train.py", "--data=toy", "--total_batch_size=1000"], "multiple of --max_seq_len"),
     (["base_train.py", "--data=/there/is/no/such/folder"], "does not exist"),
     (["base_train.py", "--data=EMPTY"], "holds no text"),

@@ -54,6 +54,19 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr.count("\n") == 1 and says in out.stderr, out.stderr
 
+@pytest.mark.parametrize("name,value,default,right", [
+    ("keep", "0", 1, False), ("keep", "2", 1, True), ("seed", "-1", 1337, False), ("seed", "1.5", None, False), ("seed", "None", None, True), ("threads", "-1", 0, False), ("rl.num_steps", "-5", -1, False),
+    ("max_steps", "0", -1, False), ("total_batch_size", "-2", -1, False), ("num_steps", "-1", -1, True), ("device", "gpu", "auto", False), ("dtype", "fp16", "auto", False), ("compile", "maybe", "auto", False),
+    ("compile", "True", "auto", True), ("compile", "False", False, True)])
+def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, capsys):
+    import configurator
+    if right:
+        assert str(configurator.convert(name, value, default)) == value
+        return
+    with pytest.raises(SystemExit) as stopped:
+        configurator.convert(name, value, default)
+    assert stopped.value.code == 2 and f"--{name} must be" in capsys.readouterr().err
+
 def test_dashes_stand_for_underscores(tmp_path):
     assert run(tmp_path, "--device-rows=3").stdout.startswith("(20, 0.5, 'x', False, ['a'], None, 3)")
 
