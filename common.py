@@ -260,8 +260,9 @@ def init_compute(settings, recorded=None):
     rank, local_rank, world = rank_world()
     want = {k: settings[k] if settings[k] not in ("auto", 0) else (recorded or {}).get(k, settings[k]) for k in ("dtype", "threads", "compile")}
     device = settings["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in usable if usable[name]) if device == "auto" else device
+    check(usable[device], f"--device={device}: PyTorch finds none here; without --device it takes what is there")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = want["threads"] or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
     torch.set_num_threads(threads)

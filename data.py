@@ -59,7 +59,7 @@ def dataset_files(data, names=None):
     return [p for p in train if names is None or p.name in names] or train, val
 
 def parquet_problem(path, columns):
-    """None, or why the parquet file cannot be read: looks at its footer and for the columns."""
+    """None, or why the parquet file cannot be read: looks at its footer, which has to name these columns of text."""
     import pyarrow
     import pyarrow.parquet
     try:
@@ -67,7 +67,10 @@ def parquet_problem(path, columns):
     except (pyarrow.ArrowException, OSError) as e:
         return f"{path} is no readable parquet file: {str(e).splitlines()[0][:120]}"
     absent = [c for c in columns if c not in parquet.schema_arrow.names]
-    return f"{path} has no column `{absent[0]}` (it has {', '.join(parquet.schema_arrow.names)})" if absent else None
+    if absent:
+        return f"{path} has no column `{absent[0]}` (it has {', '.join(parquet.schema_arrow.names)})"
+    kinds = {c: str(parquet.schema_arrow.field(c).type) for c in columns}  # a dictionary of strings is one, too
+    return next((f"{path}: its column `{c}` is no text but {kind}" for c, kind in kinds.items() if not kind.startswith(("string", "large_string", "dictionary<values=string"))), None)
 
 def read_lines(path):
     """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes). A damaged file is a ValueError."""

@@ -43,6 +43,7 @@ def parse(spec):
     name, limit, epochs = re.fullmatch(r"(.*?)(?::(\d+))?(?:\*(\d+))?", spec).groups()
     if name not in TASKS and not name.endswith((".jsonl", ".jsonl.gz")):
         common.fail(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, or a .jsonl file of conversations")
+    common.check(int(limit or 1) and int(epochs or 1), f"{spec!r} stands for no item at all: take it out")
     return name, int(limit) if limit else None, int(epochs or 1)
 
 def located(stem, data):

@@ -149,7 +149,8 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
     (lambda d: d.mkdir(), "holds no text"),
     (lambda d: (d.mkdir(), (d / "a.txt").write_text("")), "holds no text"),
     (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")), "no readable parquet"),
-    (lambda d: (d.mkdir(), pyarrow.parquet.write_table(pyarrow.table({"words": ["x"]}), d / "a.parquet")), "no column `text`")])
+    (lambda d: (d.mkdir(), pyarrow.parquet.write_table(pyarrow.table({"words": ["x"]}), d / "a.parquet")), "no column `text`"),
+    (lambda d: (d.mkdir(), pyarrow.parquet.write_table(pyarrow.table({"text": [5]}), d / "a.parquet")), "`text` is no text but int64")])
 def test_a_bad_data_folder_is_one_line_and_exit_code_2(state, tmp_path, capsys, make, says):
     make(tmp_path / "d")
     with pytest.raises(SystemExit) as stopped:

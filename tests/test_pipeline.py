@@ -122,6 +122,9 @@ def snapshot(folder):
     (["chat_rl.py", "--data=toy"], "there is no sft model"),
     (["chat_eval.py", "--data=toy", "--source=xyz"], "--source"),
     (["chat_eval.py", "--data=toy", "--tasks=nothing"], "nothing"),
+    (["chat_eval.py", "--data=toy", "--rows=0"], "--rows"),
+    (["mid_train.py", "--data=toy", "--mixture="], "must not be empty"),
+    (["mid_train.py", "--data=toy", "--max_steps=-5"], "--max_steps"),
     (["base_eval.py", "--data=toy"], "there is no base model"),
     (["chat_cli.py", "--source=rl", "--data=toy"], "there is no rl"),
     (["chat_cli.py"], "there is no trained model")])

@@ -63,7 +63,7 @@ def test_mixtures(folder):
     assert len(tasks.mixture([f"{own}*3"], "toy", 1)) == 3
 
 
-@pytest.mark.parametrize("spec,says", [("nothing", "there is no task"), ("smoltalk", "prepare_data.py"), ("mmlu", "no train split"), ("absent.jsonl", "there is no file")])
+@pytest.mark.parametrize("spec,says", [("nothing", "there is no task"), ("smoltalk", "prepare_data.py"), ("mmlu", "no train split"), ("absent.jsonl", "there is no file"), ("gsm8k:0", "no item at all"), ("gsm8k*0", "no item at all")])
 def test_what_is_missing_is_named(folder, capsys, spec, says):
     with pytest.raises(SystemExit) as stopped:
         tasks.mixture([spec], "toy", 1)
