@@ -182,19 +182,40 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
     assert out.returncode == 2 and "Python 3.11 or newer is needed and python3 is Python 3.9.2" in out.stderr and out.stderr.count("\n") == 1
 
 
-def test_a_signal_to_the_script_reaches_the_phase_and_not_what_the_phase_has_started(tmp_path):
+def with_phases(tmp_path, text):
+    """A copy of speedrun.sh whose Python is a bash script of this text."""
     for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").write_text("""#!/bin/bash
-[ "$1" = prepare_data.py ] || exit 0
-bash -c 'trap "echo the helper was told" TERM; touch listening; while [ ! -f told ]; do sleep 0.05; done; exit 0' &
-trap 'sleep 0.2; touch told; wait; echo the phase was told; exit 75' TERM
-wait
-""")
+    (tmp_path / ".venv/bin/python").write_text(f"#!/bin/bash\n{text}")
     (tmp_path / ".venv/bin/python").chmod(0o755)
     matches = 'echo "$(python3 --version) $(cat requirements.txt requirements.txt | cksum)" > .venv/matches'
     subprocess.run(["bash", "-c", matches], cwd=tmp_path, check=True, env={"PATH": f"{tmp_path}/.venv/bin:{os.environ['PATH']}"})
+
+
+def test_an_evaluation_that_fails_does_not_stop_the_run_and_a_training_that_fails_does(tmp_path):
+    with_phases(tmp_path, """case "$1" in -c|checkpoint.py|status.py) exit 0 ;; base_eval.py) exit $EVAL ;; mid_train.py) exit $MID ;; esac; echo "ran $1" """)
+    def run(evaluation, mid):
+        out = subprocess.run(["bash", "speedrun.sh"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**environment(tmp_path), "EVAL": str(evaluation), "MID": str(mid)})
+        return out.returncode, [line[4:-3] for line in out.stdout.splitlines() if line.startswith("ran ")], out.stdout.splitlines()[-1]
+    for code in (1, 2):
+        got, ran, last = run(code, 0)
+        assert got == 1 and ran[-4:] == ["chat_eval", "chat_rl", "chat_eval", "report"] and "these failed: base-eval;" in last
+    assert run(0, 0)[0] == 0
+    for code in (2, 3, 139):
+        got, ran, last = run(1, code)
+        assert got == code and ran[-2:] == ["base_train", "report"] and last.startswith(f"mid failed with code {code};"), (ran, last)
+    got, ran, last = run(0, 75)
+    assert got == 75 and ran[-1] == "base_train" and last == "stopped in mid with everything saved: run the same command again"
+
+
+def test_a_signal_to_the_script_reaches_the_phase_and_not_what_the_phase_has_started(tmp_path):
+    with_phases(tmp_path, """
+[ "$1" = prepare_data.py ] || exit 0
+trap 'sleep 0.2; touch told; wait; echo the phase was told; exit 75' TERM
+bash -c 'trap "echo the helper was told" TERM; touch listening; while [ ! -f told ]; do sleep 0.05; done; exit 0' &
+wait
+""")
     process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (tmp_path / "listening").exists():
         assert process.poll() is None, process.stdout.read()
