@@ -262,11 +262,10 @@ def init_compute(settings, recorded=None):
     device = settings["device"]
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in usable if usable[name]) if device == "auto" else device
-    check(usable[device], f"--device={device}: PyTorch finds none here; without --device it takes what is there")
+    check(usable[device], f"--device={device}: torch sees no GPU of that kind here (nvidia-smi says whether there is one)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = want["threads"] or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
     torch.set_num_threads(threads)
-    check(device != "cuda" or torch.cuda.is_available(), "--device=cuda: torch sees no GPU here (nvidia-smi says whether there is one)")
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     dtype = on_rank0(probe_dtype, device) if want["dtype"] == "auto" else want["dtype"]
     compiled = want["compile"]

@@ -24,7 +24,6 @@ MARKER = "may change at every resume"
 PHASES = {"data": "prepare_data.py", "tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "mid-eval": "chat_eval.py",
           "sft": "chat_sft.py", "sft-eval": "chat_eval.py", "rl": "chat_rl.py", "rl-eval": "chat_eval.py", "report": "report.py"}  # and their scripts, as in speedrun.sh
 KINDS = {type(None): "None or a number", int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
-CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "True", "False")}  # wherever they stand
 
 STEPS = lambda v: v == -1 or v >= 1, "-1 or at least 1"
 ALLOWED = {  # what settings that many scripts have may be
@@ -117,10 +116,6 @@ def configure(module_globals):
         else:
             common.fail(f"cannot read the argument {arg!r}: write --key=value or the name of a .py file of assignments")
     settings = Settings((name, module_globals[name]) for name in defaults)
-    for name, known in CHOICES.items():
-        common.check(str(settings.get(name, known[-1])) in known, f"--{name} is {', '.join(known)}, not {settings.get(name)!r}")
-    for name in ("threads", "seed"):
-        common.check((settings.get(name) or 0) >= 0, f"--{name} must not be negative, it is {settings.get(name)}")
     settings.defining = {name: settings[name] for name, _, defining in table if defining}
     settings.free = {name: settings[name] for name, _, defining in table if not defining}
     return settings

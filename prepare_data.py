@@ -131,8 +131,9 @@ def bundle_problem(folder):
         for path in [folder / "eval_meta_data.csv", *(folder / "eval_data" / uri for uri in uris)]:
             if not path.is_file():
                 return f"{path} is missing"
-            if path.name.endswith(".jsonl") and (why := dataset.problem(path, dataset.read_lines(path), json.loads)):
-                return why
+            broken = (f"{path}:{number} ({why})" for number, line in dataset.read_lines(path) if path.suffix == ".jsonl" and (why := dataset.refused(json.loads, line)[1]))
+            if why := next(broken, None) or (None if path.stat().st_size else f"{path} is empty"):
+                return why  # not a line may be broken: the scores would be of other items
         return None if uris else f"{folder / 'core.yaml'} names no tasks"
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         return f"{folder}: {e}"
@@ -151,7 +152,8 @@ def files():
             top, stem = name.split("/")[0], name.split("/")[-1].split(".")[0]
             found.append(File({"task_data": stem, "eval_bundle": "CORE"}.get(top, "text"), root / name,
                               {"task_data": task_file(stem), "eval_bundle": needs("base-eval")}.get(top, needs("tok", "base", "base-eval")), same(length, digest), None, 0))
-        return found or [File("toy world", directory / "shard_00000.parquet", phases, lambda path: f"{directory} was never filled", None, 0)]
+        found = found or [File("toy world", directory / "shard_00000.parquet", phases, lambda path: f"{directory} was never filled", None, 0)]
+        return found + [f for (name, _), needed_by in readers.items() if name not in task_list.TASKS for f in task_files(name, name, needed_by)]
     text, names = needs("tok", "base", "base-eval"), {}
     if data in dataset.VAL_SHARD:
         address, many, about = download.ADDRESSES[data]
@@ -254,6 +256,8 @@ if check:
     common.outcome(0, "done")
     raise SystemExit(0)
 
+own = [f"{f.path} is missing" if not f.path.exists() else f.opens(f.path) for f in files() if f.what == "conversations"]
+common.check(not any(own), f"your own conversations have to be put right by hand: {next(filter(None, own), '')}")
 if not common.is_folder_data(data):
     settings.defining = settings.defining if data == "toy" else {"data": data}
     phase.begin(directory, "prepare_data", settings, {}, lambda: next((why for _, why in look()), None), start_over)

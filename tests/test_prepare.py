@@ -315,7 +315,7 @@ def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_f
 
     (state / "base_data/shard_00001.parquet").write_bytes(SHARD[:5000])
     (state / "base_data/shard_00007.parquet").write_bytes(SHARD[:5000])  # not asked for, but a phase would read it
-    (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" * 20)
+    (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" + '{"context": "a", "continuation": "b"}\n' * 19)  # one is enough: base_eval.py takes no broken item
     (state / "task_data/gsm8k_test.parquet").write_bytes(b"<html>")
     (state / "task_data/humaneval_test.parquet").unlink()
     (state / "task_data/words_alpha.txt").write_bytes(b"\xff\xfe" * 500 + b"\n" * 3)
@@ -457,6 +457,13 @@ def test_the_toy_world_is_checked_file_by_file(state):
     assert script(state, "prepare_data.py", "--data=toy", "--size=0.01").returncode == 0
     out = check()
     assert out.returncode == 0 and re.search(r"have +smoltalk_train +1 of 1 .*mid sft", out.stdout)
+    talks = state / "talks.jsonl"  # one's own conversations are looked at here too, and before the world is made anew
+    for extra, text in ((f"--extra_conversations={talks}", None), (f"--mid.mixture=gsm8k,{talks}", "{broken\n" * 30), (f"--held_out={talks}", json.dumps(TALK) + "\n")):
+        if text:
+            talks.write_text(text)
+        looked, made = (script(state, "prepare_data.py", "--data=toy", "--size=0.01", extra, *more) for more in (["--check=True"], []))
+        assert looked.returncode == made.returncode == (0 if text and TALK[0]["role"] in text else 2), looked.stdout + made.stdout
+        assert "talks.jsonl" in made.stderr or "done already" in made.stdout, made.stderr
     path = state / "toy/task_data/gsm8k_test.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
     out = check()

@@ -21,9 +21,6 @@ mixture = ["a"]     # a list
 limit = None        # none or a number
 # ---- settings below may change at every resume
 device_rows = 8     # rows at once
-device = "auto"     # where
-threads = 0         # how many
-compile = "auto"    # whether
 settings = configurator.configure(globals())
 later = 3           # no setting
 print(repr((depth, lr, name, on, mixture, limit, device_rows)), sorted(settings.defining), sorted(settings.free))
@@ -36,7 +33,7 @@ def run(tmp_path, *args):
 
 def test_defaults_and_halves(tmp_path):
     out = run(tmp_path)
-    assert out.stdout.strip() == "(20, 0.5, 'x', False, ['a'], None, 8) ['depth', 'limit', 'lr', 'mixture', 'name', 'on'] ['compile', 'device', 'device_rows', 'threads']"
+    assert out.stdout.strip() == "(20, 0.5, 'x', False, ['a'], None, 8) ['depth', 'limit', 'lr', 'mixture', 'name', 'on'] ['device_rows']"
 
 def test_overrides_of_every_type(tmp_path):
     out = run(tmp_path, "--depth=4", "--lr=1", "--name=7", "--on=True", "--mixture=b,c*2", "--limit=2.5", "--device_rows=2")
@@ -50,7 +47,7 @@ def test_a_file_of_assignments_and_the_last_one_wins(tmp_path):
 
 @pytest.mark.parametrize("args,says", [
     (["--dept=4"], "--depth"), (["--depth=four"], "whole number"), (["--depth=1.5"], "whole number"), (["--on=1"], "True or False"),
-    (["--lr=fast"], "a number"), (["--limit=soon"], "None or a number"), (["--device=xyz"], "--device is auto, cuda, mps, cpu"), (["--threads=-1"], "negative"), (["--compile=maybe"], "--compile is"), (["depth=4"], "--key=value"), (["--depth"], "--key=value"), (["absent.py"], "no such settings file"),
+    (["--lr=fast"], "a number"), (["--limit=soon"], "None or a number"), (["depth=4"], "--key=value"), (["--depth"], "--key=value"), (["absent.py"], "no such settings file"),
     (["--later=4"], "unknown setting"), (["--depth=True"], "whole number")])
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     out = run(tmp_path, *args)
@@ -85,11 +82,3 @@ def test_every_setting_of_every_script_has_a_comment(script):
     import configurator
     for name, comment, _ in configurator.declared(REPO / script):
         assert comment, f"{script}: {name} has no comment"
-
-def test_a_device_that_is_not_there_is_one_line(capsys):
-    import common
-    import torch
-    name = next(n for n, there in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not there)
-    with pytest.raises(SystemExit) as stopped:
-        common.init_compute({"device": name, "dtype": "float32", "threads": 1, "compile": False})
-    assert stopped.value.code == 2 and f"--device={name}: PyTorch finds none here" in capsys.readouterr().err
