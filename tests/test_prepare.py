@@ -418,7 +418,7 @@ def test_a_stop_keeps_what_came_and_the_same_command_goes_on(hub, state):
     process.send_signal(signal.SIGTERM)
     t0 = time.time()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 75 and time.time() - t0 < 5 and "same command" in err and "Traceback" not in err
+    assert process.returncode == 75 and time.time() - t0 < 20 and "same command" in err and "Traceback" not in err
     assert json.loads((state / "base_data/phase.json").read_text())["status"] == "interrupted" and part.stat().st_size > len(big) // 4
     kept = part.stat().st_size
     assert prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--phases=tok").returncode == 0

@@ -184,7 +184,7 @@ def job(tmp_path, fake):
         process = subprocess.Popen(["bash", "slurm_speedrun.sbatch", *args], cwd=tmp_path, env={**os.environ, **JOB, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if during:
             during(process)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=120)
         return process.returncode, out, [c for c in fake.calls() if c.startswith(("scontrol requeue", "sbatch"))]
     return run
 
@@ -253,7 +253,7 @@ needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(), reason="s
 
 def speedrun(state, *flags, **environment):
     return subprocess.run(["bash", "speedrun.sh", *flags], cwd=REPO, env={**os.environ, **JOB, "NANOCHAT_SLURM": "1", "NANOCHAT_BASE_DIR": str(state), **environment},
-                          capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+                          capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
 
 
 @needs_venv
@@ -286,14 +286,14 @@ def test_a_signal_reaches_the_processes_on_all_nodes_and_nothing_more_is_started
     while not (tmp_path / "listening").exists():
         assert process.poll() is None, process.stdout.read()
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "signal\n" in out and "=== base" not in out and out.rstrip().endswith("run the same command again"), out
     fake("scontrol", '[ "$2" = job ] && echo "JobId=7 Restarts=1 JobState=RUNNING" || echo n1')
-    out, _ = (process := start()).communicate(timeout=30)
+    out, _ = (process := start()).communicate(timeout=120)
     assert process.returncode == 1 and "going no further" in out and "===" not in out, "a run whose node Slurm lost lives on, but starts nothing in the next run's nodes"
     fake("srun", f'[[ "$*" == *preflight.py* ]] || {{ touch {tmp_path}/lost; exit 1; }}')
     fake("scontrol", f'[ "$2" = job ] && echo "JobId=7 Restarts=$([ -f {tmp_path}/lost ] && echo 1 || echo 0) JobState=RUNNING" || echo n1')
-    out, _ = (process := start()).communicate(timeout=30)
+    out, _ = (process := start()).communicate(timeout=120)
     assert process.returncode == 1 and "=== trial" in out and out.rstrip().endswith("going no further"), "nor does it report, or set the guard of the next one back"
 
 

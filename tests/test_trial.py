@@ -74,7 +74,7 @@ def test_out_of_memory_is_named_and_half_is_tried_and_then_used_with_the_same_ba
 def test_out_of_memory_on_one_of_two_ranks_halves_both(prepared, folder, tmp_path):
     fault = 'out_of_memory(rows, 4 if os.environ["RANK"] == "1" else 99) or loss'
     (tmp_path / "faulty.py").write_text(f"import os\n{FAULT}\nfault = lambda loss, rows, call: {fault}\nsys.argv = {['trial.py', *TRIAL, '--phases=base', '--total_batch_size=1024']!r}\nrunpy.run_path('trial.py', run_name='__main__')")
-    out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "faulty.py"), timeout=60)
+    out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "faulty.py"), timeout=200)
     assert out.returncode == 0 and "base runs out of memory at --device_batch_size=8" in out.stdout, out.stdout + out.stderr
     assert found(prepared)["found"]["base device_batch_size"] == [8, 4]
 
