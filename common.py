@@ -217,6 +217,8 @@ def on_rank0(function, *args, **kwargs):
             box[1] = e.code or 0
     dist.broadcast_object_list(box, src=0, group=_patient["group"])
     if box[1] is not None:
+        if box[1] == 75:
+            leave(75)
         dist.destroy_process_group()
         raise SystemExit(box[1])
     return box[0]

@@ -208,6 +208,24 @@ def test_metrics_survive_a_torn_line_and_a_resume(tmp_path):
     assert [r["step"] for r in common.read_metrics(path)] == [0, 1, 2, 3]
 
 
+def test_a_stop_while_the_others_wait_for_rank_0_is_no_failure_to_torchrun(monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    for code, left in ((75, 0), (2, 2)):  # at a code other than 0 it would start the workers again
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, **k: box.__setitem__(1, code))
+        assert exit_code(common.on_rank0, len) == left
+
+
+def test_a_file_system_without_flock_has_a_lock_too(folder, monkeypatch):
+    def unknown(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(phase.fcntl, "flock", unknown)
+    begin(folder)
+    assert phase.still_mine(folder)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(capsys):
     assert exit_code(common.init_compute, {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}) == 2
