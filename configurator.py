@@ -143,7 +143,8 @@ def main():
             near = difflib.get_close_matches(name, {n for values in theirs for n in values}, n=1, cutoff=0.0)[0]
             common.check(any(name in values for values in theirs), f"{f'the phase {part}' if part else 'no phase'} has {'no' if part else 'a'} setting {name!r}; the nearest is --{near}")
             for values in theirs:  # before the first phase begins, not hours later
-                convert(arg[2:].split("=", 1)[0], arg.split("=", 1)[1], values.get(name, ""))
+                if name in values:
+                    convert(arg[2:].split("=", 1)[0], arg.split("=", 1)[1], values[name])
 
 if __name__ == "__main__":
     main()

@@ -82,3 +82,11 @@ def test_every_setting_of_every_script_has_a_comment(script):
     import configurator
     for name, comment, _ in configurator.declared(REPO / script):
         assert comment, f"{script}: {name} has no comment"
+
+def test_settings_behind_the_dashes_are_held_against_the_phases_that_have_them():
+    check = lambda *args: subprocess.run([sys.executable, "configurator.py", "check", *args], cwd=REPO, capture_output=True, text=True)
+    readme = (REPO / "README.md").read_text().split("# a laptop with two cores")[1].split("\n")[1].split(" -- ")[1]  # --max_steps=50 and so on: no phase has all
+    assert "--max_steps=50" in readme and check(*readme.split()).stderr == ""
+    for arg in ("--max_steps=some", "--sft.max_steps=-5"):
+        out = check(arg)
+        assert out.returncode == 2 and "max_steps" in out.stderr and out.stderr.count("\n") == 1, out.stderr
