@@ -136,7 +136,8 @@ def fetch(session, url, path, opens, state):
             try:
                 wait, why, sha = receive(session, url, f, state)
             except (requests.RequestException, OSError) as e:
-                why = f"gone: {e}" if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else f"{type(e).__name__}: {e}"
+                final = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(e, ValueError)  # a full disk; an address that is none
+                why = f"gone: {e}" if final else f"{type(e).__name__}: {e}"
             if why is None:
                 why = opens(part) or ("its checksum is not the stated one" if sha and common.sha256_file(part) != sha else None)
                 if why is None:

@@ -37,6 +37,20 @@ def test_every_kind_of_file_is_read_and_the_last_by_name_is_validation(state, tm
     assert list(data.iter_texts(str(tmp_path / "d"), "val")) == texts(30, 2)
 
 
+def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state):
+    for data_set, val in data.VAL_SHARD.items():
+        folder = common.base_data_dir(data_set)
+        for i, name in enumerate(("shard_00000.parquet", val)):
+            write(folder, name, texts(30, i))
+        assert list(data.iter_texts(data_set, "val")) == texts(30, 1) and list(data.iter_texts(data_set)) == texts(30, 0)
+        write(folder, "shard_99999.parquet", texts(30, 2))  # another shard, even behind it by name, goes to training
+        assert list(data.iter_texts(data_set, "val")) == texts(30, 1) and list(data.iter_texts(data_set)) == texts(30, 0) + texts(30, 2)
+        (folder / val).unlink()
+        with pytest.raises(SystemExit) as stopped:
+            data.dataset_files(data_set)
+        assert stopped.value.code == 2
+
+
 def test_a_single_text_file_is_split_by_documents(state, tmp_path):
     write(tmp_path / "d", "book.txt", ["word " * 500] * 100)
     train, val = (list(data.iter_texts(str(tmp_path / "d"), split)) for split in ("train", "val"))

@@ -1,5 +1,6 @@
 """prepare_data.py and download.py against a server of our own that misbehaves in every way we could think of."""
 import ast
+import errno
 import gzip
 import hashlib
 import io
@@ -223,6 +224,23 @@ def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkey
     with pytest.raises(SystemExit):
         get(server, tmp_path, also=5000)
     get(server, tmp_path)
+
+
+def test_a_disk_that_fills_up_and_a_mirror_that_is_no_address_are_not_tried_again(server, tmp_path, monkeypatch, capsys):
+    tried, sent = [], download.receive
+    def full(*args):
+        tried.append(args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(download, "receive", full)
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and len(tried) == 1 and "No space left" in err and "the command" in err and err.count("\n") == 1
+    monkeypatch.setattr(download, "receive", lambda *args: (tried.append(args), sent(*args))[1])
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.invalid")
+    with pytest.raises(SystemExit) as stopped:
+        download.fetch_all([("https://huggingface.co/shard.parquet", tmp_path / "shard.parquet", opens, 1000)], "the command")
+    assert stopped.value.code == 1 and len(tried) == 2 and "mirror.invalid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
