@@ -172,7 +172,8 @@ def files():
         found += [f for stem in NOT_READ for f in task_files(stem, stem.rsplit("_", 1)[0], [])]
     if "base-eval" in phases and given("base-eval", "core_items", core_items):
         url, _, about = download.ADDRESSES["eval_bundle"]
-        found.append(File("CORE", common.eval_bundle_dir(data), ["base-eval"], bundle_problem, url, about))
+        folder = common.eval_bundle_dir(data)
+        found.append(File("CORE", folder, ["base-eval"], bundle_problem, None if folder.is_symlink() else url, about))  # never unpacked over the user's own
     readers = {f.path: [p for g in found if g.path == f.path for p in g.needs] for f in found}  # two tasks may share a file
     return list({f.path: f._replace(needs=readers[f.path]) for f in found}.values())
 

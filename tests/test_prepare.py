@@ -346,6 +346,11 @@ def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_f
     assert prepare(hub, state, *args).returncode == 0 and len(hub.seen) == asked + 6
     (state / "base_data/shard_00007.parquet").unlink()
     assert digests(state) == before
+    own = (state / "eval_bundle").rename(state.parent / "own")  # the user's, linked: it is not written to
+    (state / "eval_bundle").symlink_to(own)
+    (own / "eval_data/a/t.jsonl").unlink()
+    out = prepare(hub, state, *args)
+    assert out.returncode == 2 and "by hand" in out.stderr and len(hub.seen) == asked + 6 and not (own / "eval_data/a/t.jsonl").exists()
 
 
 def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
