@@ -66,6 +66,11 @@ def free_bytes(directory):
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 
+def free_files(directory):
+    """How many files may still be made; infinity where the file system does not count them."""
+    stat = os.statvfs(directory)
+    return stat.f_favail if stat.f_files else float("inf")
+
 def write_file(directory, name, write):
     """Temporary name, write(file), flush to disk, read back and compared, lock looked at, rename. -> [size, sha256]; OSError where it fails"""
     temporary = directory / f".{name}.tmp-{os.getpid()}-{time.time_ns()}"  # an old life that wakes up writes into another file than the new one

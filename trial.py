@@ -208,10 +208,12 @@ def save_and_load():
     t1 = time.time()
     checkpoint.load(folder, 0)
     size = sum((folder / name).stat().st_size for name in checkpoint.names(0))
-    needed, free = size * (sum(given[stage]["keep"] for stage in phases) + 1), checkpoint.free_bytes(folder) + size  # + 1: the old one goes after the new one is there
+    count = sum(given[stage]["keep"] for stage in phases) + 1  # + 1: the old one goes after the new one is there
+    needed, free, files = size * count, checkpoint.free_bytes(folder) + size, checkpoint.free_files(folder) + 4
     common.print0(f"trial: a checkpoint has {size / 1e9:.2f} GB, is written in {t1 - t0:.1f} s and read in {time.time() - t1:.1f} s; "
-                  f"the phases to come need {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
-    return None if free >= needed else f"{common.data_root(data)} has {free / 1e9:.2f} GB free, the checkpoints to come need {needed / 1e9:.2f} GB: make room"
+                  f"the phases to come need {needed / 1e9:.2f} GB of disk in {4 * count} files, {free / 1e9:.2f} GB are free")
+    return None if free >= needed and files >= 4 * count else (f"{common.data_root(data)} has {free / 1e9:.2f} GB and {files:,} files free, "
+                                                              f"the checkpoints to come need {needed / 1e9:.2f} GB and {4 * count} files: make room")
 
 state = optimizer.state_dict()  # a collective call
 if (wrong := common.on_rank0(save_and_load)):

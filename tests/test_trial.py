@@ -118,6 +118,8 @@ def test_a_trial_that_was_killed_is_named(prepared, folder, kills, rows):
 def test_too_little_disk_is_said_before_it_is_needed(prepared, folder):
     out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "checkpoint.free_bytes = lambda folder: 1000")
     assert out.returncode == 2 and "make room" in out.stderr and not (prepared / "toy/trial_d1").exists()
+    out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "checkpoint.free_files = lambda folder: 3")
+    assert out.returncode == 2 and "7 files free" in out.stderr and "and 8 files: make room" in out.stderr and out.stderr.count("\n") == 1, out.stderr
 
 
 def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepared, folder):
