@@ -78,6 +78,8 @@ def convert(name, value, default):
         literal = float(literal)
     if type(literal) is not type(default) and not (default is None and type(literal) in (int, float)):
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
+    if name == "data" and literal and common.is_folder_data(literal):  # the same folder, from wherever and however it is named
+        literal = str(Path(literal).expanduser().resolve())
     right, what = ALLOWED.get(name.rpartition(".")[2], (lambda v: True, ""))
     common.check(right(literal), f"--{name} must be {what}, not {value!r}")
     return literal

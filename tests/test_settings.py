@@ -67,6 +67,14 @@ def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, cap
         configurator.convert(name, value, default)
     assert stopped.value.code == 2 and f"--{name} must be" in capsys.readouterr().err
 
+def test_a_data_folder_is_the_same_however_it_is_named(tmp_path, monkeypatch):
+    import configurator
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {configurator.convert("data", name, "toy") for name in ("texts", "./texts/", "~/texts", str(tmp_path / "texts"))} == {str(tmp_path / "texts")}
+    assert [configurator.convert("data", name, "") for name in ("toy", "fineweb_edu", "")] == ["toy", "fineweb_edu", ""]
+
 def test_dashes_stand_for_underscores(tmp_path):
     assert run(tmp_path, "--device-rows=3").stdout.startswith("(20, 0.5, 'x', False, ['a'], None, 3)")
 
