@@ -250,6 +250,10 @@ def agree(code):
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return int(box.item())
 
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 def init_compute(settings, recorded=None):
     """
     Chooses device, dtype, threads and whether to compile, from the settings of these names: "auto" (threads: 0) takes what
@@ -265,8 +269,7 @@ def init_compute(settings, recorded=None):
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in usable if usable[name]) if device == "auto" else device
     check(usable[device], f"--device={device}: torch sees no GPU of that kind here (nvidia-smi says whether there is one)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = want["threads"] or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
+    threads = want["threads"] or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of the ranks on this machine
     torch.set_num_threads(threads)
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     dtype = on_rank0(probe_dtype, device) if want["dtype"] == "auto" else want["dtype"]

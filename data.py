@@ -34,7 +34,7 @@ def text_files(data):
     """The files of a data set that are not empty, sorted by name; exits with 2 where there is none."""
     folder = common.base_data_dir(data)
     command = None if common.is_folder_data(data) else f"python prepare_data.py --data={data}"
-    common.check(folder.is_dir(), f"the data folder {folder} does not exist", command)
+    common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it" if folder.is_file() else f"the data folder {folder} does not exist", command)
     files = sorted(p for p in folder.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith(".") and p.stat().st_size > 0)
     common.check(files, f"the data folder {folder} holds no text: it has no file of {', '.join(ENDINGS)} that is not empty", command)
     return files
@@ -249,7 +249,7 @@ def tokenize_files(data, split, tokenizer, names=None, say=common.print0):
                 folder.mkdir(parents=True, exist_ok=True)
                 say(f"tokenising {path.name} ({stat.st_size / 1e6:.1f} MB)")
                 texts = documents(path, split, train == val)
-                write_store(prefix, ([(ids, None) for ids in tokenizer.encode_batch(batch)] for batch in in_batches(texts)),
+                write_store(prefix, ([(ids, None) for ids in tokenizer.encode_batch(batch, common.cores())] for batch in in_batches(texts)),
                             source, tokenizer.vocab_size)
         common.on_rank0(make)
         stores.append(open_store(prefix, source))

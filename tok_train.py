@@ -261,9 +261,8 @@ def main():
     gc.disable()  # nothing here makes cycles; looking for them took a fifth of the merges' time
 
     t0 = time.time()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     small = min(max_chars, sum(path.stat().st_size for path in files)) < CHUNK_CHARS // 4  # not worth starting workers
-    words, chars = count_all(dataset.iter_texts(data, names=begun_with), max_chars, doc_cap, 1 if small else workers or cores)
+    words, chars = count_all(dataset.iter_texts(data, names=begun_with), max_chars, doc_cap, 1 if small else workers or common.cores())
     stop_if_asked(directory)
     t1 = time.time()
     common.print0(f"{chars:,} characters, {len(words):,} different words, counted in {t1 - t0:.1f} s")

@@ -131,6 +131,16 @@ def test_running_out_of_data_is_a_new_epoch_in_another_order(state, tmp_path):
     assert numbers[:n] != numbers[n:2 * n]
 
 
+def test_tokenising_uses_all_cores(state, tmp_path, monkeypatch):
+    """The other ranks wait for it: two threads would take 20 minutes of eight GPUs for a d20."""
+    write(tmp_path / "d", "a.jsonl", texts(30))
+    used, encode_batch = [], tok.Tokenizer.encode_batch
+    monkeypatch.setattr(common, "cores", lambda: 7)
+    monkeypatch.setattr(tok.Tokenizer, "encode_batch", lambda self, batch, threads=2: (used.append(threads), encode_batch(self, batch, threads))[1])
+    data.tokenize_files(str(tmp_path / "d"), "train", BYTES, say=lambda *a: None)
+    assert used == [7]
+
+
 def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp_path):
     for i in range(3):
         write(tmp_path / "d", f"{i}.jsonl", texts(30, i))
@@ -160,6 +170,7 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
 
 @pytest.mark.parametrize("make,says", [
     (lambda d: None, "does not exist"),
+    (lambda d: d.write_text("x"), "is a file: --data takes the folder"),
     (lambda d: d.mkdir(), "holds no text"),
     (lambda d: (d.mkdir(), (d / "a.txt").write_text("")), "holds no text"),
     (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")), "no readable parquet"),
