@@ -1,5 +1,5 @@
 # Sourced by speedrun.sh and tests/run.sh: makes .venv from the requirements file $1 unless it matches already, and puts it first in PATH.
-# Inside a Slurm job nothing is installed (compute nodes have no internet, and many jobs may share the folder).
+# Inside a Slurm job (compute nodes have no internet, and many jobs may share the folder) or with NANOCHAT_OFFLINE nothing is installed.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION: install one and start it by its path" >&2; exit 2; fi
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
     echo "error: Python 3.11 or newer is needed and python3 is $(python3 --version 2>/dev/null || echo missing): put a newer one first in PATH (under Slurm: module load, in site.env)" >&2
@@ -9,8 +9,8 @@ setup_venv() {
     local want
     want="$(python3 --version) $(cat requirements.txt "$1" | cksum)"
     if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
-        if [ -n "${SLURM_JOB_ID:-}" ]; then
-            echo "error: .venv does not match $1 and nothing is installed inside a job; run on the login node: bash speedrun.sh --only=setup" >&2
+        if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
+            echo "error: .venv does not match $1 and nothing is installed inside a job or with NANOCHAT_OFFLINE; run on the login node, where there is internet: bash speedrun.sh --only=setup" >&2
             exit 2
         fi
         echo "installing $1 into .venv (once; torch alone is a few hundred MB)"

@@ -182,6 +182,16 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
     assert out.returncode == 2 and "Python 3.11 or newer is needed and python3 is Python 3.9.2" in out.stderr and out.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
+def test_nothing_is_installed_offline_or_in_a_job(tmp_path, name):
+    for file in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
+        shutil.copy(REPO / file, tmp_path)
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.11.0 || [ "$1" = -c ]\n')  # fails where it is to make .venv
+    (tmp_path / "python3").chmod(0o755)
+    out = subprocess.run(["bash", "speedrun.sh", "--only=setup"], cwd=tmp_path, capture_output=True, text=True, env={**environment(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", name: "1"})
+    assert out.returncode == 2 and "speedrun.sh --only=setup" in out.stderr and out.stderr.count("\n") == 1 and not (tmp_path / ".venv").exists(), out
+
+
 def with_phases(tmp_path, text):
     """A copy of speedrun.sh whose Python is a bash script of this text."""
     for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
