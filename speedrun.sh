@@ -174,7 +174,8 @@ done_already() {  # $1: a phase that its record calls done verifies that in one 
 }
 
 unless_given_up() {  # where this run of the job has lost its node to Slurm's knowledge it lives on, while the next is there already
-    [ -n "${NANOCHAT_SLURM:-}" ] && [[ "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" =~ \ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "${SLURM_RESTART_COUNT:-0}" ] || return 0
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # the number of an array's last element stands for all of them
+    [ -n "${NANOCHAT_SLURM:-}" ] && [[ "$(scontrol show job -o "${job:-$SLURM_JOB_ID}" 2>/dev/null)" =~ \ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "${SLURM_RESTART_COUNT:-0}" ] || return 0
     echo "Slurm has given this run up and started another: going no further"
     exit 1
 }

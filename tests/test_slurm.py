@@ -298,6 +298,14 @@ def test_a_signal_reaches_the_processes_on_all_nodes_and_nothing_more_is_started
 
 
 @needs_venv
+def test_the_last_element_of_an_array_does_not_take_the_restarts_of_another_for_its_own(fake, tmp_path):
+    fake("srun", "exit 0")
+    fake("scontrol", '[ "$4" = 7_10 ] || echo "JobId=5 ArrayTaskId=1 Restarts=3 JobState=COMPLETED"; echo "JobId=7 ArrayTaskId=10 Restarts=0 JobState=RUNNING"')
+    out = speedrun(tmp_path, "--only=report", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="10")
+    assert out.returncode == 0 and "all done" in out.stdout, out.stdout + out.stderr
+
+
+@needs_venv
 def test_a_job_does_not_install(tmp_path, fake):
     for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)
