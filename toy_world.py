@@ -448,8 +448,8 @@ def generate(root, seed=1337, size=1.0):
     common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(listed) + "\n")
 
     practised = [w for w in listed if held_out("practised", w)]
-    shares = [(9, biography), (3, description), (3, group), (4, story), (2, quiz), (26, labelled), (4, lambda draw, world: copied(draw)), (2, causes),
-              (2, lambda draw, world: spelled(draw, practised)), (1, lambda draw, world: sums(draw)), (1, lambda draw, world: "".join(function(draw, False)[1:3]))]
+    shares = [(12, biography), (4, description), (3, group), (4, story), (3, quiz), (22, labelled), (4, lambda draw, world: copied(draw)), (2, causes),
+              (2, lambda draw, world: spelled(draw, practised)), (3, lambda draw, world: sums(draw)), (1, lambda draw, world: "".join(function(draw, False)[1:3]))]
     kinds = [make for share, make in shares for _ in range(share)]
     documents = unique(lambda: pick(draw, kinds)(draw, world), n(60000), tries=3)
     for i in range(5):  # the last is validation
