@@ -38,6 +38,7 @@ def parquet(rows):
 
 
 SHARD = parquet([{"text": t} for t in TEXTS])
+BIG = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])  # many times what is read at once, so a part of it stays
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,6 +53,13 @@ class Handler(BaseHTTPRequestHandler):
             plan = server.plan.get(self.path, [])
             do = plan.pop(0) if plan else "whole"
             server.seen.append((self.path, do, self.headers.get("Range")))
+        if self.path in server.moved:  # as Hugging Face does it: size and checksum stand with the address of the content
+            target, size, digest = server.moved[self.path]
+            self.send_response(302)
+            for name, value in (("Location", target), ("X-Linked-Size", size), ("X-Linked-ETag", f'"{digest}"'), ("Content-Length", 0)):
+                self.send_header(name, str(value))
+            self.end_headers()
+            return
         body = server.bodies.get(self.path)
         if callable(do):
             do()
@@ -78,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         rest = body[start:]
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", f"bytes {start + (do == 'another part')}-{len(body) - 1}/{len(body)}")
         if (digest := server.digests.get(self.path)):
             self.send_header("X-Linked-ETag", f'"{digest}"')
         claims = {"claims less": len(rest) // 2, "claims more": len(rest) + 1000}.get(do, len(rest))
@@ -108,6 +116,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.guard, server.plan, server.seen, server.bodies, server.digests, server.manners = threading.Lock(), {}, [], {}, {}, set()
+    server.moved = {}
     server.stalled, server.go = threading.Event(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -131,16 +140,16 @@ def left_behind(folder):
 
 @pytest.mark.parametrize("plan", [
     ["cut"], ["cut"] * 5, ["429:0"], ["503", "503:0"], ["claims less"], ["claims more"], ["no length"], ["garbage"], ["cut", "no range"],
-    ["cut", "garbage"], ["garbage", "cut", "429", "claims more", "claims less", "503", "cut", "no range"]])
+    ["cut", "garbage"], ["cut", "another part"], ["garbage", "cut", "429", "claims more", "claims less", "503", "cut", "no range"]])
 def test_a_file_arrives_whole_whatever_the_server_does_first(server, tmp_path, plan):
-    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, list(plan)
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, list(plan)
     get(server, tmp_path)
-    assert (tmp_path / "shard.parquet").read_bytes() == SHARD and not left_behind(tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG and not left_behind(tmp_path)
     assert [do for _, do, _ in server.seen][:len(plan)] == plan, "every fault happened"
 
 
 def test_a_cut_connection_is_continued_where_it_was(server, tmp_path):
-    big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])  # many times what is read at once
+    big = BIG
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["cut", "cut"]
     get(server, tmp_path)
     starts = [int(r[6:-1]) for _, _, r in server.seen[1:]]
@@ -172,7 +181,7 @@ def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, ca
 def test_a_server_that_falls_silent_is_asked_again_and_progress_is_shown(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     monkeypatch.setattr(download, "PROGRESS", 0.0)
-    big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
+    big = BIG
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["stall"]
     get(server, tmp_path)
     assert server.stalled.is_set() and (tmp_path / "shard.parquet").read_bytes() == big and len(server.seen) == 2
@@ -192,6 +201,19 @@ def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
     get(server, tmp_path)
     (tmp_path / "shard.parquet").unlink()
     server.digests["/shard.parquet"] = "0" * 64
+    with pytest.raises(SystemExit) as stopped:
+        get(server, tmp_path)
+    assert stopped.value.code == 1 and "checksum" in capsys.readouterr().err and not (tmp_path / "shard.parquet").exists()
+
+
+def test_size_and_checksum_that_stand_with_a_redirection_are_compared_and_it_is_continued_through_it(server, tmp_path, capsys):
+    server.bodies["/content"], server.plan["/content"] = BIG, ["claims less"]
+    server.moved["/shard.parquet"] = "/content", len(BIG), hashlib.sha256(BIG).hexdigest()
+    get(server, tmp_path)
+    asked = [r for p, _, r in server.seen if p == "/content"]
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG and asked == [None, f"bytes={len(BIG) // 2}-"], "only the redirection says that half is missing"
+    (tmp_path / "shard.parquet").unlink()
+    server.moved["/shard.parquet"] = "/content", len(BIG), "0" * 64
     with pytest.raises(SystemExit) as stopped:
         get(server, tmp_path)
     assert stopped.value.code == 1 and "checksum" in capsys.readouterr().err and not (tmp_path / "shard.parquet").exists()
@@ -430,7 +452,7 @@ def test_two_processes_at_once_on_one_folder(hub, state):
 
 def test_a_stop_keeps_what_came_and_the_same_command_goes_on(hub, state):
     path = next(p for p in hub.bodies if p.endswith("shard_00000.parquet") and "fineweb" in p)
-    hub.bodies[path] = big = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
+    hub.bodies[path] = big = BIG
     hub.plan[path] = ["stall"]
     command = [sys.executable, "-c", START, hub.url, "--data=fineweb_edu", "--shards=1", "--phases=tok"]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "HF_ENDPOINT": hub.url})
