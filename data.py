@@ -147,7 +147,7 @@ def read_documents(path):
             try:
                 texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
             except Exception as e:  # pyarrow raises many kinds for a damaged page
-                common.fail(f"{path} is damaged in row group {group}: {str(e).splitlines()[0][:120]}")
+                common.fail(f"{path} is damaged in row group {group}: {str(e).splitlines()[0][:120]}; remove it and prepare the data again")
             yield from (t for t in texts if t)
     elif name.endswith(".txt"):
         gathered, size = [], 0

@@ -168,6 +168,18 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
     assert stopped.value.code == 2
 
 
+def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(state, tmp_path, capsys):
+    write(tmp_path / "d", "a.parquet", [str(np.random.default_rng(i).integers(0, 10 ** 9, 90)) for i in range(200)])
+    path = tmp_path / "d" / "a.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2] + bytes(400) + whole[len(whole) // 2 + 400:])
+    assert data.parquet_problem(path, ["text"]) is None, "its footer is whole"
+    with pytest.raises(SystemExit) as stopped:
+        list(data.read_documents(path))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "damaged in row group" in err and "prepare the data again" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("make,says", [
     (lambda d: None, "does not exist"),
     (lambda d: d.write_text("x"), "is a file: --data takes the folder"),
