@@ -94,7 +94,7 @@ results = {}
 for name in tasks:
     items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
     measure = categorical if task_list.TASKS[name]["kind"] == "categorical" else generative
-    t0, pieces = time.time(), [(f"{name} {start}", items[start:start + BATCH]) for start in range(0, len(items), BATCH)]
+    t0, measured, pieces = time.time(), 0, [(f"{name} {start}", items[start:start + BATCH]) for start in range(0, len(items), BATCH)]
     for piece, batch in pieces:
         if piece not in kept:
             numbers = sorted(range(len(batch)), key=lambda i: len(str(batch[i]["messages"][:-1])))[compute.rank::compute.world]  # by length: little padding
@@ -102,6 +102,9 @@ for name in tasks:
             stopped = common.agree(1 if common.stop_requested() else 0)  # what was cut short is measured again
             found = {k: bool(v) for part in common.gather(mine) for k, v in part.items()}
             evaluation.keep(piece, None if stopped else [found[i] for i in range(len(batch))])
+            measured += len(batch)
+            if (left := sum(len(b) for p, b in pieces if p not in kept)):
+                common.print0(f"  {name}: {len(items) - left:,} of {len(items):,} items, about {common.clock(left * (time.time() - t0) / measured)} left")
     results[name] = r = evaluation.score([ok for piece, _ in pieces for ok in kept[piece]], task_list.TASKS[name]["chance"])
     common.print0(f"{prefix + name:<18} {r['accuracy']:.3f}  ({r['low']:.3f} to {r['high']:.3f}, {r['n']} items" + (f" of {evaluation.FULL[name]:,}" if evaluation.parts(data, {name: r}) else "") + f", chance {r['chance']:.2f}, "
                   f"{common.clock(time.time() - t0)})")

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -175,7 +176,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
     Called on rank 0 (common.on_rank0).
     """
     directory = Path(directory)
-    command = "python " + " ".join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
+    command = "python " + shlex.join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
     old = earlier(directory, settings, start_over)
     if start_over and old.get("inputs") != inputs:
         old = {}

@@ -6,6 +6,7 @@ What is done, what is half done, what died and why; the last line is what to run
 """
 import contextlib
 import re
+import shlex
 import time
 
 import checkpoint
@@ -101,6 +102,7 @@ def following(states, name, tag):
     """What to run next, given {unit: (state, words, directory)}: trainings before evaluations, what was begun first."""
     left = sorted((u for u in UNITS if "done" not in states[u]), key=lambda u: ("-" in u, "absent" in states[u])) or [0]
     depth = f" --depth={tag[1:]}" if re.fullmatch(r"d\d+", tag) and tag != ("d4" if name == "toy" else "d20") else ""
+    name = shlex.quote(name)  # a folder's may hold a blank
     command = f"bash speedrun.sh --data={name}{depth}" if left[0] else f"python chat_cli.py --data={name}"
     if left[0] and states[left[0]][0] == "running":
         return f"wait for {left[0]}, then {command}"

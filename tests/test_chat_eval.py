@@ -40,7 +40,8 @@ def ready(prepared, monkeypatch):
 def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(ready):
     run, path = ready
     args = ["--tasks=arc_easy,gsm8k,spellingbee", "--max_items=300"]
-    assert run(*args).returncode == 0
+    out = run(*args)
+    assert out.returncode == 0 and "  arc_easy: 256 of 300 items, about" in out.stdout, out.stdout + out.stderr
     whole = json.loads(path.read_text())
     outcomes = lambda result: {name: r["outcomes"] for name, r in result["results"].items()}
     assert set(outcomes(whole)) == {"arc_easy", "gsm8k", "spellingbee", "facts"} and 0 < whole["results"]["arc_easy"]["accuracy"] < 1

@@ -9,6 +9,7 @@ import pytest
 
 import common
 import report
+import status
 from conftest import script
 
 STAGES = {"base": ("base_train", "base_checkpoints"), "mid": ("mid_train", "mid_checkpoints"),
@@ -235,6 +236,7 @@ def test_half_done_running_and_dead(whole):
 def test_the_last_data_set_comes_last_and_status_is_fast(whole):
     other = whole / "books-0123abcd/base_checkpoints/d6"
     phase(other, "base_train", status="interrupted", reason="deadline", settings={"data": "/my/books"}, next="python base_train.py --data=/my/books")
+    assert status.following({"mid": ("absent", "", whole)} | {u: ("done", "", None) for u in status.UNITS if u != "mid"}, "/my books", "d6") == "bash speedrun.sh --data='/my books' --depth=6"
     out = script(whole, "status.py").stdout
     assert out.index("toy (") < out.index("/my/books (") and "your own folder" in out
     assert out.strip().split("\n")[-1] == "next: python base_train.py --data=/my/books"
