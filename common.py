@@ -196,6 +196,8 @@ def init_distributed():
         import torch.distributed as dist
         cuda = torch.cuda.is_available()
         if cuda:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            check(here <= gpus, f"{here} processes were asked for on this machine and it has {gpus} GPUs: at most --nproc={gpus}, or --nproc_per_node of torchrun")
             torch.cuda.set_device(local_rank)
         patience = datetime.timedelta(minutes=30)
         store = next(dist.rendezvous("env://", timeout=patience))[0]

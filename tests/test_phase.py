@@ -226,6 +226,14 @@ def test_a_file_system_without_flock_has_a_lock_too(folder, monkeypatch):
     assert phase.still_mine(folder)
 
 
+def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert exit_code(common.init_distributed) == 2 and "2 processes were asked for on this machine and it has 1 GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(capsys):
     assert exit_code(common.init_compute, {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}) == 2
