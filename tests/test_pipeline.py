@@ -117,6 +117,7 @@ def snapshot(folder):
     (["prepare_data.py", "--data=/there/is/no/such/folder"], "does not exist"),
     (["prepare_data.py", "--data=toy", "--size=0.0"], "--size"),
     (["mid_train.py", "--data=toy"], "there is no base model"),
+    (["mid_train.py", "--data=toy", "--held_out="], "--mixture and --held_out"),
     (["chat_sft.py", "--data=toy"], "there is no mid model"),
     (["chat_rl.py", "--data=toy", "--samples=0"], "--samples"),
     (["chat_rl.py", "--data=toy"], "there is no sft model"),

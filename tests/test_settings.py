@@ -55,7 +55,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     assert out.stderr.count("\n") == 1 and says in out.stderr, out.stderr
 
 @pytest.mark.parametrize("name,value,default,right", [
-    ("keep", "0", 1, False), ("keep", "2", 1, True), ("seed", "-1", 1337, False), ("seed", "1.5", None, False), ("seed", "None", None, True), ("threads", "-1", 0, False), ("rl.num_steps", "-5", -1, False),
+    ("keep", "0", 1, False), ("rows", "0", 64, False), ("keep", "2", 1, True), ("seed", "-1", 1337, False), ("seed", "1.5", None, False), ("seed", "None", None, True), ("threads", "-1", 0, False), ("rl.num_steps", "-5", -1, False),
     ("max_steps", "0", -1, False), ("total_batch_size", "-2", -1, False), ("num_steps", "-1", -1, True), ("device", "gpu", "auto", False), ("dtype", "fp16", "auto", False), ("compile", "maybe", "auto", False),
     ("compile", "True", "auto", True), ("compile", "False", False, True)])
 def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, capsys):
