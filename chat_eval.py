@@ -42,7 +42,6 @@ BATCH = 256  # items that are dealt, measured and kept together; fixed, so that 
 
 common.check(source in common.STAGES, f"--source is base, mid, sft or rl, not {source!r}")
 common.check(max_items == -1 or max_items > 0, "--max_items is at least 1, or -1 for all")
-common.check(rows >= 1 and max_new_tokens >= 1, "--rows and --max_new_tokens must be at least 1")
 tasks = tasks + (["facts"] if data == "toy" and "facts" not in tasks else [])
 for name in tasks:
     common.check(task_list.TASKS.get(name, {}).get("kind") in ("categorical", "generative"), f"--tasks: {name!r} is no task with right answers")
