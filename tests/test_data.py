@@ -150,8 +150,11 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     assert len(said) == 2 and tokenize() == before and len(said) == 2
     next(common.token_dir(str(tmp_path / "d")).rglob("*1.jsonl.json")).unlink()  # as if it died before the second was done
     assert tokenize() == before and len(said) == 3
+    store = next(common.token_dir(str(tmp_path / "d")).rglob("*0.jsonl.tokens.npy"))
+    store.write_bytes(store.read_bytes()[:-8])  # a store that is not whole is made again
+    assert tokenize() == before and len(said) == 4
     write(tmp_path / "d", "0.jsonl", texts(30, 9))
-    assert tokenize() != before and len(said) == 4
+    assert tokenize() != before and len(said) == 5
 
 
 def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, capsys):
