@@ -88,7 +88,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(straight, tmp_path,
     assert json.loads((folder / "phase.json").read_text())["status"] == "interrupted"
 
     out = script(state, *PHASES[name])
-    assert out.returncode == 0 and "continuing at step" in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 0 and "continuing at step" in out.stdout and "; saving took " in out.stdout, out.stdout + out.stderr
     assert result(state, name) == result(straight, name)
     steps = [m["step"] for m in result(state, name)[1] if m["kind"] == "train"]
     assert steps == list(range(len(steps))) and len(steps) == (8 if name == "rl" else 12)

@@ -92,6 +92,19 @@ def test_the_budget_is_said_in_words():
     assert common.budget_line("base", 5.0, math.inf, NOON) is None
 
 
+def test_the_budget_is_said_once_seconds_per_step_are_known(clock, monkeypatch, capsys):
+    import torch
+    import training
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    common.set_deadline()
+    training.start_clock(num_steps=10_000, step=0, spent=0.0, save_minutes=3.0)
+    for step in range(1, 21):
+        clock["now"] += 5
+        training.tick(step, "loss 1", 8, 1, common.Compute(torch.device("cpu"), torch.float32, 1, False, 0, 0, 1))
+        assert ("h more, this job has" in capsys.readouterr().out) is (step == 10)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the lock of another run
 
