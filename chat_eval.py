@@ -110,5 +110,5 @@ for name in tasks:
 
 missing = [name for name in CHATCORE if name not in results]
 chatcore = None if missing else sum(results[name]["centred"] for name in CHATCORE) / len(CHATCORE)
-common.print0(f"{prefix}ChatCORE {chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
+common.print0(f"{prefix}ChatCORE {'in part ' * bool(evaluation.parts(data, results))}{chatcore:.4f}" if chatcore is not None else f"no ChatCORE: {', '.join(missing)} not measured")
 evaluation.done(source=source, data=data, tag=directory.name, step=step, results=results, chatcore=chatcore, missing=missing)

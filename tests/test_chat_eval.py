@@ -1,5 +1,7 @@
 """chat_eval.py: what is kept is not measured again, two ranks measure what one does, and HumanEval without a sandbox."""
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -62,6 +64,16 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
     path.unlink()
     out = run(*args, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
     assert out.returncode == 0 and outcomes(json.loads(path.read_text())) == outcomes(whole), out.stdout + out.stderr
+
+
+def test_a_part_of_the_public_test_sets_is_called_a_part(ready, prepared, tmp_path):
+    run, _ = ready
+    own = str(tmp_path)  # any data set that is not the toy world; its files of tasks have the form of the public ones
+    tok.save_tokenizer(common.tokenizer_dir(own), tok.load_tokenizer(common.tokenizer_dir("toy")).ranks)
+    shutil.copytree(common.stage_dir("base", "toy", "d2"), common.stage_dir("base", own, "d2"))
+    common.task_dir(own).symlink_to(common.task_dir("toy"))
+    out = run(f"--data={own}", "--max_items=2", "--unsafe_exec=True")
+    assert out.returncode == 0 and "2 items of 2,376" in out.stdout and re.search(r"^ChatCORE in part -?0\.\d{4}$", out.stdout, re.MULTILINE), out.stdout + out.stderr
 
 
 def test_without_a_sandbox_humaneval_is_left_out_unless_asked_for_and_measured_where_there_is_one(ready):
