@@ -183,9 +183,9 @@ def fingerprint(directory, step):
 # finding and loading trained models
 
 def latest_tag(stage, data):
-    """The tag ("d4") of `stage` that was saved last and holds a checkpoint, or None."""
+    """The tag ("d4") of `stage` that was saved last and holds a checkpoint (nanochat's have no manifest), or None."""
     parent = common.data_root(data) / common.STAGES[stage]
-    manifests = [p for p in parent.glob("*/manifest_*.json") if ".old-" not in p.parent.name] if parent.exists() else []
+    manifests = [p for p in [*parent.glob("*/manifest_*.json")] or [*parent.glob("*/model_*.pt")] if ".old-" not in p.parent.name] if parent.exists() else []
     return max(manifests, key=lambda p: p.stat().st_mtime).parent.name if manifests else None
 
 def what_exists(data):
@@ -200,6 +200,31 @@ def what_exists(data):
                 lines.append(f"{stage} {directory.name}: step {step}{loss}, {age} old")
     return lines
 
+def adopt(directory):
+    """Makes a checkpoint that nanochat has left in `directory` (model_021400.pt, meta_021400.json with its model_config, no manifest) one of ours: it is
+    loaded, to be sure, and gets a manifest and a record; its weights stay untouched. -> the record, None where there is no such checkpoint"""
+    directory = Path(directory)
+    for path in sorted(directory.glob("model_*.pt"), reverse=True):
+        there = directory / path.name.replace("model_", "meta_").replace(".pt", ".json")
+        meta = common.read_json(there) or {}
+        if steps(directory) or "model_config" not in meta:
+            continue
+        import torch
+        from gpt import GPTConfig
+        step = int(path.stem.removeprefix("model_"))
+        try:
+            meta = {**meta, "step": step, "model": vars(GPTConfig(**meta["model_config"], arch="nanochat_2025")), "num_steps": step, "batch_tokens": meta.get("total_batch_size", 2 ** 19), "adopted": True}
+            build_model(meta, torch.load(path, map_location="cpu", weights_only=True), "cpu", torch.float32)
+            common.atomic_write(there, json.dumps(meta, indent=1))
+            files = {p.name: [p.stat().st_size, common.sha256_file(p)] for p in (path, there)}
+            common.atomic_write(directory / manifest_name(step), json.dumps({"step": step, "files": files}))
+            phase.write(directory, {"phase": "nanochat", "status": "done", "code": 0, "reason": "made by nanochat, adopted", "adopted": True, "next": None,
+                                    "settings": {}, "free": {}, "inputs": {}, "starts": [], "step": step, "updated": time.time()})
+        except Exception as e:  # a broken file can raise nearly anything
+            common.fail(f"cannot adopt {path}, which seems to be nanochat's: {' '.join(str(e).split())[:200]} (gpt.py knows its plain model of November 2025); move it away to go on without")
+        common.print0(f"adopted nanochat's checkpoint of step {step:,} in {directory}")
+        return phase.read(directory)
+
 COMMANDS = {"base": "python base_train.py", "mid": "python mid_train.py", "sft": "python chat_sft.py", "rl": "python chat_rl.py"}
 
 def find_model(stage, data, tag=None):
@@ -211,7 +236,7 @@ def find_model(stage, data, tag=None):
         common.fail(f"there is no {stage} model{f' {tag}' if tag else ''} of the data set {data} in {common.data_root(data)} (trained so far: {exists})",
                     next_command=command)
     directory = common.stage_dir(stage, data, tag)
-    record = phase.read(directory)
+    record = phase.read(directory) or adopt(directory)
     step = newest(directory)
     if step is None:
         common.fail(f"{directory} holds no whole checkpoint", next_command=command)
@@ -230,7 +255,7 @@ def must_fit(directory, step, tokenizer):
 def put_weights(model, model_state):
     """Exits with 2 where the weights are not those of this model."""
     try:
-        model.load_state_dict(model_state)
+        model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in model_state.items()})  # a compiled model's, in nanochat's files
     except RuntimeError as e:
         common.fail(f"the checkpoint's weights do not fit the model of this version of the source ({' '.join(str(e).split())[:200]}): "
                     "use the version that trained it (git checkout; its commit is in phase.json), or train anew with --start_over=True")

@@ -177,7 +177,12 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
     """
     directory = Path(directory)
     command = "python " + shlex.join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
+    if not (directory / "phase.json").exists():
+        import checkpoint
+        checkpoint.adopt(directory)  # nanochat's model, if there is one: else the first save would sweep it away
     old = earlier(directory, settings, start_over)
+    if old.get("adopted"):
+        common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it aside and trains anew; without, later phases go on from it (speedrun.sh --from)")
     if start_over and old.get("inputs") != inputs:
         old = {}
     if start_over and not old and directory.exists():

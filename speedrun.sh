@@ -93,8 +93,8 @@ args() {
         tok)       toy --vocab_size=2048 ;;
         base)      echo "--depth=$depth"; toy --max_seq_len=256 --total_batch_size=8192 --num_steps=1000 --eval_every=250 --eval_tokens=200000 --matrix_lr=0.12 --embedding_lr=1.8 --unembedding_lr=0.024 ;;
         base-eval) echo "--tag=$tag"; toy --eval_tokens=200000 ;;
-        mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux:2500,arc_easy:800,arc_challenge:800,gsm8k:4000,identity,simplespelling:800,spellingbee:4500 --eval_every=0 --eval_tokens=100000 $rates ;;
-        sft)       echo "--tag=$tag"; toy --mixture=smoltalk:6000,mmlu_aux:1200,arc_easy:600,arc_challenge:600,gsm8k:800,identity,simplespelling:200,spellingbee:1500 --lr_fraction=0.3 --eval_every=0 --eval_tokens=100000 $rates ;;
+        mid)       echo "--tag=$tag"; toy --mixture=smoltalk,mmlu_aux:2500,arc_easy:800,arc_challenge:800,gsm8k,identity,simplespelling:800,spellingbee:4500 --eval_every=0 --eval_tokens=100000 $rates ;;
+        sft)       echo "--tag=$tag"; toy --mixture=smoltalk:6000,mmlu_aux:1200,arc_easy:600,arc_challenge:600,gsm8k:1200,identity,simplespelling:200,spellingbee:1500 --lr_fraction=0.3 --eval_every=0 --eval_tokens=100000 $rates ;;
         rl)        echo "--tag=$tag"; toy --lr_fraction=0.02 --num_steps=40 --max_new_tokens=64 --device_batch_size=32 --rollout_rows=256 --eval_every=0 $rates ;;
         trial)     echo "--depth=$depth --phases=$training" ;;
         report)    echo "--tag=$tag" ;;
