@@ -3,7 +3,7 @@ Checkpoints that cannot be hurt by killing the writer. A checkpoint of step 400 
 
     model_000400.pt     the weights, a state dict (nanochat's names)
     optim_000400.pt     the optimizer's tensors by parameter name, whole, whatever the number of ranks
-    meta_000400.json    step, settings, model shape, fingerprints, data position, time spent
+    meta_000400.json    step, settings, inputs, model shape, time spent
     manifest_000400.json   size and SHA-256 of the other three, written last: without it there is no checkpoint
 
 Each is written under a temporary name, flushed to disk, read back, then renamed, by a thread while the training goes on.
@@ -91,9 +91,11 @@ def write(directory, step, model_state, optim_state, meta, keep):
     """The three files, their manifest, and then all but the `keep` newest go. OSError or RuntimeError (torch's) where it fails."""
     import torch
     model_name, optim_name, meta_name = names(step)
+    record = phase.read(directory) or {}
+    meta = {**meta, "step": step, "record": {k: record[k] for k in ("settings", "inputs", "chosen", "train_files") if k in record}}  # see phase.recovered
     files = {model_name: write_file(directory, model_name, lambda f: torch.save(model_state, f)),
              optim_name: write_file(directory, optim_name, lambda f: torch.save(optim_state, f)),
-             meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps({**meta, "step": step}, indent=1).encode()))}
+             meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps(meta, indent=1).encode()))}
     common.fsync_dir(directory)
     with contextlib.suppress(FileNotFoundError), open(directory / "metrics.jsonl") as f:
         os.fsync(f.fileno())  # the steps before this one will not run again
@@ -240,7 +242,8 @@ def find_model(stage, data, tag=None):
     step = newest(directory)
     if step is None:
         common.fail(f"{directory} holds no whole checkpoint", next_command=command)
-    if record and record["status"] != "done":
+    record = record or {"status": "done" if step >= (common.read_json(directory / names(step)[2]) or {}).get("num_steps", 0) else "its record is lost"}
+    if record["status"] != "done":
         common.fail(f"the {stage} model {tag} is only half trained (step {step}, {record['status']}): finish it first", next_command=record.get("next") or command)
     return directory, step
 

@@ -37,6 +37,13 @@ def boot_id():
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
+def memory_kills():
+    """How many processes this host's memory guard has killed since it was started; None where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in open("/proc/vmstat"):
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+
 def process_start(pid):
     """When process `pid` started, in clock ticks since boot: tells a process from a later one of the same number. "" if there is
     none, or a zombie: where process 1 does not reap, as in many containers, a killed process stays one for good."""
@@ -139,8 +146,16 @@ def release(directory):
 # the record
 
 def read(directory):
-    """The record of a phase directory, or None."""
-    return common.read_json(Path(directory) / "phase.json")
+    """The record of a phase directory; None where there is none, or a damaged one."""
+    record = common.read_json(Path(directory) / "phase.json")
+    return record if isinstance(record, dict) and {"status", "settings", "inputs", "free"} <= record.keys() else None
+
+def recovered(directory):
+    """What the newest checkpoint says of its record (checkpoint.write puts it there), for a directory that has lost phase.json; {} without one"""
+    for path in sorted(Path(directory).glob("meta_*.json"), reverse=True):
+        if kept := (common.read_json(path) or {}).get("record"):
+            return {**kept, "free": {}, "status": "running"}
+    return {}
 
 def source_version():
     """(commit, hash of the uncommitted difference) of this repository; ("unknown", "") outside git."""
@@ -160,7 +175,7 @@ def differences(old, new):
 def earlier(directory, settings, start_over=False):
     """The record that a start in `directory` goes on from, {} where it begins anew. --start_over=True holds for one beginning: the same
     command given again goes on with the half-done run that it began, and inside speedrun.sh leaves a done one alone."""
-    old = read(directory) or {}
+    old = read(directory) or recovered(directory)
     for kept in (settings.defining, old.get("settings", {})):
         if "tag" in kept:
             kept["tag"] = directory.name  # an empty one stands for it
@@ -185,6 +200,10 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
         common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it aside and trains anew; without, later phases go on from it (speedrun.sh --from)")
     if start_over and old.get("inputs") != inputs:
         old = {}
+    if old and read(directory) is None:
+        common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are compared with what the newest checkpoint says of them")
+    if old.get("status") == "running" and old.get("kills") is not None and old["boot"] == boot_id() and (memory_kills() or 0) > old["kills"]:
+        common.print0(f"{name}: the last start died without a word, and this host's memory guard has killed a process since: probably that one; fewer rows at once (--device_batch_size) need less memory")
     if start_over and not old and directory.exists():
         common.only_asked()
         if (lock := common.read_json(directory / "lock.json")) and holder_alive(lock, (directory / "lock.json").stat().st_mtime):
@@ -202,7 +221,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
             common.outcome(0, "done already")
             sys.exit(0)
         common.only_asked()
-        for line in differences(old["free"], settings.free):
+        for line in differences(old["free"] or settings.free, settings.free):
             common.print0(f"{name}: setting changed since the last start: {line}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -214,7 +233,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
         common.print0(f"{name}: the source changed since the last start ({old.get('commit', '?')[:8]} -> {commit[:8]})")
     record = {**old, "phase": name, "status": "running", "reason": "", "next": command, "settings": settings.defining,
               "free": settings.free, "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
-              "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
+              "boot": boot_id(), "kills": memory_kills(), "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
               "starts": old.get("starts", []) + [time.time()], "updated": time.time()}
     write(directory, record)
     common.outcome_hook = lambda code, reason, following: close(directory, code, reason, following or command)

@@ -2,7 +2,6 @@
 What the training scripts share besides their loops, which each of them has in sight: the schedule, the clock that decides
 when to save, sums over ranks, bits per byte, samples. Plain functions; the clock is one dict of this process.
 """
-import contextlib
 import math
 import sys
 import time
@@ -127,13 +126,6 @@ def rows_that_fit(stage, key, asked, data, tag, compute):
         return asked
     common.print0(f"{stage}: --{key}={found[1]} instead of {asked}, which does not fit into memory here (found by trial.py)")
     return found[1]
-
-def memory_kills():
-    """How many processes this host's memory guard has killed since it was started; None where it does not say."""
-    with contextlib.suppress(OSError):
-        for line in open("/proc/vmstat"):
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
 
 
 def explain_out_of_memory(name, **rows):

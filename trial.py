@@ -90,7 +90,7 @@ def begin():
     if record.get("machine") != training.machine(compute):
         record = {"machine": training.machine(compute), "found": {}, "killed": {}}
     if (earlier := record.get("trying")):
-        by_guard = earlier["kills"] is not None and earlier["boot"] == phase.boot_id() and (training.memory_kills() or 0) > earlier["kills"]
+        by_guard = earlier["kills"] is not None and earlier["boot"] == phase.boot_id() and (phase.memory_kills() or 0) > earlier["kills"]
         if by_guard:
             record["killed"][earlier["name"]] = earlier["n"]
         common.print0(f"trial: the last one was killed while it tried {earlier['name']}={earlier['n']}, "
@@ -115,7 +115,7 @@ def attempt(stage, key, work):
     for n in dict.fromkeys([asked, max(1, asked // 2)]):
         if n >= record["killed"].get(name, n + 1):
             continue
-        write(trying={"name": name, "n": n, "boot": phase.boot_id(), "kills": training.memory_kills()})
+        write(trying={"name": name, "n": n, "boot": phase.boot_id(), "kills": phase.memory_kills()})
         try:
             result, out = work(n), 0
         except Exception as e:

@@ -286,3 +286,30 @@ def test_the_report_judges_the_goals():
     chat = {"base": None, "mid": None, "sft": {"results": {n: result(0.65) for n in ("gsm8k", "arc_easy", "arc_challenge", "mmlu", "facts", "spellingbee")}}, "rl": {"results": {"gsm8k": result(0.71)}}}
     assert [row[2] for row in report.goals(chat)] == ["NO", "yes", "yes", "NO", "yes"]
     assert status.describe(None)[0] == "absent"
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-20]), lambda p: p.write_text(p.read_text().replace('"inputs"', '"inpuds"'))])
+def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damage):
+    begin(folder)
+    phase.note(folder, chosen={"dtype": "float32"})
+    save(folder, 3)
+    phase.release(folder)
+    damage(folder / "phase.json")
+    assert exit_code(begin, folder, SimpleNamespace(defining={"depth": 5}, free={})) == 2
+    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert exit_code(begin, folder, inputs={"data": "other"}) == 2
+    assert exit_code(checkpoint.find_model, "base", "toy", "d4") == 2 and "only half trained (step 3" in capsys.readouterr().err
+    old = begin(folder)
+    assert old["chosen"] == {"dtype": "float32"} and phase.read(folder)["status"] == "running"
+    said = capsys.readouterr().out
+    assert "phase.json is gone or damaged" in said and "setting changed" not in said
+
+
+@pytest.mark.parametrize("kills,named", [(4, False), (5, True)])
+def test_a_death_by_the_memory_guard_is_named_at_the_next_start(folder, capsys, monkeypatch, kills, named):
+    monkeypatch.setattr(phase, "memory_kills", lambda: 4)
+    begin(folder)
+    phase.release(folder)
+    monkeypatch.setattr(phase, "memory_kills", lambda: kills)
+    begin(folder)
+    assert ("memory guard" in capsys.readouterr().out) == named

@@ -111,7 +111,7 @@ def test_a_trial_that_was_killed_is_named(prepared, folder, kills, rows):
     import phase
     record = {**found(prepared), "trying": {"name": "base device_batch_size", "n": 8, "boot": phase.boot_id(), "kills": kills}}
     common.atomic_write(prepared / "toy/trial_d1.json", json.dumps(record))
-    out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "training.memory_kills = lambda: 7")
+    out = faulty(prepared, "trial.py", [*TRIAL, "--phases=base"], "loss", "import phase; phase.memory_kills = lambda: 7")
     assert ("by this host's memory guard: trying 4" if rows == 4 else "trying it again") in out.stdout and f"base: {rows} rows" in out.stdout, out.stdout + out.stderr
 
 
