@@ -17,6 +17,7 @@ import checkpoint
 import common
 import configurator
 import execution
+import phase
 import status
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
@@ -53,6 +54,8 @@ def find():
     for root, name in status.data_sets().items():
         for stage, folder in common.STAGES.items():
             for directory in (root / folder).glob("*"):
+                if not (phase.read(directory) or checkpoint.steps(directory)):
+                    checkpoint.adopt(directory)  # nanochat's, if it has left one
                 steps = checkpoint.steps(directory)
                 if steps and ".old-" not in directory.name and (not data or root == common.data_root(data)):
                     when = (directory / checkpoint.manifest_name(steps[0])).stat().st_mtime

@@ -63,8 +63,7 @@ def newest(directory, say=common.print0):
     return None
 
 def free_bytes(directory):
-    stat = os.statvfs(directory)
-    return stat.f_bavail * stat.f_frsize
+    return (stat := os.statvfs(directory)).f_bavail * stat.f_frsize
 
 def free_files(directory):
     """How many files may still be made; infinity where the file system does not count them."""
@@ -185,10 +184,10 @@ def fingerprint(directory, step):
 # finding and loading trained models
 
 def latest_tag(stage, data):
-    """The tag ("d4") of `stage` that was saved last and holds a checkpoint (nanochat's have no manifest), or None."""
+    """The tag ("d4") of `stage` that was saved last and holds a checkpoint, ours or nanochat's, or None."""
     parent = common.data_root(data) / common.STAGES[stage]
-    manifests = [p for p in [*parent.glob("*/manifest_*.json")] or [*parent.glob("*/model_*.pt")] if ".old-" not in p.parent.name] if parent.exists() else []
-    return max(manifests, key=lambda p: p.stat().st_mtime).parent.name if manifests else None
+    found = [p for p in parent.glob("*/m*_*.json") if ".old-" not in p.parent.name and (p.name.startswith("manifest_") or "model_config" in (common.read_json(p) or {}))]
+    return max(found, key=lambda p: p.stat().st_mtime).parent.name if found else None
 
 def what_exists(data):
     """Lines that name what has been trained: ["base d4: step 400, loss 1.234, 3m12s old"]"""
@@ -206,26 +205,28 @@ def adopt(directory):
     """Makes a checkpoint that nanochat has left in `directory` (model_021400.pt, meta_021400.json with its model_config, no manifest) one of ours: it is
     loaded, to be sure, and gets a manifest and a record; its weights stay untouched. -> the record, None where there is no such checkpoint"""
     directory = Path(directory)
-    for path in sorted(directory.glob("model_*.pt"), reverse=True):
-        there = directory / path.name.replace("model_", "meta_").replace(".pt", ".json")
-        meta = common.read_json(there) or {}
-        if steps(directory) or "model_config" not in meta:
-            continue
-        import torch
-        from gpt import GPTConfig
-        step = int(path.stem.removeprefix("model_"))
-        try:
-            meta = {**meta, "step": step, "model": vars(GPTConfig(**meta["model_config"], arch="nanochat_2025")), "num_steps": step, "batch_tokens": meta.get("total_batch_size", 2 ** 19), "adopted": True}
-            build_model(meta, torch.load(path, map_location="cpu", weights_only=True), "cpu", torch.float32)
+    left = [p for p in directory.glob("model_*.pt") if p.stem[6:].isdigit() and "model_config" in (common.read_json(directory / f"meta_{p.stem[6:]}.json") or {})]
+    if not left:
+        return None
+    path, step, there = max(left), int(max(left).stem[6:]), directory / f"meta_{max(left).stem[6:]}.json"
+    import torch
+    from gpt import GPT, GPTConfig
+    try:
+        if not steps(directory):  # else only the record is lost
+            meta = common.read_json(there)
+            meta.update(step=step, model=vars(GPTConfig(**meta["model_config"], arch="nanochat_2025")), num_steps=step, batch_tokens=meta.get("total_batch_size", 2 ** 19), adopted=True)
+            GPT(GPTConfig(**meta["model"]), torch.float32).load_state_dict(plain(torch.load(path, map_location="cpu", weights_only=True)))
             common.atomic_write(there, json.dumps(meta, indent=1))
             files = {p.name: [p.stat().st_size, common.sha256_file(p)] for p in (path, there)}
             common.atomic_write(directory / manifest_name(step), json.dumps({"step": step, "files": files}))
-            phase.write(directory, {"phase": "nanochat", "status": "done", "code": 0, "reason": "made by nanochat, adopted", "adopted": True, "next": None,
-                                    "settings": {}, "free": {}, "inputs": {}, "starts": [], "step": step, "updated": time.time()})
-        except Exception as e:  # a broken file can raise nearly anything
-            common.fail(f"cannot adopt {path}, which seems to be nanochat's: {' '.join(str(e).split())[:200]} (gpt.py knows its plain model of November 2025); move it away to go on without")
-        common.print0(f"adopted nanochat's checkpoint of step {step:,} in {directory}")
-        return phase.read(directory)
+        phase.write(directory, {"phase": "nanochat", "status": "done", "code": 0, "reason": "made by nanochat, adopted", "adopted": True, "next": None,
+                                "settings": {}, "free": {}, "inputs": {}, "starts": [], "step": step, "updated": time.time()})
+    except PermissionError as e:
+        common.fail(f"cannot write in {directory}, which nanochat has left: {e}; make it writable or copy it")
+    except Exception as e:  # a broken file can raise nearly anything
+        common.fail(f"cannot adopt {path}, which seems to be nanochat's: {' '.join(str(e).split())[:200]} (gpt.py knows its plain model of November 2025); move it away to go on without")
+    common.print0(f"adopted nanochat's checkpoint of step {step:,} in {directory}")
+    return phase.read(directory)
 
 COMMANDS = {"base": "python base_train.py", "mid": "python mid_train.py", "sft": "python chat_sft.py", "rl": "python chat_rl.py"}
 
@@ -255,10 +256,14 @@ def must_fit(directory, step, tokenizer):
         common.fail(f"tokenizer and checkpoint do not belong together: {directory} has a vocabulary of {vocab_size} "
                     f"({meta.get('tokenizer', 'unknown')[:8]}), the tokenizer one of {tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})")
 
+def plain(model_state):
+    """Without the prefix of a compiled model's names, which nanochat's files have"""
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model_state.items()}
+
 def put_weights(model, model_state):
     """Exits with 2 where the weights are not those of this model."""
     try:
-        model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in model_state.items()})  # a compiled model's, in nanochat's files
+        model.load_state_dict(plain(model_state))
     except RuntimeError as e:
         common.fail(f"the checkpoint's weights do not fit the model of this version of the source ({' '.join(str(e).split())[:200]}): "
                     "use the version that trained it (git checkout; its commit is in phase.json), or train anew with --start_over=True")

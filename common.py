@@ -201,8 +201,10 @@ def init_distributed():
             torch.cuda.set_device(local_rank)
         patience = datetime.timedelta(minutes=30)
         store = next(dist.rendezvous("env://", timeout=patience))[0]
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun starts workers again on the same store: a quick rank would find the address of
-            store = dist.PrefixStore(f"life{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # a dead one there (pytorch issue 135712); nodes count apart
+        # torchrun starts workers again on the same store, where a quick rank would find the address of a dead one (pytorch issue 135712): each life writes
+        # under a name of its own. Only on one node: each node's torchrun counts its own restarts, and the names would differ.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else 0
+        store = dist.PrefixStore(f"life_{life}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
         _patient["group"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 

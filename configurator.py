@@ -63,6 +63,10 @@ def given(script, args):
         values[name] = convert(name, value, values[name])
     return values
 
+def whole_path(data):
+    """The same folder, from wherever and however it is named.  examples: "toy" -> "toy", "../my/texts" -> "/home/me/my/texts" """
+    return str(Path(data).expanduser().resolve()) if common.is_folder_data(data) else data
+
 def convert(name, value, default):
     """`value` (text from the command line, or a Python value from a file) as the type of `default`.
     examples: ("depth", "4", 20) -> 4;  ("lr", "1", 0.1) -> 1.0;  ("mixture", "a,b*2", ["c"]) -> ["a", "b*2"]"""
@@ -78,8 +82,8 @@ def convert(name, value, default):
         literal = float(literal)
     if type(literal) is not type(default) and not (default is None and type(literal) in (int, float)):
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
-    if name == "data" and literal and common.is_folder_data(literal):  # the same folder, from wherever and however it is named
-        literal = str(Path(literal).expanduser().resolve())
+    if name == "data" and literal:
+        literal = whole_path(literal)
     right, what = ALLOWED.get(name.rpartition(".")[2], (lambda v: True, ""))
     common.check(right(literal), f"--{name} must be {what}, not {value!r}")
     return literal
@@ -117,6 +121,8 @@ def configure(module_globals):
                     assign(name, value, arg)
         else:
             common.fail(f"cannot read the argument {arg!r}: write --key=value or the name of a .py file of assignments")
+    for name in defaults:  # an edited default is the same as an override
+        module_globals[name] = convert(name, module_globals[name], defaults[name])
     settings = Settings((name, module_globals[name]) for name in defaults)
     settings.defining = {name: settings[name] for name, _, defining in table if defining}
     settings.free = {name: settings[name] for name, _, defining in table if not defining}

@@ -23,6 +23,7 @@ import uuid
 from pathlib import Path
 
 import common
+import configurator
 
 HEARTBEAT = 20.0     # seconds between touches of the lock
 MISSED = 30          # a holder on another host is dead after so many missed heartbeats
@@ -175,10 +176,16 @@ def differences(old, new):
 def earlier(directory, settings, start_over=False):
     """The record that a start in `directory` goes on from, {} where it begins anew. --start_over=True holds for one beginning: the same
     command given again goes on with the half-done run that it began, and inside speedrun.sh leaves a done one alone."""
+    if not start_over:  # nanochat's model, if there is one: the first save would sweep it away
+        import checkpoint
+        if (read(directory) or checkpoint.adopt(directory) or {}).get("adopted"):
+            common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it aside and trains anew; without, later phases go on from it (speedrun.sh --from)")
     old = read(directory) or recovered(directory)
     for kept in (settings.defining, old.get("settings", {})):
         if "tag" in kept:
             kept["tag"] = directory.name  # an empty one stands for it
+        if kept.get("data"):
+            kept["data"] = configurator.whole_path(kept["data"])
     begun_so = old.get("free", {}).get("start_over") and old["settings"] == settings.defining and (old["status"] != "done" or "NANOCHAT_OUTCOME" in os.environ)
     return old if begun_so or not start_over else {}
 
@@ -192,12 +199,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
     """
     directory = Path(directory)
     command = "python " + shlex.join([os.path.basename(sys.argv[0]), *(a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over="))])
-    if not (directory / "phase.json").exists():
-        import checkpoint
-        checkpoint.adopt(directory)  # nanochat's model, if there is one: else the first save would sweep it away
     old = earlier(directory, settings, start_over)
-    if old.get("adopted"):
-        common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it aside and trains anew; without, later phases go on from it (speedrun.sh --from)")
     if start_over and old.get("inputs") != inputs:
         old = {}
     if old and read(directory) is None:

@@ -8,8 +8,8 @@ People, towns and animals have attributes, a few hundred facts in all. Every fac
 About half of the (entity, attribute) pairs are *held out*: no question of any training file ever asks for them, the tests ask
 for nothing else. So a right answer needs the knowledge, from the texts, and the skill of answering, from other pairs (the setting of
 "Physics of Language Models 3.1", arXiv 2309.14316); to copy the answer of the most similar training question does not help.
-The texts state facts of both halves, also as exercises with a gap and four labelled values, never as questions and never with
-the letters of the tests. Words, numbers and functions of the other tests are held out in the same way.
+The texts state facts of both halves, also as exercises: lists of labelled values and sentences with a gap. Those of the test half stand there
+never as questions and never with the letters of the tests. Words, numbers and functions of the other tests are held out in the same way.
 """
 import hashlib
 import json
@@ -189,7 +189,6 @@ def spelled(draw, listed):
         lines.append(f"{spelling} '{word}'.count('{letter}') is {word.count(letter)}.")
     return " ".join(lines)
 
-
 def copied(draw):
     """A list read twice. Nothing else in these texts needs a model to look back for what followed a word (induction heads,
     arXiv 2209.11895), and without that it never finds the label of a choice."""
@@ -200,8 +199,8 @@ LOOKUPS = ["{w}", "{w}?", "Choose {w}.", "Which is {w}?", "Which of these is {w}
 ANSWERS = [" ", ": ", "\nAnswer: ", "\n", "\n", " Answer:\n", "\nAnswer:\n"]  # what stands before the label: the reader has to look further back for what is asked
 
 def listed_questions(draw, world, only_known=False):
-    """Four things and what is asked of them: where a word stands, or facts, which the reader has to know. Facts stand as statements; only those that
-    are not held out are asked for, and with only_known nothing else is even stated. -> things, [(text, place of the answer)]"""
+    """A few things and what is asked of them: where a word stands, or facts, which the reader has to know. Those that are held out stand as statements
+    with a gap, never as questions, and with only_known not at all. -> things, [(text, place of the answer)]"""
     which = draw.random()
     listed = pairs(world, False) if only_known else pairs(world, True) + pairs(world, False)
     if which < 0.45:

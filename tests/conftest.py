@@ -39,7 +39,7 @@ def state(tmp_path, monkeypatch):
 
 def environment(state):
     """This process's, without what a job or another state folder has put there."""
-    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}, "NANOCHAT_BASE_DIR": str(state)}
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}, "NANOCHAT_BASE_DIR": str(state), "CUDA_VISIBLE_DEVICES": ""}  # two ranks on one GPU would be refused
 
 
 def script(state, *args, env=None, timeout=300, said=None):

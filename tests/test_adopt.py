@@ -1,5 +1,6 @@
 """A folder that nanochat has left: its model is adopted, later phases go on from it, and nothing that would overwrite it starts."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ def test_pretraining_refuses_instead_of_sweeping_it_away(left):
     anew = script(left.parents[1], "base_train.py", *tiny, "--start_over=True")
     assert anew.returncode == 0, anew.stderr[-2000:]
     assert contents(next(left.parent.glob("d1.old-*"))) == before
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("{")])
+def test_a_lost_record_or_manifest_makes_it_no_less_nanochats(left, capsys, damage):
+    checkpoint.find_model("base", "fineweb_edu", "d1")
+    before = contents(left)
+    damage(left / "phase.json")
+    with pytest.raises(SystemExit) as stopped:
+        phase.earlier(left, SimpleNamespace(defining={}, free={}))
+    assert stopped.value.code == 2 and "made by nanochat" in capsys.readouterr().err
+    (left / "phase.json").unlink()
+    (left / checkpoint.manifest_name(20)).unlink()  # as if killed between the two
+    assert checkpoint.find_model("base", "fineweb_edu") == (left, 20) and contents(left) == before
+
+
+def test_weights_of_another_shape_are_refused_with_the_reason(left, capsys):
+    state = torch.load(left / "model_000020.pt", weights_only=True)
+    name = next(iter(state))
+    torch.save({**state, name: state[name][:1]}, left / "model_000020.pt")
+    with pytest.raises(SystemExit) as stopped:
+        checkpoint.find_model("base", "fineweb_edu", "d1")
+    assert stopped.value.code == 2 and "cannot adopt" in capsys.readouterr().err
+    assert phase.earlier(left, SimpleNamespace(defining={}, free={}), start_over=True) == {}, "put aside without a look"
 
 
 def test_midtraining_goes_on_from_it(left, tmp_path):

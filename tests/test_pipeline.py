@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pyarrow
@@ -228,8 +229,10 @@ bash -c 'trap "echo the helper was told" TERM; touch listening; while [ ! -f tol
 wait
 """)
     process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
     while not (tmp_path / "listening").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None and time.time() < deadline, "its helper never started"
+        time.sleep(0.01)
     process.terminate()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out

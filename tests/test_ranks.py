@@ -107,8 +107,12 @@ import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
 import common
 life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if life == 1 and rank == 1:
+    open("{tmp_path}/first", "w").close()
+while life == 1 and rank == 0 and not os.path.exists("{tmp_path}/first"):
+    time.sleep(0.01)
 if life == 1 and rank == 0:
-    time.sleep(2)  # so that rank 1 looks first: what it finds is what the first life left
+    time.sleep(2)  # rank 1 looks first: what it finds is what the first life left
 common.init_distributed()
 if life == 0 and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -71,6 +71,23 @@ def test_held_out_pairs_are_never_asked_in_training(world):
     assert not re.search("|".join(wordings), everything)
 
 
+def test_the_letters_of_the_tests_never_stand_with_what_is_held_out(world):
+    made = toy_world.make_world(1337)
+    gaps = {toy_world.sentence(form.format(n=e, p=e, v="...")) for e, a in toy_world.pairs(made, True) for form in toy_world.FACTS[made[e]["kind"]][a][1]}
+    gaps |= {f"When {cause}" for cause, _, noun in toy_world.CAUSES if toy_world.held_out("cause", noun)}
+    who = {n: {toy_world.article(f"The one who {spec[5].format(v=made[n][a])}") for a, spec in toy_world.PEOPLE_FACTS.items() if toy_world.held_out(n, a)} for n in toy_world.NAMES}
+    kinds, found = {k.capitalize() for k in toy_world.KINDS}, Counter()
+    for path in (world / "base_data").glob("*.parquet"):
+        for document in pyarrow.parquet.read_table(path)["text"].to_pylist():
+            options = dict(re.findall(r"^- (.*)=([A-Z])$", document, re.M))
+            texts = {re.sub(r"(:? [A-Z]| Answer:)$", "", line) for line in document.split("\n")}
+            secret = texts & gaps or any(texts & who.get(o, set()) for o in options) or texts & kinds and any(toy_world.held_out("kind", o) for o in options)
+            if options:
+                found[bool(set(options.values()) & set("ABCD")), bool(secret)] += 1
+    assert found[True, False] > 500 and found[False, True] > 500, "both sorts of lists are there"
+    assert found[True, True] == 0
+
+
 def test_conversations_tell_nothing_that_is_held_out(world):
     text = (world / "task_data/smoltalk_train.jsonl").read_text() + (world / "task_data/identity_train.jsonl").read_text()
     made = toy_world.make_world(1337)
