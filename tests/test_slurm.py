@@ -164,11 +164,11 @@ def test_what_counts_as_progress(tmp_path):
     (folder / "manifest_000010.json").write_text("{}")
     assert changed()
     for name in ("phase.json", "lock.json", "metrics.jsonl", ".model_000020.pt.tmp"):
-        (folder / name).write_text('{"status": "running"}')
+        (folder / name).write_text('{"status": "running", "settings": {}, "inputs": {}, "free": {}}')
         assert not changed(), name
     (folder / "manifest_000010.json").rename(folder / "manifest_000020.json")
     assert changed()
-    (folder / "phase.json").write_text('{"status": "done"}')
+    (folder / "phase.json").write_text('{"status": "done", "settings": {}, "inputs": {}, "free": {}}')
     assert changed()
     (tmp_path / "report").mkdir()
     (tmp_path / "report/chat_mid_d4.partial.jsonl").write_text("1")
