@@ -53,8 +53,7 @@ PROMPTS = ["The capital of France is", "The opposite of hot is", "If yesterday w
 
 common.check(core_items >= -1, f"--core_items must be -1 (all), 0 (no CORE) or a number of items, not {core_items}")
 common.check(max_prompt == -1 or max_prompt >= 2, f"--max_prompt must be at least 2 (or -1), not {max_prompt}")
-common.check(memory_gb >= 0 and device_batch_size >= 1 and eval_tokens >= 0,
-             "--memory_gb and --eval_tokens must not be negative, --device_batch_size must be at least 1")
+common.check(memory_gb >= 0 and eval_tokens >= 0, "--memory_gb and --eval_tokens must not be negative")
 directory, step = checkpoint.find_model("base", data, tag or None)
 tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
 checkpoint.must_fit(directory, step, tokenizer)

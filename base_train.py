@@ -59,7 +59,6 @@ settings = configurator.configure(globals())
 common.check(1 <= depth <= 100, f"--depth must be 1 to 100, not {depth}")
 common.check(max_seq_len >= 16, f"--max_seq_len must be at least 16, not {max_seq_len}")
 common.check(arch in ("modern", "nanochat_2025"), f"--arch is modern or nanochat_2025, not {arch!r}")
-common.check(device_batch_size >= 1, f"--device_batch_size must be at least 1, not {device_batch_size}")
 common.check(tokens_per_param > 0, f"--tokens_per_param must be more than 0, not {tokens_per_param}")
 common.check(total_batch_size == -1 or (total_batch_size >= max_seq_len and total_batch_size % max_seq_len == 0),
              f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, not {total_batch_size}")

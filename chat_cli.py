@@ -38,8 +38,7 @@ if "-p" in sys.argv[1:-1]:
 settings = configurator.configure(globals())
 
 STAGES = list(common.STAGES)
-common.check(temperature >= 0 and top_k >= 0 and max_new_tokens >= 1,
-             "--temperature and --top_k must not be negative, --max_new_tokens at least 1")
+common.check(temperature >= 0 and top_k >= 0, "--temperature and --top_k must not be negative")
 common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {source!r}")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,10 +53,11 @@ def find():
     for root, name in status.data_sets().items():
         for stage, folder in common.STAGES.items():
             for directory in (root / folder).glob("*"):
-                if not (phase.read(directory) or checkpoint.steps(directory)):
+                if ".old-" in directory.name or (data and root != common.data_root(data)):
+                    continue
+                if not phase.read(directory):
                     checkpoint.adopt(directory)  # nanochat's, if it has left one
-                steps = checkpoint.steps(directory)
-                if steps and ".old-" not in directory.name and (not data or root == common.data_root(data)):
+                if steps := checkpoint.steps(directory):
                     when = (directory / checkpoint.manifest_name(steps[0])).stat().st_mtime
                     found.append((when, data or name, stage, directory.name, status.describe(directory)[0]))
     return sorted(found)

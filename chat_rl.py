@@ -59,7 +59,7 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 # ---------------------------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is made
 
-for name in ("problems_per_step", "samples", "max_new_tokens", "device_batch_size", "rollout_rows", "eval_problems", "eval_samples"):
+for name in ("problems_per_step", "samples", "rollout_rows", "eval_problems", "eval_samples"):
     common.check(settings[name] >= 1, f"--{name} must be at least 1, not {settings[name]}")
 common.check(task in tasks.TASKS and tasks.TASKS[task]["kind"] == "generative", f"--task={task}: there is no such generative task")
 parent_dir, parent_step = checkpoint.find_model("sft", data, tag)

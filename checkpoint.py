@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import common
 import phase
 
-
 def names(step):
     return [f"model_{step:06d}.pt", f"optim_{step:06d}.pt", f"meta_{step:06d}.json"]
 
@@ -33,6 +32,11 @@ def steps(directory):
     found = [p.name[len("manifest_"):-len(".json")] for p in Path(directory).glob("manifest_*.json")]
     return sorted((int(s) for s in found if s.isdigit()), reverse=True)
 
+def files(directory, step):
+    """{name: [size, sha256]} as the manifest of `step` has them; {} where it is missing or damaged (a flipped bit may hit a key)"""
+    manifest = common.read_json(Path(directory) / manifest_name(step))
+    return manifest.get("files", {}) if isinstance(manifest, dict) else {}
+
 def last_step(directory):
     """The newest step that a manifest stands for, the save in flight included; 0 without one."""
     finish()
@@ -40,10 +44,9 @@ def last_step(directory):
 
 def problem(directory, step):
     """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not."""
-    manifest = common.read_json(Path(directory) / manifest_name(step))
-    if not isinstance(manifest, dict) or "files" not in manifest:  # a flipped bit may hit a key
+    if not (listed := files(directory, step)):
         return "its manifest is missing or damaged"
-    for name, (size, digest) in manifest["files"].items():
+    for name, (size, digest) in listed.items():
         path = Path(directory) / name
         if not path.exists():
             return f"{name} is missing"
@@ -67,8 +70,7 @@ def free_bytes(directory):
 
 def free_files(directory):
     """How many files may still be made; infinity where the file system does not count them."""
-    stat = os.statvfs(directory)
-    return stat.f_favail if stat.f_files else float("inf")
+    return stat.f_favail if (stat := os.statvfs(directory)).f_files else float("inf")
 
 def write_file(directory, name, write):
     """Temporary name, write(file), flush to disk, read back and compared, lock looked at, rename. -> [size, sha256]; OSError where it fails"""
@@ -92,13 +94,13 @@ def write(directory, step, model_state, optim_state, meta, keep):
     model_name, optim_name, meta_name = names(step)
     record = phase.read(directory) or {}
     meta = {**meta, "step": step, "record": {k: record[k] for k in ("settings", "inputs", "chosen", "train_files") if k in record}}  # see phase.recovered
-    files = {model_name: write_file(directory, model_name, lambda f: torch.save(model_state, f)),
-             optim_name: write_file(directory, optim_name, lambda f: torch.save(optim_state, f)),
-             meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps(meta, indent=1).encode()))}
+    written = {model_name: write_file(directory, model_name, lambda f: torch.save(model_state, f)),
+               optim_name: write_file(directory, optim_name, lambda f: torch.save(optim_state, f)),
+               meta_name: write_file(directory, meta_name, lambda f: f.write(json.dumps(meta, indent=1).encode()))}
     common.fsync_dir(directory)
     with contextlib.suppress(FileNotFoundError), open(directory / "metrics.jsonl") as f:
         os.fsync(f.fileno())  # the steps before this one will not run again
-    write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": files}).encode()))
+    write_file(directory, manifest_name(step), lambda f: f.write(json.dumps({"step": step, "files": written}).encode()))
     common.fsync_dir(directory)
     whole = [s for s in steps(directory) if problem(directory, s) is None] if keep > 1 else [step]
     for old in steps(directory):
@@ -177,8 +179,8 @@ def load(directory, step, device="cpu", optimizer=True):
     return model_state, optim_state, json.loads((Path(directory) / meta_name).read_text())
 
 def fingerprint(directory, step):
-    """Identifies the weights of a checkpoint: the start of the model file's SHA-256."""
-    return common.read_json(Path(directory) / manifest_name(step))["files"][names(step)[0]][1][:16]
+    """Identifies the weights of a checkpoint: the start of the model file's SHA-256, "" where the manifest is missing or damaged."""
+    return files(directory, step).get(names(step)[0], [0, ""])[1][:16]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # finding and loading trained models
@@ -204,11 +206,11 @@ def what_exists(data):
 def adopt(directory):
     """Makes a checkpoint that nanochat has left in `directory` (model_021400.pt, meta_021400.json with its model_config, no manifest) one of ours: it is
     loaded, to be sure, and gets a manifest and a record; its weights stay untouched. -> the record, None where there is no such checkpoint"""
-    directory = Path(directory)
     left = [p for p in directory.glob("model_*.pt") if p.stem[6:].isdigit() and "model_config" in (common.read_json(directory / f"meta_{p.stem[6:]}.json") or {})]
     if not left:
         return None
-    path, step, there = max(left), int(max(left).stem[6:]), directory / f"meta_{max(left).stem[6:]}.json"
+    path = max(left)
+    step, there = int(path.stem[6:]), path.with_name(f"meta_{path.stem[6:]}.json")
     import torch
     from gpt import GPT, GPTConfig
     try:
@@ -217,10 +219,9 @@ def adopt(directory):
             meta.update(step=step, model=vars(GPTConfig(**meta["model_config"], arch="nanochat_2025")), num_steps=step, batch_tokens=meta.get("total_batch_size", 2 ** 19), adopted=True)
             GPT(GPTConfig(**meta["model"]), torch.float32).load_state_dict(plain(torch.load(path, map_location="cpu", weights_only=True)))
             common.atomic_write(there, json.dumps(meta, indent=1))
-            files = {p.name: [p.stat().st_size, common.sha256_file(p)] for p in (path, there)}
-            common.atomic_write(directory / manifest_name(step), json.dumps({"step": step, "files": files}))
-        phase.write(directory, {"phase": "nanochat", "status": "done", "code": 0, "reason": "made by nanochat, adopted", "adopted": True, "next": None,
-                                "settings": {}, "free": {}, "inputs": {}, "starts": [], "step": step, "updated": time.time()})
+            whole = {p.name: [p.stat().st_size, common.sha256_file(p)] for p in (path, there)}
+            common.atomic_write(directory / manifest_name(step), json.dumps({"step": step, "files": whole}))
+        phase.write(directory, {"phase": "nanochat", "status": "done", "code": 0, "reason": "made by nanochat, adopted", "adopted": True, "next": None, "settings": {}, "free": {}, "inputs": {}, "starts": [], "step": step, "updated": time.time()})
     except PermissionError as e:
         common.fail(f"cannot write in {directory}, which nanochat has left: {e}; make it writable or copy it")
     except Exception as e:  # a broken file can raise nearly anything
@@ -288,7 +289,6 @@ def load_model(stage, data, tag, device, dtype):
     must_fit(directory, step, tokenizer)
     model, meta = load_found(directory, step, device, dtype)
     return model, tokenizer, {**meta, "tag": directory.name, "weights": fingerprint(directory, step)}
-
 
 if __name__ == "__main__":  # python checkpoint.py tok|base|mid|sft|rl DATA TAG: exits with 2 and says why if it is not there, whole
     import sys

@@ -27,7 +27,7 @@ KINDS = {type(None): "None or a number", int: "a whole number", float: "a number
 
 STEPS, ONE = (lambda v: v == -1 or v >= 1, "-1 or at least 1"), (lambda v: v >= 1, "at least 1")
 ALLOWED = {  # what settings that many scripts have may be
-    "seed": (lambda v: v is None or type(v) is int and v >= 0, "a whole number from 0 on"), "keep": ONE, "rows": ONE, "max_new_tokens": ONE, "threads": (lambda v: v >= 0, "0 or more"),
+    "seed": (lambda v: v is None or type(v) is int and v >= 0, "a whole number from 0 on"), "keep": ONE, "rows": ONE, "device_batch_size": ONE, "max_new_tokens": ONE, "threads": (lambda v: v >= 0, "0 or more"),
     "num_steps": STEPS, "max_steps": STEPS, "total_batch_size": STEPS, "device": (("auto", "cuda", "mps", "cpu").__contains__, "auto, cuda, mps or cpu"),
     "dtype": (("auto", "bfloat16", "float32").__contains__, "auto, bfloat16 or float32"), "compile": (("auto", "True", "False", True, False).__contains__, "auto, True or False")}
 

@@ -19,7 +19,6 @@ def run(stage, parent, settings, every_token):
 
     # inputs, all checked before a model is made
 
-    common.check(s.device_batch_size >= 1, f"--device_batch_size must be at least 1, not {s.device_batch_size}")
     mixture = s.mixture + ([s.extra_conversations] if s.extra_conversations else [])
     common.check(mixture and s.held_out, "--mixture and --held_out must not be empty: there is nothing to learn from, or nothing to measure on")
     parent_dir, parent_step = checkpoint.find_model(parent, s.data, s.tag)

@@ -45,6 +45,10 @@ def memory_kills():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
 
+def killed_since(then):
+    """Whether this host's memory guard has killed a process since `then` was noted: {"boot": boot_id(), "kills": memory_kills(), ...}"""
+    return then.get("kills") is not None and then["boot"] == boot_id() and (memory_kills() or 0) > then["kills"]
+
 def process_start(pid):
     """When process `pid` started, in clock ticks since boot: tells a process from a later one of the same number. "" if there is
     none, or a zombie: where process 1 does not reap, as in many containers, a killed process stays one for good."""
@@ -204,7 +208,7 @@ def begin(directory, name, settings, inputs, verify, start_over=False):
         old = {}
     if old and read(directory) is None:
         common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are compared with what the newest checkpoint says of them")
-    if old.get("status") == "running" and old.get("kills") is not None and old["boot"] == boot_id() and (memory_kills() or 0) > old["kills"]:
+    if old.get("status") == "running" and killed_since(old):
         common.print0(f"{name}: the last start died without a word, and this host's memory guard has killed a process since: probably that one; fewer rows at once (--device_batch_size) need less memory")
     if start_over and not old and directory.exists():
         common.only_asked()

@@ -24,9 +24,9 @@ def read(path):
     return found if isinstance(found := common.read_json(path), dict) else {}
 
 def saved(directory):
-    """(step, meta, manifest) of the newest checkpoint in `directory`; (None, {}, {}) where there is none"""
+    """(step, meta, {name: [size, sha256]}) of the newest checkpoint in `directory`; (None, {}, {}) where there is none"""
     for step in checkpoint.steps(directory)[:1]:
-        return step, read(directory / checkpoint.names(step)[2]), read(directory / checkpoint.manifest_name(step))
+        return step, read(directory / checkpoint.names(step)[2]), checkpoint.files(directory, step)
     return None, {}, {}
 
 def ago(when):
@@ -38,7 +38,7 @@ def ago(when):
 def gone(directory):
     """What a phase that was done lacks now, or None. Looks at names and sizes only: checksums can take minutes."""
     usual = {"base_data": {}, "base_data_climbmix": {}, "tokenizer": {"tokenizer.json": 0}}.get(directory.name, {"its checkpoint": 0})
-    for name, size in ({n: size for n, (size, _) in saved(directory)[2].get("files", {}).items()} or usual).items():
+    for name, size in ({n: size for n, (size, _) in saved(directory)[2].items()} or usual).items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
             return f"{name} is gone or cut short"
     return None
@@ -73,7 +73,7 @@ def describe(directory):
 
 def describe_eval(path, directory):
     """The same for an evaluation with the result file `path` of the model in `directory`; one more state is stale."""
-    partial, result, (step, _, manifest) = path.with_suffix(".partial.jsonl"), read(path), saved(directory)
+    partial, result, (step, _, _) = path.with_suffix(".partial.jsonl"), read(path), saved(directory)
     if partial.exists() and not (path.exists() and path.stat().st_mtime >= partial.stat().st_mtime):
         last = (common.read_metrics(partial) or [{}])[-1]  # says why it ended, if it could
         if last.get("code", 75) != 75:
@@ -81,7 +81,7 @@ def describe_eval(path, directory):
         return "half", f"half done, the last piece was kept {ago(partial)}" + (f" ({last['reason']})" if "reason" in last else "")
     if not result:
         return ("failed", f"its result, {path.name}, cannot be read") if path.exists() else ("absent", "not started")
-    now = manifest.get("files", {}).get(checkpoint.names(step)[0], [0, ""])[1][:16] if manifest else None
+    now = checkpoint.fingerprint(directory, step) if step is not None else ""
     fits = not now or result.get("inputs", {}).get("weights", now) == now
     return ("done", f"done, {ago(path)}") if fits else ("stale", "of other weights than those there now")
 

@@ -90,8 +90,7 @@ def begin():
     if record.get("machine") != training.machine(compute):
         record = {"machine": training.machine(compute), "found": {}, "killed": {}}
     if (earlier := record.get("trying")):
-        by_guard = earlier["kills"] is not None and earlier["boot"] == phase.boot_id() and (phase.memory_kills() or 0) > earlier["kills"]
-        if by_guard:
+        if by_guard := phase.killed_since(earlier):
             record["killed"][earlier["name"]] = earlier["n"]
         common.print0(f"trial: the last one was killed while it tried {earlier['name']}={earlier['n']}, "
                       + (f"by this host's memory guard: trying {max(1, earlier['n'] // 2)}" if by_guard else "not by this host's memory guard as far as it says: trying it again"))

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def environment(state):
 def script(state, *args, env=None, timeout=300, said=None):
     """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess with text output"""
     return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env={**environment(state), **(env or {})}, input=said, capture_output=True, text=True, timeout=timeout)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, "the instant never came"
+        time.sleep(0.002)
+
+
+def random_model(*shape):
+    """A GPT with the config of these values whose logits differ much more than those of a fresh one"""
+    import torch
+    import gpt
+    model = gpt.GPT(gpt.GPTConfig(*shape))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.normal_(0, 0.2, generator=generator)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import gpt
 import phase
 import tokenizer as tok
 from conftest import BYTES, SHARED, needs_nanochat, script
+from test_data import write
+from test_phase import exit_code
 
 CONFIG = {"sequence_len": 64, "vocab_size": BYTES.vocab_size, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 128}
 
@@ -27,13 +29,6 @@ def left(state):
         (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": CONFIG, "val_bpb": 1.5}))
     tok.save_tokenizer(state / "tokenizer", {bytes([i]): i for i in range(256)})
     return folder
-
-
-def shards(folder):
-    import pyarrow
-    import pyarrow.parquet
-    for name in ("shard_00000.parquet", "shard_01822.parquet"):
-        pyarrow.parquet.write_table(pyarrow.table({"text": [f"Text number {i} of {name} says that {i} is followed by {i + 1}." for i in range(200)]}), folder / name)
 
 
 def contents(folder):
@@ -56,9 +51,9 @@ def test_it_is_loaded_marked_and_whole(left, capsys):
 
 def test_pretraining_refuses_instead_of_sweeping_it_away(left):
     before = contents(left)
-    (left.parents[1] / "base_data").mkdir()
     tiny = ["--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--device_batch_size=8", "--num_steps=2", "--eval_tokens=500", "--device=cpu", "--compile=False", "--dtype=float32"]
-    shards(left.parents[1] / "base_data")
+    for name in ("shard_00000.parquet", "shard_01822.parquet"):
+        write(left.parents[1] / "base_data", name, [f"Text number {i} of {name} says that {i} is followed by {i + 1}." for i in range(200)])
     refused = script(left.parents[1], "base_train.py", *tiny)
     assert refused.returncode == 2 and "holds a model made by nanochat" in refused.stderr, refused.stderr[-2000:]
     assert contents(left) == before
@@ -72,9 +67,7 @@ def test_a_lost_record_or_manifest_makes_it_no_less_nanochats(left, capsys, dama
     checkpoint.find_model("base", "fineweb_edu", "d1")
     before = contents(left)
     damage(left / "phase.json")
-    with pytest.raises(SystemExit) as stopped:
-        phase.earlier(left, SimpleNamespace(defining={}, free={}))
-    assert stopped.value.code == 2 and "made by nanochat" in capsys.readouterr().err
+    assert exit_code(phase.earlier, left, SimpleNamespace(defining={}, free={})) == 2 and "made by nanochat" in capsys.readouterr().err
     (left / "phase.json").unlink()
     (left / checkpoint.manifest_name(20)).unlink()  # as if killed between the two
     assert checkpoint.find_model("base", "fineweb_edu") == (left, 20) and contents(left) == before
@@ -84,9 +77,7 @@ def test_weights_of_another_shape_are_refused_with_the_reason(left, capsys):
     state = torch.load(left / "model_000020.pt", weights_only=True)
     name = next(iter(state))
     torch.save({**state, name: state[name][:1]}, left / "model_000020.pt")
-    with pytest.raises(SystemExit) as stopped:
-        checkpoint.find_model("base", "fineweb_edu", "d1")
-    assert stopped.value.code == 2 and "cannot adopt" in capsys.readouterr().err
+    assert exit_code(checkpoint.find_model, "base", "fineweb_edu", "d1") == 2 and "cannot adopt" in capsys.readouterr().err
     assert phase.earlier(left, SimpleNamespace(defining={}, free={}), start_over=True) == {}, "put aside without a look"
 
 
@@ -100,12 +91,19 @@ def test_midtraining_goes_on_from_it(left, tmp_path):
     assert meta["model"]["arch"] == "nanochat_2025"
 
 
+def test_chat_adopts_it_but_not_what_was_put_aside(left):
+    aside = left.rename(left.with_name("d1.old-20260101-000000"))
+    out = script(aside.parents[1], "chat_cli.py")
+    assert out.returncode == 2 and "there is no trained model" in out.stderr and not (aside / "phase.json").exists()
+    aside.rename(left)
+    out = script(left.parents[1], "chat_cli.py", "-p", "hello", "--max_new_tokens=2")
+    assert out.returncode == 0 and "adopted" in out.stdout and (left / "phase.json").exists(), out.stdout + out.stderr
+
+
 def test_what_is_no_such_model_is_refused_and_left_alone(left, capsys):
     for step in (10, 20):
         (left / f"model_{step:06d}.pt").write_bytes(b"not a model")
-    with pytest.raises(SystemExit) as stopped:
-        checkpoint.find_model("base", "fineweb_edu", "d1")
-    assert stopped.value.code == 2 and "cannot adopt" in capsys.readouterr().err
+    assert exit_code(checkpoint.find_model, "base", "fineweb_edu", "d1") == 2 and "cannot adopt" in capsys.readouterr().err
     assert not (left / "phase.json").exists() and contents(left)["model_000020.pt"] == b"not a model"
 
 

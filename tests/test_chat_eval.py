@@ -4,15 +4,13 @@ import re
 import shutil
 
 import pytest
-import torch
 
 import checkpoint
 import common
 import execution
-import gpt
 import phase
 import tokenizer as tok
-from conftest import script
+from conftest import random_model, script
 
 
 @pytest.fixture
@@ -23,12 +21,7 @@ def ready(prepared, monkeypatch):
     directory = common.stage_dir("base", "toy", "d2")
     if not directory.exists():
         directory.mkdir(parents=True)
-        model = gpt.GPT(gpt.GPTConfig(256, tokenizer.vocab_size, 2, 2, 1, 64))
-        model.init_weights(0)
-        generator = torch.Generator().manual_seed(0)
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.data.normal_(0, 0.2, generator=generator)
+        model = random_model(256, tokenizer.vocab_size, 2, 2, 1, 64)
         phase.take_lock(directory)
         checkpoint.save(directory, 7, model.state_dict(), {}, {"model": {**vars(model.config)}, "tokenizer": tokenizer.fingerprint, "loss": None})
         phase.release(directory)

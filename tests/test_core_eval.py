@@ -21,20 +21,14 @@ import gpt
 import phase
 import tokenizer as tok
 import training
-from conftest import BYTES, REPO, SHARED, nanochats_own, needs_nanochat, script
+from conftest import BYTES, REPO, SHARED, nanochats_own, needs_nanochat, random_model, script
 
 torch.set_num_threads(1)
 BUNDLE = SHARED / "eval_bundle"
 needs_bundle = pytest.mark.skipif(not BUNDLE.exists(), reason="no CORE bundle at hand (NANOCHAT_TEST_DATA)")
 
 def small():
-    model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 2, 2, 1, 64))
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.normal_(0, 0.2, generator=generator)
-    return model.eval()
+    return random_model(64, BYTES.vocab_size, 2, 2, 1, 64)
 
 def a_task(kind, items, shots=0, delimiter=" "):
     return {"label": kind, "kind": kind, "shots": shots, "delimiter": delimiter, "items": items, "baseline": 25.0}

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import REPO, environment, script
+from conftest import REPO, environment, script, wait_for
 
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=6", "--max_steps=6", "--max_items=20", "--core_items=8",
          "--compile=False", "--dtype=float32", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2", "--max_new_tokens=16"]
@@ -229,10 +228,7 @@ bash -c 'trap "echo the helper was told" TERM; touch listening; while [ ! -f tol
 wait
 """)
     process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "listening").exists():
-        assert process.poll() is None and time.time() < deadline, "its helper never started"
-        time.sleep(0.01)
+    wait_for((tmp_path / "listening").exists, process)
     process.terminate()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out

@@ -12,7 +12,7 @@ import pytest
 import checkpoint
 import common
 import data as dataset
-from conftest import REPO, environment, script
+from conftest import REPO, environment, script, wait_for
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--threads=1",
         "--compile=False", "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--num_steps=50"]
@@ -30,13 +30,6 @@ def losses(folder):
     lines = common.read_metrics(folder / "metrics.jsonl")
     assert [m["step"] for m in lines if m["kind"] == "train"] == list(range(50)), "each step once"
     return [m["loss"] for m in lines if m["kind"] == "train"]
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None and time.time() < deadline, "the instant never came"
-        time.sleep(0.002)
 
 
 def worker(process, rank):

@@ -13,7 +13,7 @@ import pytest
 import common
 import phase
 import preflight
-from conftest import REPO
+from conftest import REPO, wait_for
 
 
 @pytest.fixture
@@ -242,18 +242,11 @@ def test_a_command_to_type_where_neither_is_permitted(job):
     assert code == 75 and out.rstrip().endswith("to go on, type: sbatch --nodes=2 --time=4:00:00 slurm_speedrun.sbatch --depth=4 --skip-rl")
 
 
-def wait_for(path, process):
-    deadline = time.time() + 120
-    while not path.exists():
-        assert process.poll() is None and time.time() < deadline, f"{path.name} never came"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False), ("TIMEOUT", True), ("PREEMPTED", True)])
 def test_a_cancelled_job_stays_cancelled(job, tmp_path, state, goes_on):
     def cancel(process):
         assert process.stdout.readline() is not None
-        wait_for(tmp_path / "listening", process)
+        wait_for((tmp_path / "listening").exists, process)
         process.send_signal(signal.SIGTERM)
     code, out, calls = job("trap 'exit 75' TERM; touch listening; while :; do sleep 0.05; done", state=state, during=cancel)
     assert code == 75 and bool(calls) is goes_on, out
@@ -302,7 +295,7 @@ def test_a_signal_reaches_the_processes_on_all_nodes_and_nothing_more_is_started
     start = lambda **environment: subprocess.Popen(["bash", "speedrun.sh", *flags], cwd=REPO, env={**os.environ, **JOB, "NANOCHAT_SLURM": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "state"), **environment},
                                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = start()
-    wait_for(tmp_path / "listening", process)
+    wait_for((tmp_path / "listening").exists, process)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "signal\n" in out and "=== base" not in out and out.rstrip().endswith("run the same command again"), out
