@@ -9,6 +9,7 @@ size and checksum that the server states, and only then renamed. Two processes a
 import email.utils
 import errno
 import fcntl
+import json
 import os
 import random
 import re
@@ -18,28 +19,8 @@ import time
 
 import common
 
-HUB = "https://huggingface.co/datasets/"  # $HF_ENDPOINT takes the place of https://huggingface.co
-ADDRESSES = {  # name: (address of file i, number of files, bytes of each, roughly)
-    "fineweb_edu": (HUB + "karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_{:05d}.parquet", 1823, 100_000_000),
-    "climbmix": (HUB + "karpathy/climbmix-400b-shuffle/resolve/main/shard_{:05d}.parquet", 6543, 100_000_000),
-    "smoltalk_train": (HUB + "HuggingFaceTB/smol-smoltalk/resolve/main/data/train-{:05d}-of-00004.parquet", 4, 231_000_000),
-    "smoltalk_test": (HUB + "HuggingFaceTB/smol-smoltalk/resolve/main/data/test-{:05d}-of-00001.parquet", 1, 48_000_000),
-    "mmlu_auxiliary_train": (HUB + "cais/mmlu/resolve/main/all/auxiliary_train-{:05d}-of-00001.parquet", 1, 48_000_000),
-    "mmlu_dev": (HUB + "cais/mmlu/resolve/main/all/dev-{:05d}-of-00001.parquet", 1, 100_000),
-    "mmlu_validation": (HUB + "cais/mmlu/resolve/main/all/validation-{:05d}-of-00001.parquet", 1, 500_000),
-    "mmlu_test": (HUB + "cais/mmlu/resolve/main/all/test-{:05d}-of-00001.parquet", 1, 4_000_000),
-    "arc_easy_train": (HUB + "allenai/ai2_arc/resolve/main/ARC-Easy/train-{:05d}-of-00001.parquet", 1, 400_000),
-    "arc_easy_validation": (HUB + "allenai/ai2_arc/resolve/main/ARC-Easy/validation-{:05d}-of-00001.parquet", 1, 100_000),
-    "arc_easy_test": (HUB + "allenai/ai2_arc/resolve/main/ARC-Easy/test-{:05d}-of-00001.parquet", 1, 400_000),
-    "arc_challenge_train": (HUB + "allenai/ai2_arc/resolve/main/ARC-Challenge/train-{:05d}-of-00001.parquet", 1, 200_000),
-    "arc_challenge_validation": (HUB + "allenai/ai2_arc/resolve/main/ARC-Challenge/validation-{:05d}-of-00001.parquet", 1, 100_000),
-    "arc_challenge_test": (HUB + "allenai/ai2_arc/resolve/main/ARC-Challenge/test-{:05d}-of-00001.parquet", 1, 300_000),
-    "gsm8k_train": (HUB + "openai/gsm8k/resolve/main/main/train-{:05d}-of-00001.parquet", 1, 2_400_000),
-    "gsm8k_test": (HUB + "openai/gsm8k/resolve/main/main/test-{:05d}-of-00001.parquet", 1, 500_000),
-    "humaneval_test": (HUB + "openai/openai_humaneval/resolve/main/openai_humaneval/test-{:05d}-of-00001.parquet", 1, 100_000),
-    "words_alpha": ("https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt", 1, 4_300_000),
-    "eval_bundle": ("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", 1, 170_000_000),
-}
+# name: [address of file i, number of files, bytes of each, roughly]; $HF_ENDPOINT takes the place of https://huggingface.co
+ADDRESSES = json.loads((common.REPO / "assets" / "addresses.json").read_text())
 RETRIES = 8      # tries in a row that bring nothing new before a file is given up
 BACKOFF = 1.0    # seconds before the second try, doubled for each further one up to a minute
 PROGRESS = 5.0   # seconds between progress lines
