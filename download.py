@@ -1,187 +1,226 @@
 """
-Where public data is, and how it comes here whole or not at all. The only file that uses the internet.
+Brings public files here whole or not at all. The only file that uses the internet.
 
-    fetch_all([(url, path, opens, size), ...], "python prepare_data.py --data=fineweb_edu")
+    fetch_all([(url, path, opens, size), ...], "python prepare_data.py", common.stop_requested)
 
-A file is received under the name .part-NAME beside its place, continued there by a later call, opened, compared with the
-size and checksum that the server states, and only then renamed. Two processes at the same file: the second waits.
+A file is received under the name .part-NAME beside its place, and a later call continues it there.
+It is renamed only when it opens and has the size and checksum that the server states. Where two
+processes want the same file, the second waits for the first.
 """
-import email.utils
-import errno
+import contextlib
 import fcntl
 import json
 import os
-import random
 import re
 import shutil
-import threading
 import time
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+
+import requests
+import urllib3
 
 import common
 
-# name: [address of file i, number of files, bytes of each, roughly]; $HF_ENDPOINT takes the place of https://huggingface.co
+# name: [address of file i, number of files, bytes of each, roughly]
 ADDRESSES = json.loads((common.REPO / "assets" / "addresses.json").read_text())
-RETRIES = 8      # tries in a row that bring nothing new before a file is given up
-BACKOFF = 1.0    # seconds before the second try, doubled for each further one up to a minute
+HUB = "https://huggingface.co"  # $HF_ENDPOINT takes its place
+RETRIES = 8      # attempts in a row that bring nothing new before a file is given up
+BACKOFF = 1.0    # seconds before the next attempt, doubled for each further one
 PROGRESS = 5.0   # seconds between progress lines
 TIMEOUT = 30.0   # seconds without a byte after which a connection is given up
+
+@dataclass
+class Progress:
+    """What the threads of one fetch_all have done so far."""
+    sizes: dict        # path: bytes of the whole file, a guess until the server states them
+    received: int = 0  # bytes; the threads add to it without a lock, so it may miss a few
+    arrived: list = field(default_factory=list)  # paths
+    errors: list = field(default_factory=list)   # one text for each file given up
+
+class Patience(urllib3.Retry):
+    """urllib3's own gives up at a Retry-After that it cannot read, and obeys one of hours."""
+    def parse_retry_after(self, retry_after):
+        try:
+            return min(600, super().parse_retry_after(retry_after))
+        except urllib3.exceptions.InvalidHeader:
+            return 0  # as if there were none
+
+def open_session():
+    """A session that asks up to RETRIES times for an answer, where another attempt may help."""
+    retry = Patience(total=RETRIES - 1, status_forcelist=[408, 425, 429, *range(500, 600)],
+                     raise_on_status=False, backoff_factor=BACKOFF, backoff_jitter=BACKOFF,
+                     backoff_max=60)
+    adapter = requests.adapters.HTTPAdapter(max_retries=retry)
+    session = requests.Session()
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+def part_of(path):
+    """data/a.parquet -> data/.part-a.parquet"""
+    return path.with_name(f".part-{path.name}")
+
+def open_part(part):
+    """Opens the file for appending and locks it, waiting for another process that receives it."""
+    while True:
+        f = open(part, "a+b", buffering=0)  # unbuffered: what came is kept when this process dies
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(f, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(part.stat(), os.fstat(f.fileno())):
+                return f
+        f.close()  # the other process has finished and renamed it
+
+def size_of(f):
+    return os.fstat(f.fileno()).st_size
+
+def stated(response, name):
+    """A header that may stand with the file or, as Hugging Face has it, with the redirection."""
+    answers = [*response.history, response]
+    return next((answer.headers[name] for answer in answers if name in answer.headers), "")
+
+def receive(response, f, path, progress):
+    """
+    Appends the body of an answer to the open file; a server that cannot continue sends everything
+    anew. -> None if the file has its full size now, else what is wrong
+    """
+    have = size_of(f)
+    content_range = response.headers.get("Content-Range", "")  # bytes 10-99/100, or bytes */100
+    total = (stated(response, "X-Linked-Size") or content_range.rpartition("/")[2]
+             or response.headers.get("Content-Length", ""))
+    if response.status_code == 416 and total == str(have):
+        return None  # nothing was missing
+    if not content_range.startswith(f"bytes {have}-"):
+        f.truncate(0)
+        if response.status_code != 200:
+            return "the server did not send the part that was asked for"
+    if total.isdigit():
+        progress.sizes[path] = int(total)
+    try:
+        for chunk in response.iter_content(65536):
+            f.write(chunk)
+            progress.received += len(chunk)
+    except requests.RequestException as e:
+        return f"the line broke or fell silent: {e}"
+    if total.isdigit() and size_of(f) != int(total):
+        return f"{size_of(f)} of {total} bytes came"
+    return None
+
+def attempt(session, url, f, path, opens, progress):
+    """
+    Asks for what is missing of a file. -> None if it is whole and right now, else what is wrong
+    Raises OSError where more attempts would not help: the disk's own, or one of requests'.
+    """
+    headers = {"Accept-Encoding": "identity"}
+    if size_of(f):
+        headers["Range"] = f"bytes={size_of(f)}-"
+    with session.get(url, headers=headers, stream=True, timeout=(10, TIMEOUT)) as response:
+        if response.status_code not in (200, 206, 416):
+            raise requests.HTTPError(f"HTTP status {response.status_code}")
+        wrong = receive(response, f, path, progress)
+    if wrong:
+        return wrong
+    wrong = opens(part_of(path))
+    sha256 = stated(response, "X-Linked-ETag").strip('"')  # of small files it is something else
+    if re.fullmatch("[0-9a-f]{64}", sha256) and common.sha256_file(part_of(path)) != sha256:
+        wrong = "its checksum is not the stated one"
+    if wrong:
+        f.truncate(0)
+    return wrong
+
+def fetch(url, path, opens, progress):
+    """Brings one file. Raises OSError where that is hopeless."""
+    part = part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    url = url.replace(HUB, (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/"))
+    failures = 0
+    most = 0  # bytes that were here after any attempt
+    with open_session() as session, open_part(part) as f:
+        if path.exists() and opens(path) is None:  # another process was quicker
+            part.unlink()
+            return
+        # urllib3 repeats a request until it is answered; a body that breaks is ours to continue
+        while wrong := attempt(session, url, f, path, opens, progress):
+            failures += 1
+            if size_of(f) > most:  # a line that breaks but brings something is not given up
+                most = size_of(f)
+                failures = 0
+            if failures == RETRIES:
+                raise requests.exceptions.RetryError(f"nothing new came: {wrong}")
+            time.sleep(BACKOFF * 2 ** failures)
+        os.fsync(f.fileno())
+        os.replace(part, path)
+        common.fsync_dir(path.parent)
 
 def offline():
     """Why the network must not be used here, or None."""
     if os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0"):
         return "NANOCHAT_OFFLINE is set"
-    return "this is a Slurm job" if "SLURM_JOB_ID" in os.environ else None
+    if "SLURM_JOB_ID" in os.environ:
+        return "this is a Slurm job"
+    return None
 
-def forbid_offline(path, command):
-    common.check(not offline(), f"{path} would have to be downloaded, but {offline()}: no network is used here; on a machine with internet", command)
+def progress_line(progress, there, seconds):
+    """-> "3 of 9 files, 270.1 of 880.0 MB, 31.4 MB/s, 19s left"; there: bytes of earlier calls"""
+    total = sum(progress.sizes.values()) - there
+    rate = progress.received / max(1e-3, seconds)
+    line = (f"{len(progress.arrived)} of {len(progress.sizes)} files, "
+            f"{progress.received / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s")
+    if rate:
+        line += f", {common.clock(max(0, total - progress.received) / rate)} left"
+    return line
 
-def part_of(path):
-    return path.with_name(f".part-{path.name}")
-
-def wait_seconds(header, failures):
-    """How long to wait: what Retry-After says (seconds or a date; at most 10 minutes), else exponential backoff."""
-    if header and header.strip().isdigit():
-        return min(600, int(header))
-    if header and (date := email.utils.parsedate_tz(header)):
-        return min(600, max(0, email.utils.mktime_tz(date) - time.time()))
-    return min(60, BACKOFF * 2 ** (failures - 1)) * random.uniform(0.7, 1.3)
-
-def locked(part):
-    """Opens the partial file for appending and locks it, waiting for another process that has it."""
-    while True:
-        f = open(part, "a+b", buffering=0)  # unbuffered: what has come is kept, whenever this process ends
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        if part.exists() and part.stat().st_ino == os.fstat(f.fileno()).st_ino:
-            return f
-        f.close()  # finished and renamed by the one we waited for
-
-def receive(session, url, f, state):
+def fetch_all(jobs, command, should_stop, workers=8, also=0):
     """
-    Appends to the open file what is still missing of `url`. -> (seconds to wait from Retry-After or None, error or None, sha256 or None)
-    An error that starts with "gone" is final.
+    jobs: list of (url, path, opens, size): opens(path) -> None or what is wrong with the file,
+    size in bytes, roughly; should_stop() -> None or why ("signal SIGTERM"); also: bytes that later
+    phases make of the files and that must have room too
+    Returns when all are there. Fails with 75 when asked to stop (what came is kept), with 2 before
+    the first byte where the network is forbidden or the disk too small, else with 1.
     """
-    have = os.fstat(f.fileno()).st_size
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with session.get(url, headers=headers, stream=True, timeout=(10, TIMEOUT)) as r:
-        total = re.search(r"/(\d+)$", r.headers.get("Content-Range", ""))
-        total = int(total[1]) if total else None
-        linked = {k.lower(): v for step in [*r.history, r] for k, v in step.headers.items() if k.lower().startswith("x-linked")}
-        sha = linked.get("x-linked-etag", "").strip('"')  # Hugging Face states the sha256 of large files so
-        sha = sha if re.fullmatch(r"[0-9a-f]{64}", sha) else None
-        if r.status_code == 416 and total == have:
-            return None, None, sha  # all of it was there
-        if r.status_code == 416:
-            f.truncate(0)
-            return None, "what was there was longer than the file", None
-        if r.status_code not in (200, 206):
-            final = 400 <= r.status_code < 500 and r.status_code not in (408, 425, 429)
-            return r.headers.get("Retry-After"), f"{'gone: ' if final else ''}HTTP status {r.status_code}", None
-        if have and f"bytes {have}-" not in r.headers.get("Content-Range", ""):
-            f.truncate(0)  # a server that cannot continue sends everything anew
-            have = 0
-            if r.status_code == 206:
-                return None, "the server sent another part than was asked for", None
-        if total is None and r.headers.get("Content-Length", "").isdigit():
-            total = have + int(r.headers["Content-Length"])
-        total = int(linked.get("x-linked-size", 0)) or total
-        if total:
-            state["sizes"][f.name] = total
-        for chunk in r.iter_content(65536):
-            f.write(chunk)
-            state["bytes"] += len(chunk)  # a count for the progress line: it may miss one now and then
-        size = os.fstat(f.fileno()).st_size
-        if total and size > total:
-            f.truncate(0)
-        return None, None if not total or size == total else f"{size:,} of {total:,} bytes came", sha
-
-def fetch(session, url, path, opens, state):
-    """Brings one file. -> None, or why it could not be had."""
-    import requests
-    part, failures, best = part_of(path), 0, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if endpoint := os.environ.get("HF_ENDPOINT"):
-        url = url.replace("https://huggingface.co", endpoint.rstrip("/"))
-    with locked(part) as f:
-        while True:
-            if path.exists() and opens(path) is None:  # another process was quicker
-                part.unlink(missing_ok=True)
-                return None
-            wait, why, sha = None, None, None
-            try:
-                wait, why, sha = receive(session, url, f, state)
-            except (requests.RequestException, OSError) as e:
-                final = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(e, ValueError)  # a full disk; an address that is none
-                why = f"gone: {e}" if final else f"{type(e).__name__}: {e}"
-            if why is None:
-                why = opens(part) or ("its checksum is not the stated one" if sha and common.sha256_file(part) != sha else None)
-                if why is None:
-                    os.fsync(f.fileno())
-                    os.replace(part, path)
-                    common.fsync_dir(path.parent)
-                    return None
-                why = f"what came from there is not right: {why}"
-                f.truncate(0)
-            size = os.fstat(f.fileno()).st_size
-            failures = 0 if size > best else failures + 1  # a line that breaks but brings something is not given up
-            best = max(best, size)
-            if why.startswith("gone") or failures >= RETRIES:
-                return f"{url}: {' '.join(why.removeprefix('gone: ').split())[:200]}"
-            time.sleep(wait_seconds(wait, max(failures, 1)))
-
-def fetch_all(jobs, command, workers=8, also=0):
-    """
-    jobs: list of (url, path, opens, size); opens(path) -> None or what is wrong with the file; size in bytes, roughly;
-    also: bytes that the next phases will make of it and that must have room too
-    Returns when all are there. Exits with 75 when asked to stop (what came is kept), with 2 before the first byte where the
-    network is forbidden or the disk too small, else with 1, naming what could not be had.
-    """
-    import requests
     if not jobs:
         return
-    forbid_offline(jobs[0][1], command)
-    there = sum(part_of(path).stat().st_size for _, path, _, _ in jobs if part_of(path).exists())
+    first = jobs[0][1]
+    common.check(not offline(), f"{first} would have to be downloaded, but {offline()}: no network "
+                 "is used here; on a machine with internet", command)
+    parts = [part_of(path) for _, path, _, _ in jobs]
+    there = sum(part.stat().st_size for part in parts if part.exists())
     needed = sum(size for *_, size in jobs) - there
-    folder = next(p for p in (jobs[0][1], *jobs[0][1].parents) if p.is_dir())
+    folder = next(parent for parent in first.parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
-    common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to {common.base_dir()} ({free / 1e9:.1f} GB free)")
-    common.check(needed + also < free, f"{needed / 1e9:.2f} GB have to be downloaded{f' and {also / 1e9:.2f} GB are made of it' if also else ''}, "
-                 f"but only {free / 1e9:.2f} GB are free in {folder}; "
-                 "free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
-    todo, state, done, errors, started, shown = list(reversed(jobs)), {"bytes": 0, "sizes": {}}, [], [], time.time(), 0.0
+    common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to "
+                  f"{common.base_dir()} ({free / 1e9:.1f} GB free)")
+    common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder}, "
+                 f"{needed / 1e9:.2f} GB of them to download, but only {free / 1e9:.2f} GB are "
+                 "free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
+    progress = Progress({path: size for _, path, _, size in jobs})
 
-    def work():
-        session = requests.Session()
-        while not errors or state["bytes"]:  # where nothing comes at all the rest is not tried
-            try:
-                url, path, opens, _ = todo.pop()
-            except IndexError:
-                return
-            try:
-                if why := fetch(session, url, path, opens, state):
-                    errors.append(f"{path.name} ({why})")
-            except Exception as e:  # a thread that dies must not look like one that is done
-                errors.append(f"{path.name} ({type(e).__name__}: {e})")
-            done.append(path)
+    def work(url, path, opens, size):
+        if progress.errors and not progress.received:
+            return  # where nothing comes at all the rest is not tried
+        try:
+            fetch(url, path, opens, progress)
+            progress.arrived.append(path)
+        except Exception as e:  # whatever it is, it must not look like a file that arrived
+            progress.errors.append(f"{path.name} ({url}: {type(e).__name__}: {str(e)[:400]})")
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]  # daemons: a stop does not wait for a slow server
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        if why := common.stop_requested():
-            common.fail(f"{why} while downloading; what came is kept, run the same command again", code=75)
-        if time.time() - shown > PROGRESS:
-            shown, rate = time.time(), state["bytes"] / max(1e-3, time.time() - started)
-            total = sum(state["sizes"].get(str(part_of(path)), size) for _, path, _, size in jobs) - there
-            common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files, {state['bytes'] / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
-                          + (f", {common.clock(max(0, total - state['bytes']) / rate)} left" if rate else ""))
-        time.sleep(0.05)
-    common.print0(f"  {len(done) - len(errors)} of {len(jobs)} files are there, {state['bytes'] / 1e9:.2f} GB in {common.clock(time.time() - started)}")
-    if errors:
-        common.fail(f"{len(jobs) - len(done) + len(errors)} files could not be had: {'; '.join(errors[:3])}{' ...' if len(errors) > 3 else ''}", 1, command)
+    started = shown = time.time()
+    # not a ThreadPoolExecutor: Python waits at its end for the threads of that one, so a stop would
+    # take as long as a silent server (30 seconds) or a Retry-After (10 minutes)
+    with ThreadPool(min(workers, len(jobs))) as pool:
+        result = pool.starmap_async(work, jobs, chunksize=1)
+        while not result.ready():
+            result.wait(0.05)
+            if why := should_stop():
+                common.fail(f"{why} while downloading; what came is kept, run the same command "
+                            "again", code=75)
+            if time.time() - shown > PROGRESS:
+                shown = time.time()
+                common.print0("  " + progress_line(progress, there, shown - started))
+    common.print0(f"  {len(progress.arrived)} of {len(jobs)} files are there, "
+                  f"{progress.received / 1e9:.2f} GB in {common.clock(time.time() - started)}")
+    missing = len(jobs) - len(progress.arrived)
+    if missing:
+        common.fail(f"{missing} files could not be had: {'; '.join(progress.errors[:3])}", 1,
+                    command)

@@ -279,7 +279,8 @@ ours = [why for f, why in bad if not f.url]
 common.check(not ours, f"{len(ours)} files have to be put right by hand, see the table; the first: {ours[0] if ours else ''}")
 zipped = common.eval_bundle_dir(data).with_suffix(".zip")
 jobs = [(f.url, zipped if f.what == "CORE" else f.path, f.opens, f.size) for f, _ in bad]
-download.fetch_all(jobs, command, workers, also=2 * SHARD_TOKENS * sum(f.what == "text" for f, _ in bad))  # its tokens, two bytes each
+tokens = SHARD_TOKENS * sum(f.what == "text" for f, _ in bad)  # of two bytes each
+download.fetch_all(jobs, command, common.stop_requested, workers, also=2 * tokens)
 if any(f.what == "CORE" for f, _ in bad):
     with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:  # gone: another process has unpacked it
         for name in bundle.namelist():

@@ -1,6 +1,8 @@
-"""prepare_data.py and download.py against a server of our own that misbehaves in every way we could think of."""
+"""prepare_data.py and download.py, against a server that misbehaves in every way we know."""
 import ast
+import email.utils
 import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -25,7 +27,7 @@ import configurator
 import data
 import download
 import tasks
-from conftest import REPO, script
+from conftest import REPO, script, wait_for
 
 TEXTS = [f"Document {i}: " + "some words of it " * (i % 7 + 1) for i in range(2000)]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -38,7 +40,8 @@ def parquet(rows):
 
 
 SHARD = parquet([{"text": t} for t in TEXTS])
-BIG = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])  # many times what is read at once, so a part of it stays
+# many times what is read at once, so that a part of it stays
+BIG = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,63 +50,63 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def answer(self, status, **headers):
+        """Sends status and headers; Content_Range=... for a header with a hyphen."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
     def do_GET(self):
         server = self.server
         with server.guard:
             plan = server.plan.get(self.path, [])
             do = plan.pop(0) if plan else "whole"
             server.seen.append((self.path, do, self.headers.get("Range")))
-        if self.path in server.moved:  # as Hugging Face does it: size and checksum stand with the address of the content
+        if self.path in server.moved:
+            # as Hugging Face does it: size and checksum stand with the address of the content
             target, size, digest = server.moved[self.path]
-            self.send_response(302)
-            for name, value in (("Location", target), ("X-Linked-Size", size), ("X-Linked-ETag", f'"{digest}"'), ("Content-Length", 0)):
-                self.send_header(name, str(value))
-            self.end_headers()
-            return
+            linked = {"X_Linked_Size": size, "X_Linked_ETag": f'"{digest}"'}
+            return self.answer(302, Location=target, **linked, Content_Length=0)
         body = server.bodies.get(self.path)
         if callable(do):
             do()
             do = "whole"
         if body is None:
             do = "404"
-        if do[:3] in ("404", "403", "429", "503"):
-            self.send_response(int(do[:3]))
-            if do[4:]:
-                self.send_header("Retry-After", do[4:])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+        if re.match(r"\d{3}", do):
+            wait = {"Retry_After": do[4:]} if do[4:] else {}
+            return self.answer(int(do[:3]), **wait, Content_Length=0)
         if do == "garbage":
             body = b"<html>please log in</html>" * 50
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(asked[1]) if asked and do not in ("no range", "garbage") and "no range" not in server.manners else 0
+        start = 0
+        if asked and do not in ("no range", "garbage") and "no range" not in server.manners:
+            start = int(asked[1])
         if start >= len(body) > 0:
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+            return self.answer(416, Content_Range=f"bytes */{len(body)}", Content_Length=0)
         rest = body[start:]
-        self.send_response(206 if start else 200)
+        headers = {}
         if start:
-            self.send_header("Content-Range", f"bytes {start + (do == 'another part')}-{len(body) - 1}/{len(body)}")
-        if (digest := server.digests.get(self.path)):
-            self.send_header("X-Linked-ETag", f'"{digest}"')
-        claims = {"claims less": len(rest) // 2, "claims more": len(rest) + 1000}.get(do, len(rest))
+            first = start + (do == "another part")
+            headers["Content_Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        if self.path in server.digests:
+            headers["X_Linked_ETag"] = f'"{server.digests[self.path]}"'
+        claims = {"claims less": len(rest) // 2, "claims more": len(rest) + 1000}
+        claimed = claims.get(do, len(rest))
         if do == "no length":
-            self.send_header("Connection", "close")
+            headers["Connection"] = "close"
         else:
-            self.send_header("Content-Length", str(claims))
-        self.end_headers()
-        if do == "cut":
+            headers["Content_Length"] = claimed
+        self.answer(206 if start else 200, **headers)
+        if do in ("cut", "stall"):
             self.wfile.write(rest[:len(rest) // 2 + 1])
-        elif do == "stall":
-            self.wfile.write(rest[:len(rest) // 2 + 1])
+        else:
+            self.wfile.write(rest[:claimed])
+        if do == "stall":
             self.wfile.flush()
             server.stalled.set()
             server.go.wait(20)
-        else:
-            self.wfile.write(rest[:claims])
         if do in ("cut", "claims more", "claims less", "no length", "stall"):
             self.close_connection = True
 
@@ -111,15 +114,18 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "BACKOFF", 0.005)
-    for name in ("NANOCHAT_OFFLINE", "SLURM_JOB_ID", "HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "NANOCHAT_OUTCOME"):
+    for name in ("NANOCHAT_OFFLINE", "SLURM_JOB_ID", "HF_ENDPOINT", "HTTP_PROXY", "http_proxy",
+                 "NANOCHAT_OUTCOME"):
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.guard, server.plan, server.seen, server.bodies, server.digests, server.manners = threading.Lock(), {}, [], {}, {}, set()
-    server.moved = {}
+    server.handle_error = print  # not to stderr: there are tests of what is said there
+    server.guard = threading.Lock()
+    server.plan, server.bodies, server.digests, server.moved = {}, {}, {}, {}
+    server.seen, server.manners = [], set()
     server.stalled, server.go = threading.Event(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
     server.go.set()
     server.shutdown()
@@ -130,8 +136,31 @@ def opens(path):
     return data.parquet_problem(path, ["text"])
 
 
-def get(server, folder, names=("shard.parquet",), **more):
-    download.fetch_all([(f"{server.url}/{n}", folder / n, opens, 1000) for n in names], "the command", **more)
+def never():
+    return None
+
+
+def get(server, folder, names=("shard.parquet",), should_stop=never, **more):
+    jobs = [(f"{server.url}/{name}", folder / name, opens, 1000) for name in names]
+    download.fetch_all(jobs, "the command", should_stop, **more)
+
+
+def get_one(url, path):
+    download.fetch_all([(url, path, opens, 1000)], "the command", never)
+
+
+def failure(capsys, function, *args, **more):
+    """Calls the function, which has to fail with one line -> (exit code, that line)"""
+    with pytest.raises(SystemExit) as stopped:
+        function(*args, **more)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return stopped.value.code, err
+
+
+def asked_for(server, path):
+    """-> the Range header of each request for this path, None where it had none"""
+    return [wanted for seen, _, wanted in server.seen if seen == path]
 
 
 def left_behind(folder):
@@ -139,8 +168,10 @@ def left_behind(folder):
 
 
 @pytest.mark.parametrize("plan", [
-    ["cut"], ["cut"] * 5, ["429:0"], ["503", "503:0"], ["claims less"], ["claims more"], ["no length"], ["garbage"], ["cut", "no range"],
-    ["cut", "garbage"], ["cut", "another part"], ["garbage", "cut", "429", "claims more", "claims less", "503", "cut", "no range"]])
+    ["cut"], ["cut"] * 5, ["429:0"], ["503", "503:0"], ["408", "425", "500", "502"],
+    ["claims less"], ["claims more"], ["no length"], ["garbage"], ["cut", "no range"],
+    ["cut", "garbage"], ["cut", "another part"],
+    ["garbage", "cut", "429", "claims more", "claims less", "503", "cut", "no range"]])
 def test_a_file_arrives_whole_whatever_the_server_does_first(server, tmp_path, plan):
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, list(plan)
     get(server, tmp_path)
@@ -149,135 +180,204 @@ def test_a_file_arrives_whole_whatever_the_server_does_first(server, tmp_path, p
 
 
 def test_a_cut_connection_is_continued_where_it_was(server, tmp_path):
-    big = BIG
-    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["cut", "cut"]
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, ["cut", "cut"]
     get(server, tmp_path)
-    starts = [int(r[6:-1]) for _, _, r in server.seen[1:]]
-    assert (tmp_path / "shard.parquet").read_bytes() == big and len(starts) == 2 and len(big) / 4 < starts[0] < starts[1]
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG
+    starts = [int(wanted[6:-1]) for wanted in asked_for(server, "/shard.parquet")[1:]]
+    assert len(starts) == 2 and len(BIG) / 4 < starts[0] < starts[1]
 
 
-def test_a_server_that_cannot_continue_still_gets_there_and_a_hopeless_one_is_given_up(server, tmp_path, capsys):
+def test_a_server_that_cannot_continue_still_gets_there(server, tmp_path):
     server.manners.add("no range")
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, ["cut"] * 3
     get(server, tmp_path)
     assert (tmp_path / "shard.parquet").read_bytes() == SHARD
-    server.bodies |= {"/hopeless.parquet": SHARD, "/fine.parquet": SHARD}
+
+
+def test_a_hopeless_file_is_given_up_and_a_missing_one_asked_for_once(server, tmp_path, capsys):
+    server.bodies |= dict.fromkeys(["/hopeless.parquet", "/fine.parquet", "/busy.parquet"], SHARD)
     server.plan["/hopeless.parquet"] = ["garbage"] * 100
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path, ["hopeless.parquet", "gone.parquet", "fine.parquet"])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 1 and "2 files" in err and "hopeless.parquet" in err and "no readable parquet" in err and "404" in err and "the command" in err
-    assert (tmp_path / "fine.parquet").exists() and not (tmp_path / "hopeless.parquet").exists() and not (tmp_path / "gone.parquet").exists()
-    assert [p for p, _, _ in server.seen].count("/gone.parquet") == 1, "what is not there is asked for once"
-    assert [p for p, _, _ in server.seen].count("/hopeless.parquet") == download.RETRIES
+    server.plan["/busy.parquet"] = ["503"] * 100
+    names = ["hopeless.parquet", "gone.parquet", "busy.parquet", "fine.parquet"]
+    code, err = failure(capsys, get, server, tmp_path, names)
+    assert code == 1 and "3 files" in err and "the command" in err
+    assert "hopeless.parquet" in err and "no readable parquet" in err
+    assert "404" in err and "503" in err
+    assert [p.name for p in tmp_path.glob("[!.]*")] == ["fine.parquet"]
+    assert len(asked_for(server, "/gone.parquet")) == 1, "what is not there is asked for once"
+    assert len(asked_for(server, "/hopeless.parquet")) == download.RETRIES
+    assert len(asked_for(server, "/busy.parquet")) == download.RETRIES
+
+
+def test_a_file_of_which_each_attempt_brings_something_is_not_given_up(server, tmp_path):
+    plan = ["cut"] * (download.RETRIES + 3)
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, list(plan)
+    get(server, tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG and len(server.seen) == len(plan) + 1
 
 
 def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path, [f"{i}.parquet" for i in range(200)], workers=4)
-    assert stopped.value.code == 1 and "200 files could not be had" in capsys.readouterr().err and 1 <= len(server.seen) <= 8
+    names = [f"{i}.parquet" for i in range(200)]
+    code, err = failure(capsys, get, server, tmp_path, names, workers=4)
+    assert code == 1 and "200 files could not be had" in err and 1 <= len(server.seen) <= 8
 
 
-def test_a_server_that_falls_silent_is_asked_again_and_progress_is_shown(server, tmp_path, monkeypatch, capsys):
+def test_a_silent_server_is_asked_again_and_progress_is_shown(
+        server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     monkeypatch.setattr(download, "PROGRESS", 0.0)
-    big = BIG
-    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = big, ["stall"]
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, ["stall"]
     get(server, tmp_path)
-    assert server.stalled.is_set() and (tmp_path / "shard.parquet").read_bytes() == big and len(server.seen) == 2
-    shown = re.findall(r"0 of 1 files, ([\d.]+) of ([\d.]+) MB, [\d.]+ MB/s, \d+s left", capsys.readouterr().out)
-    assert any(float(have) > len(big) / 4e6 and float(total) == round(len(big) / 1e6, 1) for have, total in shown), shown
+    assert server.stalled.is_set() and len(server.seen) == 2
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG
+    shown = re.findall(r"0 of 1 files, ([\d.]+) of ([\d.]+) MB, [\d.]+ MB/s, \d+s left",
+                       capsys.readouterr().out)
+    half = [total for have, total in shown if float(have) > len(BIG) / 4e6]
+    assert round(len(BIG) / 1e6, 1) in map(float, half), shown
 
 
 def test_a_proxy_is_honoured(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
     server.bodies["http://hub.invalid/shard.parquet"] = SHARD
-    download.fetch_all([("http://hub.invalid/shard.parquet", tmp_path / "shard.parquet", opens, 1000)], "the command")
+    get_one("http://hub.invalid/shard.parquet", tmp_path / "shard.parquet")
     assert (tmp_path / "shard.parquet").read_bytes() == SHARD
 
 
 def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
-    server.bodies["/shard.parquet"], server.digests["/shard.parquet"] = SHARD, hashlib.sha256(SHARD).hexdigest()
+    server.bodies["/shard.parquet"] = SHARD
+    server.digests["/shard.parquet"] = hashlib.sha256(SHARD).hexdigest()
     get(server, tmp_path)
     (tmp_path / "shard.parquet").unlink()
     server.digests["/shard.parquet"] = "0" * 64
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path)
-    assert stopped.value.code == 1 and "checksum" in capsys.readouterr().err and not (tmp_path / "shard.parquet").exists()
+    code, err = failure(capsys, get, server, tmp_path)
+    assert code == 1 and "checksum" in err and not (tmp_path / "shard.parquet").exists()
 
 
-def test_size_and_checksum_that_stand_with_a_redirection_are_compared_and_it_is_continued_through_it(server, tmp_path, capsys):
+def test_size_and_checksum_of_a_redirection_are_compared_and_it_is_continued_through_it(
+        server, tmp_path, capsys):
     server.bodies["/content"], server.plan["/content"] = BIG, ["claims less"]
     server.moved["/shard.parquet"] = "/content", len(BIG), hashlib.sha256(BIG).hexdigest()
     get(server, tmp_path)
-    asked = [r for p, _, r in server.seen if p == "/content"]
-    assert (tmp_path / "shard.parquet").read_bytes() == BIG and asked == [None, f"bytes={len(BIG) // 2}-"], "only the redirection says that half is missing"
+    assert (tmp_path / "shard.parquet").read_bytes() == BIG
+    half = f"bytes={len(BIG) // 2}-"
+    assert asked_for(server, "/content") == [None, half], "only the redirection tells the size"
     (tmp_path / "shard.parquet").unlink()
     server.moved["/shard.parquet"] = "/content", len(BIG), "0" * 64
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path)
-    assert stopped.value.code == 1 and "checksum" in capsys.readouterr().err and not (tmp_path / "shard.parquet").exists()
+    code, err = failure(capsys, get, server, tmp_path)
+    assert code == 1 and "checksum" in err and not (tmp_path / "shard.parquet").exists()
 
 
-def test_the_part_that_is_there_is_used_even_where_it_is_all_or_too_much(server, tmp_path):
-    server.bodies["/shard.parquet"] = SHARD
-    for there, requests in ((SHARD[:1000], 1), (SHARD, 1), (SHARD + b"more", 2)):
-        server.seen.clear()
-        (tmp_path / ".part-shard.parquet").write_bytes(there)
-        get(server, tmp_path)
-        assert (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == requests and server.seen[0][2] == f"bytes={len(there)}-"
-        (tmp_path / "shard.parquet").unlink()
+@pytest.mark.parametrize("there, requests", [(SHARD[:1000], 1), (SHARD, 1), (SHARD + b"more", 2)])
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_part_that_is_there_is_used_even_where_it_is_all_or_too_much(
+        server, tmp_path, there, requests, moved):
+    address = "/shard.parquet"
+    if moved:
+        server.moved[address] = "/content", len(SHARD), hashlib.sha256(SHARD).hexdigest()
+        address = "/content"
+    server.bodies[address] = SHARD
+    (tmp_path / ".part-shard.parquet").write_bytes(there)
+    get(server, tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == SHARD and not left_behind(tmp_path)
+    wanted = asked_for(server, address)
+    assert len(wanted) == requests and wanted[0] == f"bytes={len(there)}-"
 
 
-def test_retry_after_is_honoured():
-    import email.utils
-    assert download.wait_seconds("7", 1) == 7 and download.wait_seconds("100000", 1) == 600
-    assert 25 < download.wait_seconds(email.utils.formatdate(time.time() + 30), 1) < 31
-    assert download.wait_seconds(None, 1) < 1.5 and download.wait_seconds("soon", 100) <= 78
+def test_retry_after_is_honoured(server, tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    in_half_a_minute = email.utils.formatdate(time.time() + 30)
+    plan = ["429:7", "503:100000", f"503:{in_half_a_minute}", "429:soon"]
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, list(plan)
+    get(server, tmp_path)
+    assert (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == len(plan) + 1
+    assert slept[:2] == [7, 600] and 25 < slept[2] < 31
+    assert len(slept) == 4 and 0 < slept[3] < 1, "what cannot be read leaves the usual backoff"
 
 
 def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkeypatch, capsys):
+    def free(bytes):
+        usage = shutil._ntuple_diskusage(10, 10, bytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     server.bodies["/shard.parquet"] = SHARD
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 999))
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path)
-    assert stopped.value.code == 2 and not server.seen and "NANOCHAT_BASE_DIR" in capsys.readouterr().err
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 2000))
-    with pytest.raises(SystemExit):
-        get(server, tmp_path, also=5000)
+    free(999)
+    code, err = failure(capsys, get, server, tmp_path)
+    assert code == 2 and not server.seen and "NANOCHAT_BASE_DIR" in err
+    free(2000)
+    code, err = failure(capsys, get, server, tmp_path, also=5000)
+    assert code == 2 and not server.seen
     get(server, tmp_path)
 
 
-def test_a_disk_that_fills_up_and_a_mirror_that_is_no_address_are_not_tried_again(server, tmp_path, monkeypatch, capsys):
-    tried, sent = [], download.receive
+def test_a_disk_that_fills_up_is_not_tried_again(server, tmp_path, monkeypatch, capsys):
     def full(*args):
-        tried.append(args)
         raise OSError(errno.ENOSPC, "No space left on device")
+    server.bodies["/shard.parquet"] = SHARD
     monkeypatch.setattr(download, "receive", full)
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 1 and len(tried) == 1 and "No space left" in err and "the command" in err and err.count("\n") == 1
-    monkeypatch.setattr(download, "receive", lambda *args: (tried.append(args), sent(*args))[1])
+    code, err = failure(capsys, get, server, tmp_path)
+    assert code == 1 and len(server.seen) == 1
+    assert "No space left" in err and "the command" in err
+
+
+def test_a_mirror_that_is_no_address_is_not_tried_again(tmp_path, server, monkeypatch, capsys):
+    tried, sent = [], download.attempt
+    def counted(*args):
+        tried.append(args)
+        return sent(*args)
+    monkeypatch.setattr(download, "attempt", counted)
     monkeypatch.setenv("HF_ENDPOINT", "mirror.invalid")
-    with pytest.raises(SystemExit) as stopped:
-        download.fetch_all([("https://huggingface.co/shard.parquet", tmp_path / "shard.parquet", opens, 1000)], "the command")
-    assert stopped.value.code == 1 and len(tried) == 2 and "mirror.invalid" in capsys.readouterr().err
+    address = "https://huggingface.co/shard.parquet"
+    code, err = failure(capsys, get_one, address, tmp_path / "shard.parquet")
+    assert code == 1 and len(tried) == 1 and "mirror.invalid" in err
+
+
+STOPPED = """
+import sys, common, download
+common.install_stop_handlers()
+job = (sys.argv[1], common.Path(sys.argv[2]), lambda path: None, 1000)
+download.fetch_all([job], "the command", common.stop_requested)
+"""
+
+
+@pytest.mark.parametrize("slow", ["stall", "503:600", "another process"])
+def test_a_stop_waits_for_nothing(server, tmp_path, slow):
+    """Neither for a silent server, nor for Retry-After, nor for who else receives the file."""
+    server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, [slow]
+    part = tmp_path / ".part-shard.parquet"
+    here = len(BIG) // 4 if slow == "stall" else 0
+    with open(part, "ab") as f:
+        if slow == "another process":
+            fcntl.flock(f, fcntl.LOCK_EX)
+        address, path = f"{server.url}/shard.parquet", tmp_path / "shard.parquet"
+        process = subprocess.Popen([sys.executable, "-c", STOPPED, address, path], cwd=REPO,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline().startswith("downloading 1 files")
+        if slow == "another process":
+            time.sleep(0.5)
+        else:
+            wait_for(lambda: server.seen and part.stat().st_size >= here, process)
+        process.send_signal(signal.SIGTERM)
+        started = time.time()
+        _, err = process.communicate(timeout=60)
+    assert time.time() - started < 2, "TIMEOUT is 30 seconds, and the server is silent for 20"
+    assert process.returncode == 75 and "signal SIGTERM" in err and "same command" in err
+    assert "Traceback" not in err and part.stat().st_size >= here
+    assert len(server.seen) == (slow != "another process")
 
 
 @pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
 def test_offline_means_no_attempt_at_all(server, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setenv(name, "1")
     server.bodies["/shard.parquet"] = SHARD
-    with pytest.raises(SystemExit) as stopped:
-        get(server, tmp_path)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and not server.seen and "shard.parquet" in err and "the command" in err and err.count("\n") == 1
+    code, err = failure(capsys, get, server, tmp_path)
+    assert code == 2 and not server.seen and "shard.parquet" in err and "the command" in err
 
 
 def test_only_download_py_speaks_to_the_internet():
-    words = re.compile(r"^\s*(?:import|from)\s+(requests|urllib|http|socketserver|ftplib|huggingface_hub|datasets)\b", re.MULTILINE)
-    assert [p.name for p in REPO.glob("*.py") if words.search(p.read_text())] == ["download.py"]
+    names = "requests|urllib3?|http|socketserver|ftplib|huggingface_hub|datasets"
+    words = re.compile(rf"^\s*(?:import|from)\s+({names})\b", re.MULTILINE)
+    speaking = [p.name for p in REPO.glob("*.py") if words.search(p.read_text())]
+    assert speaking == ["download.py"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole of prepare_data.py, with small stand-ins for the public files
