@@ -1,5 +1,6 @@
 """
-Running what a model writes: the calculator of the conversations, and whole Python programs (HumanEval) in a sandbox.
+Running what a model writes: the calculator of the conversations, and whole Python programs
+(HumanEval) in a sandbox.
 
     calculate("12*3")                   # -> "36"
     calculate("'lantern'.count('n')")   # -> "2"
@@ -18,52 +19,66 @@ import sys
 import tempfile
 import warnings
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the calculator: the syntax tree is walked with a list of what is allowed; nothing is ever evaluated by Python
+# -----------------------------------------------------------------------------
+# the calculator: we walk the syntax tree, and Python never evaluates anything
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 LARGEST = 10 ** 15  # of any number on the way, so that nothing takes long
 
+
+def power(base, exponent):
+    if not (abs(exponent) <= 64 and abs(base) <= 1e6):
+        raise ValueError("too large a power")
+    return base ** exponent
+
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: power,
+}
+
+
 def calculate(expression):
-    """The value of an arithmetic expression (+ - * / // % ** and brackets) or of 'text'.count('x'), as text; None where the
-    expression is anything else, too long, or has no value.
-    examples: "(1+2)*3" -> "9";  "7/2" -> "3.5";  "1,000/4" -> "250";  "'hello'.count('l')" -> "2";  "open('x')" -> None"""
+    """The value of an arithmetic expression (+ - * / // % ** and brackets) or of 'text'.count('x'),
+    as text; None where the expression is anything else, too long, or has no value.
+    examples: "(1+2)*3" -> "9";  "7/2" -> "3.5";  "1,000/4" -> "250";  "'hello'.count('l')" -> "2";
+    "open('x')" -> None"""
     if len(expression) > 200:
         return None
     if "'" not in expression and '"' not in expression:
-        expression = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)
+        expression = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)  # 1,000 -> 1000
     try:
         with warnings.catch_warnings(action="ignore"):  # of strange literals
             value = walk(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError):
         return None
-    if isinstance(value, float):
-        shown = f"{value:.6f}".rstrip("0").rstrip(".")
-        return "0" if shown == "-0" else shown
-    return str(value)
+    if isinstance(value, int):
+        return str(value)
+    digits = f"{value:.6f}".rstrip("0").rstrip(".")
+    return "0" if digits == "-0" else digits
+
 
 def walk(node):
-    """The value of a node of the syntax tree, an int or a float; ValueError for a node that is not allowed."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = -walk(node.operand)
-    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](walk(node.left), walk(node.right))
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        base, power = walk(node.left), walk(node.right)
-        if not (abs(power) <= 64 and abs(base) <= 1e6):
-            raise ValueError("too large a power")
-        value = base ** power
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "count" and len(node.args) == 1 \
-            and not node.keywords and all(isinstance(n, ast.Constant) and isinstance(n.value, str) for n in (node.func.value, node.args[0])):
-        value = node.func.value.value.count(node.args[0].value)
-    else:
-        raise ValueError("not allowed")
+    """The value of a node of the syntax tree, an int or a float; ValueError for one not allowed."""
+    match node:
+        case ast.Constant(number) if type(number) in (int, float):  # a bool is an int too
+            value = number
+        case ast.UnaryOp(ast.USub(), operand):
+            value = -walk(operand)
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            value = OPERATORS[type(op)](walk(left), walk(right))
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(x))], []):
+            value = text.count(x)
+        case _:
+            raise ValueError("not allowed")
     if isinstance(value, complex) or not abs(value) <= LARGEST:  # not <= also catches nan
         raise ValueError("too large")
     return value
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the sandbox
