@@ -35,7 +35,7 @@ STEMS = {t[split] for t in TASKS.values() for split in ("train", "test") if spli
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 GENERATED = 500  # items of a generated task where no number is given
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 def parse(spec):
@@ -86,7 +86,7 @@ def rows_of(path):
     except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
         raise ValueError(f"{path} is damaged behind row {number}: {str(e).splitlines()[0][:120]}") from e
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows into conversations
 
 def item(name, row, user, assistant, **more):
@@ -191,7 +191,7 @@ def mixture(specs, data, seed, split="train"):
         items += load(name, split, data, limit) * epochs
     return [items[i] for i in common.rng(seed, 4).permutation(len(items))]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # judging
 
 def final_number(text):

@@ -134,7 +134,7 @@ def messages_of(conversation):
         raise ValueError("a conversation without a user's message")
     return messages
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files: ranks.txt (tiktoken's own format) and tokenizer.json, which is written last and vouches for it
 
 def what_is_wrong(ranks, pattern, specials):
