@@ -39,7 +39,7 @@ KINDS = {  # icl_task_type -> what an item of it has
 def read_core_yaml(path):
     """-> list of {"label", "uri", "kind", "shots", "delimiter"}, one for each block of lines
     `  key: value` behind a `-`: the form in which the bundle is written, not YAML at large. A block
-    that is no task, no block at all, or two of one label: exit 2."""
+    that is no task, or no block at all: exit 2."""
     text = path.read_text(encoding="utf-8")
     tasks = []
     for block in re.finditer(r"^-.*(?:\n(?!-).*)*", text, re.MULTILINE):
@@ -59,8 +59,7 @@ def read_core_yaml(path):
                      f"{path}:{line}: a task needs a label, a dataset_uri, num_fewshot: [NUMBER], "
                      f"and as icl_task_type one of {', '.join(KINDS)}")
         tasks.append(task)
-    labels = {task["label"] for task in tasks}
-    common.check(tasks and len(labels) == len(tasks), f"{path} has no tasks, or two of one label")
+    common.check(tasks, f"{path} has no tasks")
     return tasks
 
 def read_items(path, kind):
@@ -224,12 +223,14 @@ def make_batches(groups, config, itemsize, budget):
 
     batches = []
     left = 0
+    cached = False
     for prefix, rows in sorted(groups, key=order, reverse=True):
         length = max(len(row.ids) for row in rows)
         need = (prefix + len(rows) * (length - prefix)) * run_bytes
         if prefix:
             need += len(rows) * length * cache_bytes
-        if need > left or (prefix > 0) != (batches[-1][0][0] > 0):
+        if need > left or (prefix > 0) != cached:
+            cached = prefix > 0
             batches.append([])
             left = budget
         batches[-1].append((prefix, rows))
@@ -239,34 +240,31 @@ def make_batches(groups, config, itemsize, budget):
 def score(model, batch, budget):
     """Runs a batch of groups and fills in `loss` and `greedy` of its rows."""
     device = model.lm_head.weight.device
-    inputs, places, targets = [], [], []
-    for prefix, rows in batch:
-        for row in rows:
-            places += [(len(inputs), i - 1 - prefix) for i in range(row.start, len(row.ids))]
-            targets += row.ids[row.start:]
-            inputs.append(row.ids[prefix:-1])  # the last token predicts nothing
-    idx, _ = gpt.pad_right(inputs)
+    everyone = [(prefix, row) for prefix, rows in batch for row in rows]
+    ids, lengths = gpt.pad_right([row.ids[prefix:] for prefix, row in everyone])
+    starts = torch.tensor([row.start - prefix for prefix, row in everyone])
+    places = torch.arange(1, ids.size(1))  # of targets: the token before each predicts it
+    scored = (places >= starts[:, None]) & (places < lengths[:, None])  # [B, T]
     cache = None
     if batch[0][0]:
         prefixes, lengths = gpt.pad_right([rows[0].ids[:prefix] for prefix, rows in batch])
-        room = prefixes.size(1) + idx.size(1)
+        room = prefixes.size(1) + len(places)
         cache = gpt.KVCache(model.config, len(batch), room, device, model.dtype)
         model.hidden(prefixes.to(device), cache, lengths.to(device))
         cache.select([i for i, (_, rows) in enumerate(batch) for _ in rows])
-    h = model.hidden(idx.to(device), cache)
-    h = h[tuple(torch.tensor(places, device=device).T)]  # [places, C]
-    targets = torch.tensor(targets, device=device)
-    losses, hits = [], []
+    h = model.hidden(ids[:, :-1].to(device), cache)[scored.to(device)]  # [scored tokens, C]
+    targets = ids[:, 1:][scored].to(device)
+    losses = []
+    hits = []
     chunk = max(1, int(budget / (16 * model.config.vocab_size)))  # 4 copies of float32 logits
     for some, target in zip(h.split(chunk), targets.split(chunk)):
         logits = model.logits(some)
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         hits.append(logits.argmax(-1) == target)
-    scored = [row for _, rows in batch for row in rows]
-    counts = [len(row.ids) - row.start for row in scored]
+    counts = scored.sum(1).tolist()
     losses = torch.cat(losses).cpu().split(counts)
     hits = torch.cat(hits).cpu().split(counts)
-    for row, loss, hit in zip(scored, losses, hits):
+    for (_, row), loss, hit in zip(everyone, losses, hits):
         row.loss = loss.mean().item()
         row.greedy = bool(hit.all())
 
