@@ -114,6 +114,7 @@ def rows_of(path):
 # rows into conversations
 
 def item(name, row, user, assistant, **more):
+    """row: what it was made of; user, assistant: content of the question and of the answer"""
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return {"messages": messages, "task": name, "row": row, **more}
 
