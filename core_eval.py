@@ -16,7 +16,6 @@ import math
 import os
 import random
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -159,7 +158,6 @@ def shared(rows):
 class Row:
     ids: list
     start: int  # ids[start:] is scored
-    cut: int    # how many tokens were taken off in front
     loss: float = field(default=math.nan, compare=False)  # mean over ids[start:], in nats
     greedy: bool = field(default=False, compare=False)    # whether each of them was most likely
 
@@ -181,7 +179,7 @@ def rows_of(kind, tokens, longest):
         cut = max(0, len(ids) - longest)
         if start < cut:  # what is kept is all continuation, and its first token follows nothing
             start = cut + 1
-        row = Row(ids[cut:], start - cut, cut)
+        row = Row(ids[cut:], start - cut)
         if row in rows:
             row = rows[rows.index(row)]
         rows.append(row)
@@ -192,22 +190,16 @@ def rows_of(kind, tokens, longest):
 
 def make_groups(rows):
     """The rows of an item -> list of groups (prefix, rows that begin with the same `prefix` tokens,
-    none of them scored). Left out: rows with nothing to score (an empty choice) and repetitions.
-    Rows that were cut by different amounts share nothing: the same token stands elsewhere in them
-    and sees something else."""
-    by_cut = defaultdict(list)
-    for i, row in enumerate(rows):
-        if row not in rows[:i] and 0 < row.start < len(row.ids):
-            by_cut[row.cut].append(row)
-    groups = []
-    for together in by_cut.values():
-        prefix = min(row.start for row in together) - 1
-        prefix = min(prefix, shared([row.ids for row in together]))
-        if len(together) > 1 and prefix >= MIN_PREFIX:
-            groups.append((prefix, together))
-        else:
-            groups += [(0, [row]) for row in together]
-    return groups
+    none of them scored). Repetitions and rows with nothing to score (an empty choice) are left
+    out."""
+    different = []
+    for row in rows:
+        if row not in different and 0 < row.start < len(row.ids):
+            different.append(row)
+    prefix = min([shared([row.ids for row in different]), *(row.start - 1 for row in different)])
+    if len(different) > 1 and prefix >= MIN_PREFIX:
+        return [(prefix, different)]
+    return [(0, [row]) for row in different]
 
 def make_batches(groups, config, itemsize, budget):
     """-> list of batches, each a list of groups of like length that take about `budget` bytes:
