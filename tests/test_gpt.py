@@ -1,9 +1,15 @@
 """gpt.py: gradients, the cache, generation with the tool, and nanochat's own checkpoint."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gpt
+import optim
 from conftest import BYTES, SHARED, nanochats_own, needs_nanochat
 
 torch.set_num_threads(1)
@@ -18,12 +24,14 @@ def small(arch="modern", n_kv_head=2, seed=0):
     return model.eval()
 
 def prompts():
-    return [[BYTES.bos, *BYTES.encode(t)] for t in ("hello there", "a", "something a good deal longer", "hello there")]
+    texts = ("hello there", "a", "something a good deal longer", "hello there")
+    return [[BYTES.bos, *BYTES.encode(text)] for text in texts]
 
 @pytest.mark.parametrize("arch,n_kv_head", [("modern", 2), ("modern", 1), ("nanochat_2025", 2)])
 def test_cached_greedy_decoding_equals_uncached(arch, n_kv_head):
     model = small(arch, n_kv_head)
-    for prompt, (tokens, forced) in zip(prompts(), gpt.generate(model, BYTES, prompts(), 24, max_rows=3)):
+    answers = gpt.generate(model, BYTES, prompts(), 24, max_rows=3)
+    for prompt, (tokens, forced) in zip(prompts(), answers):
         sequence = list(prompt)
         for _ in range(24):
             token = model(torch.tensor([sequence]))[0, -1].argmax().item()
@@ -51,41 +59,123 @@ def test_padding_a_prompt_changes_nothing():
 def test_a_sample_depends_on_its_own_numbers_alone():
     model, uniforms = small(), np.random.default_rng(0).random((4, 12))
     together = gpt.generate(model, BYTES, prompts(), 12, temperature=1.0, uniforms=uniforms)
-    alone = [gpt.generate(model, BYTES, [p], 12, temperature=1.0, uniforms=uniforms[i:i + 1])[0] for i, p in enumerate(prompts())]
-    assert together == alone
+    for i, prompt in enumerate(prompts()):
+        own = uniforms[i:i + 1]
+        alone = gpt.generate(model, BYTES, [prompt], 12, temperature=1.0, uniforms=own)
+        assert together[i] == alone[0]
     assert together[0] != together[3], "the same prompt with other numbers must come out otherwise"
 
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     drawn = gpt.sample(logits.expand(10_000, 4), 1.0, 0, uniforms)
-    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 10_000, logits[0].softmax(0), atol=2e-4, rtol=0)
-    assert set(gpt.sample(logits.expand(100, 4), 1.0, 2, uniforms[::100]).tolist()) == {1, 2}, "top_k=2 leaves two"
+    shares = torch.bincount(drawn, minlength=4) / 10_000
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=2e-4, rtol=0)
+    drawn = gpt.sample(logits.expand(100, 4), 1.0, 2, uniforms[::100])
+    assert set(drawn.tolist()) == {1, 2}, "top_k=2 leaves two"
     assert gpt.sample(logits, 0.0, 0, None).item() == 2
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operation makes a float64 tensor on a device of this type."""
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.device.type == self.device:
+                assert made.dtype != torch.float64, f"{func} makes float64 on {self.device}"
+        return result
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_draws_need_no_float64_on_apples_gpus(monkeypatch, top_k):
+    """The GPU is imagined: its tensors have a device, a shape and a dtype, but no numbers."""
+    real, drawn_on = gpt.sample, []
+    def sample(*args):
+        drawn_on.append(real(*args).device.type)
+        return SimpleNamespace(tolist=lambda: [65, 66])
+    monkeypatch.setattr(gpt, "sample", sample)
+    monkeypatch.setattr(gpt, "prefill", lambda *a: (None, logits))
+    monkeypatch.setattr(gpt, "decode_one_token", lambda *a: logits, raising=False)
+    uniforms = np.random.default_rng(0).random((2, 3))
+    with FakeTensorMode(), NoFloat64("mps"):
+        logits = torch.empty(2, BYTES.vocab_size, device="mps")
+        answers = gpt.generate(None, BYTES, prompts()[:2], 3, 1.0, top_k, uniforms)
+    assert drawn_on == ["cpu"] * 3 and answers == [([65] * 3, [False] * 3), ([66] * 3, [False] * 3)]
+
+def test_all_but_the_draws_does_without_float64():
+    model = small()
+    optimizer = optim.make_optimizer(model, 0.02, 0.2, 0.004, 0.5, 0.1, torch.float32)
+    idx = torch.arange(40).view(2, 20)
+    with NoFloat64("cpu"):
+        model.init_weights(1)
+        model(idx, idx).backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        gpt.generate(model, BYTES, prompts(), 3)
+
+def test_a_pass_prepares_places_and_mask_once_for_all_layers(monkeypatch):
+    def aranges(layers):
+        model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, layers, 2, 2, 64))
+        cache, _ = gpt.prefill(model, prompts(), 40)
+        real, calls = torch.arange, []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "arange", lambda *a, **k: (calls.append(a), real(*a, **k))[1])
+            model.hidden(torch.tensor([[65]] * 4), cache)
+        return len(calls)
+    assert 0 < aranges(1) == aranges(3) <= 3
 
 def test_the_tool_speaks_and_is_marked(monkeypatch):
     model = small()
-    script = [BYTES.special("<|python_start|>"), *BYTES.encode("2+3"), BYTES.special("<|python_end|>"),
-              *BYTES.encode("????"), BYTES.special("<|assistant_end|>")]
+    script = [BYTES.special("<|python_start|>"), *BYTES.encode("2+3"),
+              BYTES.special("<|python_end|>"), *BYTES.encode("????"),
+              BYTES.special("<|assistant_end|>")]
     said = iter(script)
     monkeypatch.setattr(gpt, "sample", lambda *a: torch.tensor([next(said)]))
-    tokens, forced = gpt.generate(model, BYTES, [[BYTES.bos]], 40, calculate=lambda text: {"2+3": "5"}[text])[0]
-    output = [BYTES.special("<|output_start|>"), *BYTES.encode("5"), BYTES.special("<|output_end|>")]
+    answers = {"2+3": "5"}
+    tokens, forced = gpt.generate(model, BYTES, [[BYTES.bos]], 40, calculate=answers.get)[0]
+    output = [BYTES.special("<|output_start|>"), *BYTES.encode("5"),
+              BYTES.special("<|output_end|>")]
     assert tokens == script[:5] + output + BYTES.encode("?")
     assert [t for t, f in zip(tokens, forced) if f] == output
+
+def test_what_is_a_call_of_the_tool():
+    names = ("python_start", "python_end", "output_start", "output_end")
+    start, end, out, out_end = (BYTES.special(f"<|{name}|>") for name in names)
+    a, b, c = BYTES.encode("abc")
+    def reply(*tokens):
+        return gpt.tool_reply(list(tokens), BYTES, {"a": "b", "": "c"}.get)
+    assert reply(a, start, a, end) == [out, b, out_end]
+    assert reply(start, b, start, a, end) == [out, b, out_end], "begun again"
+    assert reply(start, end) == [out, c, out_end]
+    assert reply(start, a) == reply(a, end) == [], "no end, no start"
+    assert reply(start, a, end, b, end) == [], "ended before"
+    assert reply(start, b, end) == [], "the tool has no answer"
 
 def test_finished_rows_leave_the_batch(monkeypatch):
     model, sizes = small(), []
     hidden = model.hidden
     model.hidden = lambda idx, *a: (sizes.append(idx.shape[0]), hidden(idx, *a))[1]
     end, turn = BYTES.special("<|assistant_end|>"), iter(range(100))
-    monkeypatch.setattr(gpt, "sample", lambda logits, *a: torch.tensor([end if next(turn) % 2 else 65 for _ in range(logits.shape[0])]))
+    def every_second_ends(logits, *a):
+        return torch.tensor([end if next(turn) % 2 else 65 for _ in logits])
+    monkeypatch.setattr(gpt, "sample", every_second_ends)
     gpt.generate(model, BYTES, [[BYTES.bos, i] for i in range(8)], 10)
     assert sizes[:3] == [8, 4, 2]
 
+def test_generation_that_is_told_to_end_computes_no_further():
+    model, passes = small(), []
+    hidden = model.hidden
+    model.hidden = lambda *a: (passes.append(a), hidden(*a))[1]
+    answers = gpt.generate(model, BYTES, prompts(), 10, max_rows=1,
+                           keep_going=lambda: len(passes) < 3)
+    assert len(passes) == 3 and [len(tokens) for tokens, _ in answers] == [3, 0, 0, 0]
+
 def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
     model = small()
-    ids, mask = BYTES.render_conversation({"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "so."}]})
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "so."}]
+    ids, mask = BYTES.render_conversation({"messages": messages})
     x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
     masked = torch.where(torch.tensor([mask[1:]]) == 1, y, -1)
     losses = model(x, masked, reduction="none")
@@ -101,13 +191,21 @@ def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
         model.zero_grad()
         loss = model(x, torch.full_like(y, -1), reduction=reduction)
         loss.backward()
-        assert loss.item() == 0.0 and all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+        assert loss.item() == 0.0
+        assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
 
 def test_the_switch_turns_the_additions_off():
     plain = {n for n, _ in small("nanochat_2025").named_parameters()}
-    added = {n.split(".")[0] if "ve_gate" not in n else "ve_gate" for n, _ in small().named_parameters()} - {"transformer", "lm_head"}
-    assert added == {"resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate"} and not any("lambda" in n or "ve_" in n or "smear" in n for n in plain)
-    assert gpt.config_from_depth(20, 65536, 2048).n_embd == 1280 and gpt.config_from_depth(20, 65536, 2048).n_head == 10
+    modern = {n for n, _ in small().named_parameters()}
+    added = {"ve_gate" if "ve_gate" in n else n.split(".")[0] for n in modern}
+    assert added - {"transformer", "lm_head"} == {
+        "resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate"}
+    assert not any("lambda" in n or "ve_" in n or "smear" in n for n in plain)
+
+def test_depth_gives_the_shape():
+    deep = gpt.config_from_depth(20, 65536, 2048)
+    assert (deep.n_embd, deep.n_head, deep.n_kv_head, deep.head_dim) == (1280, 10, 10, 128)
+    assert [gpt.config_from_depth(depth, 512, 64).n_embd for depth in (1, 2, 3)] == [128, 128, 256]
 
 def test_flops_by_hand():
     model = gpt.GPT(gpt.GPTConfig(32, 100, 1, 1, 1, 128, "nanochat_2025"))

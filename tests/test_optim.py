@@ -1,6 +1,7 @@
 """
-optim.py: AdamW against torch's, Muon against the singular value decomposition, and one, two and four ranks against each
-other with real process groups (gloo): same steps, same states, and nothing touched by a gradient that is not finite.
+optim.py: AdamW against torch's, Muon against the singular value decomposition, and one, two and
+four ranks against each other with real process groups (gloo): same steps, same states, and nothing
+touched by a gradient that is not finite.
 """
 import copy
 import datetime
@@ -10,29 +11,36 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 import optim
 
-MATRICES = {"square": (3, 8, 8), "tall": (5, 16, 8), "wide": (1, 8, 24)}  # counts that neither 2 nor 4 divides
-OTHERS = {"even": (300, 256), "odd": (257, 256), "gates.a": (2, 12), "gates.b": (2, 12), "lambdas": (3,), "scalar": ()}
+# counts that neither 2 nor 4 divides
+MATRICES = {"square": (3, 8, 8), "tall": (5, 16, 8), "wide": (1, 8, 24)}
+OTHERS = {"even": (300, 256), "odd": (257, 256), "gates.a": (2, 12), "gates.b": (2, 12),
+          "lambdas": (3,), "scalar": ()}
 
 def normal(seed, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 def make(dtype=torch.float32, decay=0.1):
-    """-> ({name: parameter}, optimizer), always the same. "even" and "odd" are too large to be stacked."""
+    """-> ({name: parameter}, optimizer), always the same. "even" and "odd" are too large to be
+    stacked."""
     shapes = {f"{kind}.{i}": shape[1:] for kind, shape in MATRICES.items() for i in range(shape[0])}
-    params = {n: torch.nn.Parameter(normal(i, s)) for i, (n, s) in enumerate({**shapes, **OTHERS}.items())}
+    params = {}
+    for i, (name, shape) in enumerate({**shapes, **OTHERS}.items()):
+        params[name] = torch.nn.Parameter(normal(i, shape))
     assert params["odd"].numel() >= optim.SMALL > params["gates.a"].numel()
-    muon = {"kind": "muon", "params": [(n, params[n]) for n in shapes], "lr": 0.02, "weight_decay": decay,
-            "momentum": 0.9, "ns_steps": 5, "beta2": 0.9}
-    adamw = {"kind": "adamw", "params": [(n, params[n]) for n in OTHERS], "lr": 0.01, "weight_decay": decay,
-             "betas": (0.8, 0.95), "eps": 1e-10}
+    muon = {"kind": "muon", "params": [(n, params[n]) for n in shapes], "lr": 0.02,
+            "weight_decay": decay, "momentum": 0.9, "ns_steps": 5, "beta2": 0.9}
+    adamw = {"kind": "adamw", "params": [(n, params[n]) for n in OTHERS], "lr": 0.01,
+             "weight_decay": decay, "betas": (0.8, 0.95), "eps": 1e-10}
     return params, optim.MuonAdamW([adamw, muon], dtype)
 
 def train(params, optimizer, first, last):
-    """Steps first..last-1. The gradient is a function of step and name; each rank has a random part of it."""
+    """Steps first..last-1. The gradient is a function of step and name; each rank has a random part
+    of it."""
     norms = []
     for step in range(first, last):
         for i, (name, p) in enumerate(params.items()):
@@ -44,7 +52,8 @@ def train(params, optimizer, first, last):
     return norms
 
 def snapshot(params, optimizer):
-    return {"params": {n: p.detach().clone() for n, p in params.items()}, "optim": optimizer.state_dict()}
+    copies = {n: p.detach().clone() for n, p in params.items()}
+    return {"params": copies, "optim": optimizer.state_dict()}
 
 def restore(saved):
     params, optimizer = make()
@@ -63,9 +72,20 @@ def same(a, b):
 def furthest(a, b):
     return max((a[n] - b[n]).abs().max().item() for n in a)
 
+class Copied(TorchDispatchMode):
+    """Counts the elements that operations make or write, views left out."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.elements += result.numel()
+        return result
+
 def worker(rank, world, job, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store_{job.__name__}", rank=rank, world_size=world,
+    store = f"file://{folder}/store_{job.__name__}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world,
                             timeout=datetime.timedelta(seconds=60))
     result = job(folder)
     torch.save(result, f"{folder}/{job.__name__}_{rank}.pt")
@@ -74,7 +94,8 @@ def worker(rank, world, job, folder):
 def launch(world, job, folder):
     """Runs job(folder) on `world` ranks -> what each of them returned"""
     mp.spawn(worker, (world, job, str(folder)), nprocs=world)
-    return [torch.load(f"{folder}/{job.__name__}_{rank}.pt", weights_only=True) for rank in range(world)]
+    return [torch.load(f"{folder}/{job.__name__}_{rank}.pt", weights_only=True)
+            for rank in range(world)]
 
 def two_ranks(folder):
     params, optimizer = make()
@@ -97,12 +118,15 @@ def two_ranks(folder):
         refused.append(poisoned[1].step())
     untouched = same(before, snapshot(*poisoned))
     train(*poisoned, 5, 10)
-    shares = sum(t.numel() for block in optimizer.blocks for t in block["state"].values())
-    return {"norms": norms, "half": half, "whole": whole, "resumed": snapshot(*resumed), "refused": refused,
-            "untouched": untouched, "after": snapshot(*poisoned), "shares": shares}
+    shares = sum(t.numel() for block in optimizer.blocks for t in block.state.values())
+    with Copied() as copied:
+        optimizer.load_state_dict(box[0]["optim"])
+    return {"norms": norms, "half": half, "whole": whole, "resumed": snapshot(*resumed),
+            "refused": refused, "untouched": untouched, "after": snapshot(*poisoned),
+            "shares": shares, "copied": copied.elements}
 
 def four_ranks(folder):
-    saved = torch.load(f"{folder}/two_ranks_0.pt", weights_only=True)["whole"]
+    saved = torch.load(f"{folder}/two_ranks_0.pt", weights_only=True, mmap=True)["whole"]
     params, optimizer = restore(saved)
     loaded = snapshot(params, optimizer)
     train(params, optimizer, 10, 13)
@@ -129,8 +153,12 @@ def test_two_ranks_step_like_one(ranks):
     assert norms == pytest.approx(two[0]["norms"], rel=1e-5) and two[0]["norms"] == two[1]["norms"]
     assert same(two[0]["whole"]["params"], two[1]["whole"]["params"])
     assert two[1]["whole"]["optim"] == {}
-    whole = sum(t.numel() for block in optimizer.blocks for t in block["state"].values())
+    whole = sum(t.numel() for block in optimizer.blocks for t in block.state.values())
     assert all(r["shares"] < 0.55 * whole for r in two)  # each holds about half
+
+def test_loading_reads_this_ranks_share_alone(ranks):
+    for rank in ranks[2]:
+        assert 0.9 * rank["shares"] < rank["copied"] <= rank["shares"]
 
 def test_interrupted_equals_uninterrupted_on_two_ranks(ranks):
     assert ranks[2][0]["half"]["optim"]["even"]["step"] == 5
@@ -182,7 +210,8 @@ def test_adamw_equals_torch():
         norm = optimizer.step()
         reference.step()
     assert furthest(ours, theirs) < 1e-6
-    assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in theirs.values())), rel=1e-6)
+    squares = sum(p.grad.square().sum().item() for p in theirs.values())
+    assert norm == pytest.approx(math.sqrt(squares), rel=1e-6)
 
 def test_the_five_polynomials():
     x = torch.logspace(-3, 0, 10_000, dtype=torch.float64)
@@ -191,10 +220,12 @@ def test_the_five_polynomials():
     assert 0.85 < x.min() and x.max() < 1.15
 
 @pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 16), (1, 16, 80)])
-@pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.85, 1.15), (torch.bfloat16, 0.80, 1.20)])
+@pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.85, 1.15),
+                                              (torch.bfloat16, 0.80, 1.20)])
 def test_orthogonalise(shape, dtype, low, high):
     U, _, V = torch.linalg.svd(normal(0, shape), full_matrices=False)
-    values = torch.logspace(0, -1.5, U.size(-1))  # their Frobenius norm is below 4: the smallest enters at about 0.01
+    # their Frobenius norm is below 4: the smallest enters at about 0.01
+    values = torch.logspace(0, -1.5, U.size(-1))
     for scale in (1e-3, 1.0, 1e3):
         result = optim.orthogonalise(scale * (U * values) @ V, 5, dtype)
         found = torch.linalg.svdvals(result)
@@ -202,24 +233,28 @@ def test_orthogonalise(shape, dtype, low, high):
         assert torch.linalg.matrix_norm(result - U @ V, 2).max() < 0.2  # and the directions stayed
     assert optim.orthogonalise(torch.zeros(shape), 5, dtype).eq(0).all()
 
+def muon_group(p, lr):
+    return {"kind": "muon", "params": [("p", p)], "lr": lr, "weight_decay": 0.0, "momentum": 0.9,
+            "ns_steps": 5, "beta2": 0.9}
+
 def muon_step(p, grad, **changes):
     """One step from zero state on one matrix -> what was added to it, divided by -lr"""
     p = torch.nn.Parameter(p.clone())
     p.grad = grad.clone()
-    group = {"kind": "muon", "params": [("p", p)], "lr": 0.5, "weight_decay": 0.0, "momentum": 0.9, "ns_steps": 5,
-             "beta2": 0.9}
     before = p.detach().clone()
-    optim.MuonAdamW([{**group, **changes}]).step()
+    optim.MuonAdamW([{**muon_group(p, 0.5), **changes}]).step()
     return (before - p.detach()) / 0.5
 
 def test_muon_step_by_hand():
     grad = torch.linalg.qr(normal(0, (16, 16)))[0] * 3.0
     p = normal(1, (16, 16))
     update = muon_step(p, grad)
-    assert torch.allclose(update, update.norm() / grad.norm() * grad, atol=1e-3)  # orthogonal already: direction kept
+    # orthogonal already: direction kept
+    assert torch.allclose(update, update.norm() / grad.norm() * grad, atol=1e-3)
     assert 0.85 * 4 < update.norm() < 1.15 * 4
 
-    for shape, dim in (((32, 8), 1), ((8, 32), 0)):  # along the long side all vectors come out equally long
+    # along the long side all vectors come out equally long
+    for shape, dim in (((32, 8), 1), ((8, 32), 0)):
         update = muon_step(normal(2, shape), normal(3, shape))
         norms, scale = update.norm(dim=dim), max(1, shape[0] / shape[1]) ** 0.5
         assert norms.max() / norms.min() < 1.001
@@ -227,7 +262,8 @@ def test_muon_step_by_hand():
 
     decayed, update = muon_step(p, grad, weight_decay=0.2), muon_step(p, grad)
     wanted = torch.where(update * p >= 0, 0.2 * p, 0.0)
-    assert 0.2 < (wanted == 0).float().mean() < 0.8 and torch.allclose(decayed - update, wanted, atol=1e-5)
+    assert 0.2 < (wanted == 0).float().mean() < 0.8
+    assert torch.allclose(decayed - update, wanted, atol=1e-5)
 
 def test_muon_momentum_by_hand():
     """The buffer is an exponential average of the gradients."""
@@ -242,10 +278,10 @@ def test_muon_momentum_by_hand():
     assert torch.allclose(optimizer.state_dict()[name]["momentum_buffer"], buffer, atol=1e-6)
 
 def test_muon_looks_one_step_ahead():
-    """Nesterov: what is orthogonalised is the gradient mixed with the buffer, not the buffer alone."""
+    """Nesterov: what is orthogonalised is the gradient mixed with the buffer, not the buffer
+    alone."""
     p = torch.nn.Parameter(normal(0, (16, 16)))
-    optimizer = optim.MuonAdamW([{"kind": "muon", "params": [("p", p)], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.9,
-                                  "ns_steps": 5, "beta2": 0.9}])
+    optimizer = optim.MuonAdamW([muon_group(p, 1.0)])
     g1, g2 = (torch.linalg.qr(normal(seed, (16, 16)))[0] for seed in (1, 2))
     for g in (g1, g2):
         before, p.grad = p.detach().clone(), g.clone()
@@ -255,7 +291,8 @@ def test_muon_looks_one_step_ahead():
         U, _, V = torch.linalg.svd(matrix)
         return torch.cosine_similarity((U @ V).flatten(), update.flatten(), dim=0).item()
     buffer = 0.9 * 0.1 * g1 + 0.1 * g2
-    assert cosine_to_nearest_orthogonal(0.1 * g2 + 0.9 * buffer) > 0.99 > 0.98 > cosine_to_nearest_orthogonal(buffer)
+    assert cosine_to_nearest_orthogonal(0.1 * g2 + 0.9 * buffer) > 0.99
+    assert cosine_to_nearest_orthogonal(buffer) < 0.98
 
 def test_a_missing_gradient_counts_as_zeros():
     results = []
@@ -272,7 +309,9 @@ def test_states_of_another_model_are_refused():
     params, optimizer = make()
     train(params, optimizer, 0, 1)
     good, before = optimizer.state_dict(), copy.deepcopy(snapshot(params, optimizer))
-    for damage in (lambda s: s.pop("odd"), lambda s: s.update(more={}), lambda s: s["odd"].pop("exp_avg"),
+    for damage in (lambda s: s.pop("odd"),
+                   lambda s: s.update(more={}),
+                   lambda s: s["odd"].pop("exp_avg"),
                    lambda s: s["odd"].update(exp_avg=torch.ones(1, 256)),
                    lambda s: s["tall.4"].update(momentum_buffer=torch.ones(8, 16))):
         bad = {n: dict(entry) for n, entry in good.items()}
@@ -285,13 +324,14 @@ def test_states_of_another_model_are_refused():
 def test_every_parameter_of_the_model_is_in_its_group(arch):
     model = gpt.GPT(gpt.config_from_depth(2, 512, 32, arch))
     model.init_weights(0)
-    optimizer = optim.make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.5,
-                                     weight_decay=0.1, compute_dtype=torch.bfloat16)
+    optimizer = optim.make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004,
+                                     scalar_lr=0.5, weight_decay=0.1, compute_dtype=torch.bfloat16)
     found = {n: g for g in optimizer.groups for n, _ in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.groups) == len(found)
     assert set(found) == {n for n, _ in model.named_parameters()}
     assert {n for n, g in found.items() if g["kind"] == "muon"} == {
-        n for n, p in model.named_parameters() if n.startswith("transformer.h.") and min(p.shape) > 2}
+        n for n, p in model.named_parameters()
+        if n.startswith("transformer.h.") and min(p.shape) > 2}
     scale = (768 / model.config.n_embd) ** 0.5
     rates = {"transformer.wte.weight": 0.2 * scale, "lm_head.weight": 0.004 * scale,
              "transformer.h.1.mlp.c_fc.weight": 0.02}
