@@ -264,8 +264,7 @@ class GPT(nn.Module):
 
 class KVCache:
     """Keys and values of `rows` sequences, each with its own length. kv: for each layer a tensor
-    [2, rows, n_kv_head, max_len, head_dim]. A forward pass calls extend, then in each layer
-    update."""
+    [2, rows, n_kv_head, max_len, head_dim]. A pass calls extend once and update in each layer."""
 
     def __init__(self, config, rows, max_len, device, dtype):
         shape = (2, rows, config.n_kv_head, max_len, config.head_dim)
@@ -280,7 +279,7 @@ class KVCache:
 
     def extend(self, T, counts):
         """Prepares, once for all layers, a pass over T more tokens in each row, of which counts
-        [rows] or all are real: their positions [rows, T], and the mask of the keys they see."""
+        [rows] are real, or all: their positions [rows, T] and the mask of the keys they see."""
         longest = self.longest
         device = self.lengths.device
         self.end = longest + T
@@ -407,10 +406,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
             sampled = sample(logits, temperature, top_k, drawn).tolist()
             alive = []
             for i, row in enumerate(rows):
-                token = sampled[i]
                 tool_speaks = len(pending[row]) > 0
-                if tool_speaks:
-                    token = pending[row].pop(0)
+                token = pending[row].pop(0) if tool_speaks else sampled[i]
                 if token in stops:
                     continue
                 alive.append(i)
@@ -422,7 +419,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
                     on_token(row, token)
             if not alive:
                 break
-            if len(alive) < len(rows):  # finished rows leave the batch, so they cost nothing more
+            if len(alive) < len(rows):  # finished rows leave the batch, so they cost nothing
                 rows = [rows[i] for i in alive]
                 cache.select(alive)
     return list(zip(tokens, forced))

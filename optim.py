@@ -73,8 +73,7 @@ def muon_update(p, grad, group, dtype, momentum_buffer, second_moment):
     p.add_(update, alpha=-group["lr"] * max(1.0, m / n) ** 0.5)
 
 def adamw_update(p, grad, group, step, exp_avg, exp_avg_sq):
-    """One step of AdamW (arXiv 1711.05101) on p, in place; all of one shape. step: 1 for the
-    first."""
+    """One step of AdamW (arXiv 1711.05101) on p, in place; all of one shape. step: from 1 on."""
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     p.mul_(1 - lr * group["weight_decay"])
@@ -234,8 +233,8 @@ class MuonAdamW:
                  for name, state in states.items()}
         for name in wanted | found:
             if wanted.get(name) != found.get(name):
-                raise ValueError(f"optimizer state of {name}: should be {wanted.get(name)}, "
-                                 f"is {found.get(name)}")
+                raise ValueError(f"optimizer state of {name} has {found.get(name)}, the model "
+                                 f"needs {wanted.get(name)}")
         for block in self.blocks:
             for key, shard in block.state.items():
                 saved = [states[name][key] for name in block.names]
