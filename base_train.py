@@ -1,25 +1,28 @@
 """
-Phase 2: pretraining. Trains the base model on a data set and measures bits per byte on its validation split.
+Phase 2: pretraining. Trains the base model on a data set and measures bits per byte on its
+validation split.
 
-    python base_train.py --data=toy --depth=4 --max_seq_len=256             # a laptop
-    torchrun --standalone --nproc_per_node=8 base_train.py --depth=20       # a node with 8 GPUs
+    python base_train.py config/toy_base.py                                # a laptop
+    torchrun --standalone --nproc_per_node=8 base_train.py --depth=20      # a node with 8 GPUs
 
-Needs the data (prepare_data.py) and the tokenizer (tok_train.py). Kill it at any moment and run the same command again:
-it continues from its last save. Saves go to base_checkpoints/<tag>/ and metrics to metrics.jsonl beside them.
+Needs the data (prepare_data.py) and the tokenizer (tok_train.py). Kill it at any moment and run the
+same command again: it continues from its last save. Saves go to base_checkpoints/<tag>/, metrics to
+metrics.jsonl beside them.
 """
-import common
-common.install_stop_handlers()  # before torch is imported: a signal in the first seconds counts too
+from run import Run
+
+run = Run.start("base_train")  # a signal counts from here on; importing torch takes seconds
 
 import dataclasses
-import time
 
 import checkpoint
+import common
 import configurator
 import data as dataset
-import phase
+import pipeline
 import tokenizer as tok
 
-data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of .parquet, .jsonl(.gz) or .txt files
+data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 tag = ""                     # name of the run; empty: d<depth>
 depth = 20                   # layers; width is 64 * depth
 max_seq_len = 2048           # tokens a row
@@ -38,145 +41,176 @@ warmdown_ratio = 0.6         # share of the steps with falling learning rate
 final_lr_fraction = 0.02     # learning rate at the end, relative
 seed = 1337                  # decides weights and order of the data
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows a device holds at once: less where memory runs out, the result stays the same to rounding
-eval_every = 250             # steps between measurements of validation bits per byte; 0: only at the end
+device_batch_size = 32       # rows a device holds at once: less where memory runs out
+eval_every = 250             # steps between measurements of bits per byte; 0: only at the end
 eval_tokens = 10_485_760     # tokens of the validation split measured (all, if it has fewer)
 sample_every = 1000          # steps between samples; 0: only at the end
 save_minutes = 3.0           # minutes between saves
 keep = 1                     # checkpoints kept
-time_limit = None            # minutes until it saves and stops; None: no limit (under Slurm the job's)
-max_skipped = 10             # steps in a row skipped for a gradient that is not finite before it gives up
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
+max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
+try_out = False              # only the first steps, on random tokens: what do they need?
 settings = configurator.configure(globals())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# inputs, all checked before a model is made
+# -------------------------------------------------------------------------------------------------
+# inputs: opened and judged before anything on disk changes
 
 common.check(1 <= depth <= 100, f"--depth must be 1 to 100, not {depth}")
 common.check(max_seq_len >= 16, f"--max_seq_len must be at least 16, not {max_seq_len}")
-common.check(arch in ("modern", "nanochat_2025"), f"--arch is modern or nanochat_2025, not {arch!r}")
-common.check(tokens_per_param > 0, f"--tokens_per_param must be more than 0, not {tokens_per_param}")
-common.check(total_batch_size == -1 or (total_batch_size >= max_seq_len and total_batch_size % max_seq_len == 0),
-             f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, not {total_batch_size}")
-directory = common.stage_dir("base", data, tag or f"d{depth}")
-metrics = directory / "metrics.jsonl"
-dataset.dataset_files(data)
-tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
+common.check(arch in ("modern", "nanochat_2025"),
+             f"--arch is modern or nanochat_2025, not {arch!r}")
+common.check(tokens_per_param > 0,
+             f"--tokens_per_param must be more than 0, not {tokens_per_param}")
+common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
+             f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, "
+             f"not {total_batch_size}")
+directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
+tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir(data))
 
-common.init_distributed()
-begun_with = phase.earlier(directory, settings, start_over).get("train_files")  # what was added since does not stop a run
-train = dataset.tokenize_files(data, "train", tokenizer, begun_with)
-val = dataset.tokenize_files(data, "val", tokenizer)
-resumed = common.on_rank0(phase.begin, directory, "base_train", settings,
-                          {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)},
-                          lambda: None if checkpoint.newest(directory) is not None else "no whole checkpoint", start_over)
+run.ranks.join()
+val = dataset.tokenize_files(run, data, "val", tokenizer)
+if try_out:
+    train = [dataset.random_store(tokenizer.vocab_size, max_seq_len)]
+else:
+    # files that were added since the run began do not stop it: it goes on with those it knows
+    begun_with = run.find_record(directory, settings).get("train_files")
+    train = dataset.tokenize_files(run, data, "train", tokenizer, begun_with)
+for split, stores in ("training", train), ("validation", val):
+    common.check(dataset.fills_a_row(stores, max_seq_len + 1), f"the {split} split of {data} has "
+                 f"too little text for a row of {max_seq_len} tokens")
+run.open_or_exit(directory, settings,
+                 {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)})
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model, optimizer, horizon
+# -------------------------------------------------------------------------------------------------
+# model, horizon, optimizer
 
 import torch
+
 import gpt
+import models
 import optim
 import training
+from compute import choose_compute, peak_flops, to_device
 
-compute = common.init_compute(settings, resumed.get("chosen"))
-phase.note(directory, chosen=common.chosen(compute), train_files=[s.facts["source"]["name"] for s in train])
+ranks = run.ranks
+compute = choose_compute(ranks, settings, run.record.get("chosen"))
+run.update_record(chosen=compute.recorded(), train_files=dataset.file_names(train))
 config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
 model.to(compute.device)
 
+rows, num_steps, scaling_params = training.horizon(
+    model, num_steps, target_flops, tokens_per_param, total_batch_size)
+batch_tokens = rows * max_seq_len
+micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
+scale = training.batch_lr_scale(batch_tokens)
+if weight_decay == -1.0:
+    weight_decay = 0.2 * (12 / depth) ** 2 * scale if depth >= 8 else 0.0
+optimizer = optim.make_optimizer(
+    model, matrix_lr=matrix_lr * scale, embedding_lr=embedding_lr * scale,
+    unembedding_lr=unembedding_lr * scale, scalar_lr=scalar_lr * scale,
+    weight_decay=weight_decay, compute_dtype=compute.dtype)
+
 plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
-common.check(dataset.n_rows(plan) and dataset.n_rows(val_plan), f"the data set {data} has too little text for rows of {max_seq_len} tokens")
+epoch_rows = dataset.n_rows(plan)
+flops_per_token = model.flops_per_token()
 parameters = sum(p.numel() for p in model.parameters())
-scaling_parameters = training.scaling_parameters(model)
-rows, num_steps = training.horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size)
-batch_tokens = rows * max_seq_len
-device_batch_size = training.rows_that_fit("base", "device_batch_size", device_batch_size, data, directory.name, compute)
-micro_rows = dataset.fit_micro_rows(rows, device_batch_size, compute.world)
-lr_batch_scale = min(1.0, (batch_tokens / 2 ** 19) ** 0.5)  # Adam's and Muon's rates follow the root of the batch
-if weight_decay == -1.0:
-    weight_decay = 0.2 * (12 / depth) ** 2 * lr_batch_scale if depth >= 8 else 0.0
-optimizer = optim.make_optimizer(model, matrix_lr=matrix_lr * lr_batch_scale, embedding_lr=embedding_lr * lr_batch_scale,
-                                 unembedding_lr=unembedding_lr * lr_batch_scale, scalar_lr=scalar_lr * lr_batch_scale,
-                                 weight_decay=weight_decay, compute_dtype=compute.dtype)
-epochs = num_steps * rows / dataset.n_rows(plan)
-common.print0(f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} tokens = {num_steps * batch_tokens / 1e6:,.1f}M tokens "
-              f"({num_steps * batch_tokens / scaling_parameters:.1f} a parameter, {epochs:.2f} epochs of {dataset.n_rows(plan):,} rows, {100 * dataset.cropped(plan):.3f} % of the text cropped)")
-common.print0(f"{compute.world} x {compute.device.type}, {compute.dtype}, {compute.threads} threads, compile={compute.compile}, "
-              f"{rows // (micro_rows * compute.world)} x {micro_rows} rows a rank and step, {num_steps * batch_tokens * model.flops_per_token():.2e} FLOPs")
+total_tokens = num_steps * batch_tokens
+common.print0(
+    f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} "
+    f"tokens = {total_tokens / 1e6:,.1f}M tokens ({total_tokens / scaling_params:.1f} for each of "
+    f"matrices and head, {num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows, "
+    f"{100 * dataset.cropped(plan):.3f} % of the text cropped)")
+common.print0(
+    f"{ranks.world} x {compute}, {rows // (micro_rows * ranks.world)} x {micro_rows} rows a rank "
+    f"and step, {total_tokens * flops_per_token:.2e} FLOPs")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where it was
+# -------------------------------------------------------------------------------------------------
+# where it was: the newest whole checkpoint, or step 0
 
-step, spent, skipped = 0, 0.0, 0
-val_bpb, loss = None, None
-if (found := common.on_rank0(checkpoint.newest, directory)) is not None:
-    model_state, optim_state, meta = checkpoint.load(directory, found)
-    checkpoint.put_weights(model, model_state)
+step, seconds, skipped, loss, val_bpb = 0, 0.0, 0, None, None
+saved = ranks.on_rank0(checkpoint.newest, directory)
+if saved is not None:
+    weights, optim_state, meta = checkpoint.load(directory, saved)
+    models.put_weights(model, weights)
     optimizer.load_state_dict(optim_state)
-    step, spent, skipped, loss, val_bpb = meta["step"], meta["seconds"], meta["skipped"], meta["loss"], meta["val_bpb"]
+    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
+    loss, val_bpb = meta["loss"], meta["val_bpb"]
     common.print0(f"continuing at step {step:,} of {num_steps:,}")
-common.trim_metrics(metrics, step)
-common.set_deadline(time_limit)
 forward = torch.compile(model, dynamic=False) if compute.compile else model
-training.start_clock(num_steps, step, spent, save_minutes)
-training.explain_out_of_memory("base", device_batch_size=device_batch_size)
+loss_level = training.LossLevel()
+run.begin_loop(step, num_steps, seconds, flops_per_token, peak_flops(compute.device))
 
-def save(wait=True):
-    t0 = time.monotonic()
-    state = optimizer.state_dict()  # a collective call: gathers the shards
-    if compute.rank == 0:
-        checkpoint.save(directory, step, model.state_dict(), state, {
-            "model": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint, "settings": settings, "num_steps": num_steps,
-            "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "epoch": step * rows / dataset.n_rows(plan), "seconds": training.spent(),
-            "skipped": skipped, "loss": loss, "val_bpb": val_bpb}, keep, wait)
-    training.saved(t0)
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
 
 while True:
     last = step == num_steps
-    measuring = last or (eval_every and step % eval_every == 0)
-    training.save_or_stop(save, directory, step, num_steps, measuring)
+    measure = training.eval_due(run, step, eval_every)
 
-    if measuring:
-        val_bpb = training.bits_per_byte(model, val_plan, tokenizer, eval_tokens, micro_rows, compute)
-        if val_bpb is None:
-            phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.last_step(directory)} of {num_steps}")
-        common.append_metrics(metrics, {"kind": "val", "step": step, "val_bpb": val_bpb})
+    # Here, between two steps, all ranks hold the same weights, and here they agree on what comes
+    # next: a rank that stopped alone would leave the others waiting for its gradients.
+    stop, save_due = run.should_stop(), run.should_save()
+    # Save before measuring, so that an evaluation that dies costs no model; but not while the loss
+    # explodes, since the checkpoint of better days would go.
+    wanted = stop or save_due or (measure and step > 0)
+    if last or (wanted and not loss_level.exploding()):
+        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
+            "model": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
+            "settings": settings, "num_steps": num_steps, "batch_tokens": batch_tokens,
+            "tokens": step * batch_tokens, "epoch": step * rows / epoch_rows,
+            "seconds": run.clock.seconds(), "skipped": skipped, "loss": loss, "val_bpb": val_bpb})
+    if stop:
+        run.exit_interrupted(stop)
+
+    if measure:
+        measured = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
+                                          compute.device)
+        if measured is None:
+            continue  # asked to stop in the middle: see above
+        val_bpb = measured
+        run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
     if last or (sample_every and step and step % sample_every == 0):
-        training.print_samples(model, tokenizer, ["The", "Once upon a time", "The capital of France is"])
+        prompts = ["The", "Once upon a time", "The capital of France is"]
+        training.print_samples(run, model, tokenizer, prompts)
     if last:
         break
 
-    progress = (step + 1) / num_steps
     lr_scale = training.lr_scale(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_fraction)
-    optimizer.set(lr_scale=lr_scale, muon_momentum=0.85 + 0.10 * min(1.0, step / 300), muon_weight_decay=weight_decay * (1 - progress))
+    optimizer.set(lr_scale=lr_scale, muon_momentum=0.85 + 0.10 * min(1.0, step / 300),
+                  muon_weight_decay=weight_decay * (1 - (step + 1) / num_steps))
     total = torch.zeros((), device=compute.device)
-    for x, y in dataset.batch(plan, seed, step, rows, micro_rows, compute.rank, compute.world):
-        x, y = training.to_device(x, compute), training.to_device(y, compute)
+    # The rows of step s follow from (data, seed, s) alone: nothing about the order has to be saved,
+    # and whatever the ranks and micro-batches, the same rows are trained on.
+    for x, y in dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world):
+        x, y = to_device(x, compute.device), to_device(y, compute.device)
+        # The sum over a micro-batch divided by the tokens of the whole batch, not its own mean: so
+        # the gradients of all micro-batches and ranks add up to that of the batch.
         micro_loss = forward(x, y, reduction="sum") / batch_tokens
         micro_loss.backward()
         total += micro_loss.detach()
+    # Adds up the gradients of all ranks. Where their norm is nan or inf it touches nothing: one bad
+    # batch must not poison weights and momenta for good.
     norm = optimizer.step()
     optimizer.zero_grad()
-    loss = training.all_sum(total)
+    loss = ranks.all_reduce_sum(total)
     step += 1
 
-    skipped = training.count_skipped(skipped, loss, norm, max_skipped, directory)
-    training.watch(loss, directory)
-    reading = training.tick(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, model.flops_per_token(), compute)
-    common.append_metrics(metrics, {"kind": "train", "step": step - 1, "loss": loss, "norm": norm, "lr_scale": lr_scale,
-                                    "epoch": int((step - 1) * rows / dataset.n_rows(plan)), "clock": reading})
+    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
+    training.check_divergence(run, loss_level, loss)
+    run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
+                 lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)
 
-phase.done(directory, step=step, seconds=training.spent(), val_bpb=val_bpb, parameters=parameters, tokens=step * batch_tokens)
-common.print0(f"base {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in {common.clock(training.spent())}; saving took {100 * training.save_share():.2f} % of it")
-common.leave()
+seconds = run.clock.seconds()
+common.print0(f"base {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in "
+              f"{common.duration(seconds)}; saving took {100 * run.clock.save_share():.2f} % of it")
+run.exit_done(step=step, seconds=seconds, val_bpb=val_bpb, parameters=parameters,
+              tokens=step * batch_tokens)

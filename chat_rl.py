@@ -1,27 +1,31 @@
 """
-Phase 5: reinforcement learning on math word problems with the calculator. A policy gradient in the manner of GRPO
-(arXiv 2402.03300) without its reference model and clipping: on-policy, a group of samples for each problem, the advantage
-of a sample is its reward less the group's mean, the loss is normalised by tokens (DAPO, arXiv 2503.14476).
+Phase 5: reinforcement learning on math word problems with the calculator. A policy gradient in the
+manner of GRPO (arXiv 2402.03300) without its reference model and clipping: on-policy, a group of
+samples for each problem, the advantage of a sample is its reward less the group's mean, the loss is
+normalised by tokens (DAPO, arXiv 2503.14476).
 
-    python chat_rl.py --data=toy
+    python chat_rl.py config/toy_rl.py
     torchrun --standalone --nproc_per_node=8 chat_rl.py
 
-Needs the finetuned model (chat_sft.py) and the task files (prepare_data.py). Kill it at any moment and run it again.
+Needs the finetuned model (chat_sft.py) and the task files (prepare_data.py). Kill it at any moment
+and run it again.
 """
-import common
-common.install_stop_handlers()  # before torch is imported
+from run import Run
+
+run = Run.start("chat_rl")  # a signal counts from here on; importing torch takes seconds
 
 import time
 
 import numpy as np
 
 import checkpoint
+import common
 import configurator
 import data as dataset
 import execution
-import phase
+import models
+import pipeline
 import tasks
-import tokenizer as tok
 
 data = "fineweb_edu"         # the data set the finetuned model comes from
 tag = ""                     # the finetuned model to go on from; empty: the newest
@@ -38,149 +42,182 @@ scalar_lr = 0.0              # AdamW: per-layer scalars and gates
 lr_fraction = 0.05           # all learning rates are multiplied by it
 seed = 1337                  # decides the order of the problems and every draw
 # ---- settings below may change at every resume
-device_batch_size = 8        # rows a device trains on at once
-rollout_rows = 64            # rows a device generates at once
+device_batch_size = 8        # rows a device trains on at once: less where memory runs out
+rollout_rows = 64            # rows a device generates at once: likewise
 eval_every = 60              # steps between measurements of pass@k; 0: only at the end
 eval_problems = 400          # held-out problems measured
 eval_samples = 8             # samples of each: the k of pass@k
 save_minutes = 3.0           # minutes between saves
 keep = 1                     # checkpoints kept
-time_limit = None            # minutes until it saves and stops; None: no limit (under Slurm the job's)
-max_skipped = 10             # steps in a row skipped for a gradient that is not finite before it gives up
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
+max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
 compile = False              # not compiled: every batch has another shape
 start_over = False           # put the old run of this tag aside and start from nothing
+try_out = False              # only the first steps, if need be on a stand-in for sft's model
 settings = configurator.configure(globals())
 
 FLAT = 20  # steps in a row without any variance of the reward before it says so
 
-# ---------------------------------------------------------------------------------------------------------------------
-# inputs, all checked before a model is made
+# -------------------------------------------------------------------------------------------------
+# inputs: opened and judged before anything on disk changes
 
 for name in ("problems_per_step", "samples", "rollout_rows", "eval_problems", "eval_samples"):
     common.check(settings[name] >= 1, f"--{name} must be at least 1, not {settings[name]}")
-common.check(task in tasks.TASKS and tasks.TASKS[task]["kind"] == "generative", f"--task={task}: there is no such generative task")
-parent_dir, parent_step = checkpoint.find_model("sft", data, tag)
-directory = common.stage_dir("rl", data, parent_dir.name)
-metrics = directory / "metrics.jsonl"
-tokenizer = tok.load_tokenizer(common.tokenizer_dir(data))
-checkpoint.must_fit(parent_dir, parent_step, tokenizer)
-files = tasks.fingerprint([task], "train", data), tasks.fingerprint([task], "test", data)
+common.check(tasks.TASKS.get(task, {}).get("kind") == "generative",
+             f"--task={task}: there is no such generative task")
+train_items = tasks.load(task, "train", data)
+test_items = tasks.load(task, "test", data, eval_problems)
+files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]
 
-common.init_distributed()
-resumed = common.on_rank0(phase.begin, directory, "chat_rl", settings,
-                          {"tokenizer": tokenizer.fingerprint, "tasks": "-".join(files), "sft": checkpoint.fingerprint(parent_dir, parent_step)},
-                          lambda: None if checkpoint.newest(directory) is not None else "no whole checkpoint", start_over)
+run.ranks.join()
+parent, parent_step = run.ranks.on_rank0(models.find_parent, "sft", data, tag, try_out)
+tokenizer = models.load_tokenizer_of(parent, parent_step, data)
+directory = pipeline.state_path("rl", data, parent.name, try_out)
+run.open_or_exit(directory, settings,
+                 {"tokenizer": tokenizer.fingerprint, "tasks": "-".join(files),
+                  "sft": checkpoint.fingerprint(parent, parent_step)})
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model, optimizer, problems
+# -------------------------------------------------------------------------------------------------
+# model and optimizer: from its own newest whole checkpoint, else from sft's model
 
 import torch
+
 import gpt
 import optim
 import training
+from compute import choose_compute, peak_flops
 
-compute = common.init_compute(settings, resumed.get("chosen"))
-phase.note(directory, chosen=common.chosen(compute))
-found = common.on_rank0(checkpoint.newest, directory)
-model_state, optim_state, meta = checkpoint.load(directory, found) if found is not None else checkpoint.load(parent_dir, parent_step, optimizer=False)
-model = checkpoint.build_model(meta, model_state, compute.device, compute.dtype)
-device_batch_size = training.rows_that_fit("rl", "device_batch_size", device_batch_size, data, directory.name, compute)
-rollout_rows = training.rows_that_fit("rl", "rollout_rows", rollout_rows, data, directory.name, compute)
-train_items, test_items = tasks.load(task, "train", data), tasks.load(task, "test", data, eval_problems)
-num_steps = num_steps if num_steps != -1 else max(1, len(train_items) // problems_per_step)
-optimizer = optim.make_optimizer(model, matrix_lr=matrix_lr * lr_fraction, embedding_lr=embedding_lr * lr_fraction,
-                                 unembedding_lr=unembedding_lr * lr_fraction, scalar_lr=scalar_lr * lr_fraction, weight_decay=0.0, compute_dtype=compute.dtype)
-common.print0(f"rl {directory.name}: {num_steps:,} steps of {problems_per_step} problems with {samples} samples each, {len(train_items):,} problems; "
-              f"{compute.world} x {compute.device.type}, {compute.dtype}")
+ranks = run.ranks
+compute = choose_compute(ranks, settings, run.record.get("chosen"))
+run.update_record(chosen=compute.recorded())
+saved = ranks.on_rank0(checkpoint.newest, directory)
+if saved is not None:
+    weights, optim_state, meta = checkpoint.load(directory, saved)
+else:
+    weights, optim_state, meta = checkpoint.load(parent, parent_step, optimizer=False)
+model = models.build_model(meta, weights, compute.device, compute.dtype)
+if num_steps == -1:
+    num_steps = max(1, len(train_items) // problems_per_step)
+optimizer = optim.make_optimizer(
+    model, matrix_lr=matrix_lr * lr_fraction, embedding_lr=embedding_lr * lr_fraction,
+    unembedding_lr=unembedding_lr * lr_fraction, scalar_lr=scalar_lr * lr_fraction,
+    weight_decay=0.0, compute_dtype=compute.dtype)
+common.print0(f"rl {directory.name}: {num_steps:,} steps of {problems_per_step} problems with "
+              f"{samples} samples each, {len(train_items):,} problems; {ranks.world} x {compute}")
 
-step, spent, skipped, flat, reward, pass_at = 0, 0.0, 0, 0, None, {}
-if found is not None:
+step, seconds, skipped, flat, reward, pass_at = 0, 0.0, 0, 0, None, {}
+if saved is not None:
     optimizer.load_state_dict(optim_state)
-    step, spent, skipped, flat, reward, pass_at = (meta[k] for k in ("step", "seconds", "skipped", "flat", "reward", "pass_at"))
+    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
+    flat, reward, pass_at = meta["flat"], meta["reward"], meta["pass_at"]
     common.print0(f"continuing at step {step:,} of {num_steps:,}")
-common.trim_metrics(metrics, step)
-common.set_deadline(time_limit)
-training.start_clock(num_steps, step, spent, save_minutes)
-training.explain_out_of_memory("rl", device_batch_size=device_batch_size, rollout_rows=rollout_rows)
+run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 
-def save(wait=True):
-    t0 = time.monotonic()
-    state = optimizer.state_dict()  # a collective call: gathers the shards
-    if compute.rank == 0:
-        checkpoint.save(directory, step, model.state_dict(), state, {
-            "model": meta["model"], "batch_tokens": meta["batch_tokens"], "tokenizer": tokenizer.fingerprint, "settings": settings,
-            "num_steps": num_steps, "seconds": training.spent(), "skipped": skipped, "flat": flat, "reward": reward, "pass_at": pass_at}, keep, wait)
-    training.saved(t0)
+# -------------------------------------------------------------------------------------------------
+# samples
 
 def rollout(items, numbers, n, stream, turn):
     """
-    n samples of each of items[i] for i in numbers. Each sample's random numbers depend on (seed, stream, turn, item, sample) alone.
-    -> per number a list of n (prompt, tokens, forced, reward); incomplete when a stop was requested
+    n samples of each of items[i] for i in numbers. A sample's random numbers depend on (seed,
+    stream, turn, item, sample) alone: not on the rank, nor on what is sampled beside it.
+    -> per number a list of n (prompt, tokens, forced, reward); incomplete when asked to stop
     """
     prompts = [tokenizer.render_for_completion(items[i]) for i in numbers for _ in range(n)]
-    uniforms = np.stack([common.rng(seed, stream, turn, i, k).random(max_new_tokens) for i in numbers for k in range(n)])
-    answers = gpt.generate(model, tokenizer, prompts, max_new_tokens, temperature, uniforms=uniforms, calculate=execution.calculate,
-                           max_rows=rollout_rows, keep_going=lambda: not common.stop_requested())
-    made = [(prompt, tokens, forced, float(tasks.correct(items[numbers[j // n]], tokenizer.decode(tokens))))
-            for j, (prompt, (tokens, forced)) in enumerate(zip(prompts, answers))]
+    uniforms = np.stack([common.rng(seed, stream, turn, i, k).random(max_new_tokens)
+                         for i in numbers for k in range(n)])
+    answers = gpt.generate(
+        model, tokenizer, prompts, max_new_tokens, temperature, uniforms=uniforms,
+        calculate=execution.calculate, max_rows=rollout_rows,
+        keep_going=lambda: run.stop_reason() is None)
+    made = []
+    for j, (tokens, forced) in enumerate(answers):
+        item = items[numbers[j // n]]
+        right = tasks.correct(item, tokenizer.decode(tokens))
+        made.append((prompts[j], tokens, forced, float(right)))
     return [made[i:i + n] for i in range(0, len(made), n)]
 
-def measure():
-    """pass@1 ... pass@k over the held-out problems, dealt to the ranks: {"1": mean, "8": share with any right}, or None if asked to stop."""
-    hits = torch.zeros(2)
-    turns = range(0, len(test_items), compute.world * max(1, rollout_rows // eval_samples))
-    for start in turns:
-        mine = [i for i in range(start, min(start + turns.step, len(test_items))) if i % compute.world == compute.rank]
+def measure_pass_at():
+    """pass@1 and pass@k over the held-out problems, dealt to the ranks: {"1": mean, "8": share with
+    any right}, or None if asked to stop. Collective."""
+    hits, n, began = torch.zeros(2), len(test_items), time.monotonic()
+    at_once = ranks.world * max(1, rollout_rows // eval_samples)
+    for start in range(0, n, at_once):
+        numbers = range(start, min(start + at_once, n))
+        mine = [i for i in numbers if i % ranks.world == ranks.rank]
         groups = rollout(test_items, mine, eval_samples, 3, 0) if mine else []
-        if common.agree(1 if common.stop_requested() else 0):
+        if run.should_stop():
             return None
         for group in groups:
             rewards = [r for _, _, _, r in group]
             hits += torch.tensor([sum(rewards) / len(rewards), max(rewards)])
-    one, any_right = (training.all_sum(h) / len(test_items) for h in hits)
-    return {"1": one, str(eval_samples): any_right}
+        if run.try_out:  # one turn says how long all of them take
+            run.eval_seconds = (time.monotonic() - began) * n / len(numbers)
+            break
+    mean, any_right = (ranks.all_reduce_sum(h) / n for h in hits)
+    return {"1": mean, str(eval_samples): any_right}
 
-# ---------------------------------------------------------------------------------------------------------------------
+def with_advantages(groups):
+    """Samples -> [(token ids, advantage of each)]: reward less the group's mean on the tokens that
+    the model chose itself, 0 on the prompt and on what the calculator said. A sample no better and
+    no worse than its group has no gradient and is left out."""
+    sequences = []
+    for group in groups:
+        mean = sum(r for _, _, _, r in group) / samples
+        for prompt, tokens, forced, r in group:
+            if r != mean and tokens:
+                advantages = [0.0 if f else r - mean for f in forced]
+                sequences.append((prompt + tokens, [0.0] * len(prompt) + advantages))
+    return sequences
+
+# -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then sample and train one step
 
 while True:
     last = step == num_steps
-    measuring = last or (eval_every and step % eval_every == 0)
-    training.save_or_stop(save, directory, step, num_steps, measuring)
+    measure = training.eval_due(run, step, eval_every)
 
-    if measuring:
-        measured = measure()
+    # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
+    stop, save_due = run.should_stop(), run.should_save()
+    if last or stop or save_due or (measure and step > 0):  # before measuring, which may die
+        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
+            "model": meta["model"], "batch_tokens": meta["batch_tokens"],
+            "tokenizer": tokenizer.fingerprint, "settings": settings, "num_steps": num_steps,
+            "seconds": run.clock.seconds(), "skipped": skipped, "flat": flat, "reward": reward,
+            "pass_at": pass_at})
+    if stop:
+        run.exit_interrupted(stop)
+
+    if measure:
+        measured = measure_pass_at()
         if measured is None:
-            phase.interrupted(directory, f"stopped while measuring; saved at step {checkpoint.last_step(directory)} of {num_steps}")
+            continue  # asked to stop in the middle: see above
         pass_at = measured
-        common.append_metrics(metrics, {"kind": "val", "step": step, **{f"pass@{k}": v for k, v in pass_at.items()}})
-        common.print0(f"step {step:,}: held-out problems " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()))
+        shown = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
+        run.log(kind="val", step=step, **{f"pass@{k}": v for k, v in pass_at.items()})
+        common.print0(f"step {step:,}: held-out problems {shown}")
     if last:
         break
 
-    # sample: the problems of this step, those at places rank, rank + world, ... on this rank
+    # Sample: of this step's problems those at places rank, rank + world, ... on this rank. A stop
+    # in the middle costs these samples: the same ones are drawn again when the run continues.
     numbers = dataset.batch_rows(len(train_items), seed, step, problems_per_step)
-    groups = rollout(train_items, mine, samples, 2, step) if (mine := numbers[compute.rank::compute.world]) else []
-    if common.agree(1 if common.stop_requested() else 0):
-        save()  # the samples of this step are drawn again, the same ones, when it continues
-        training.stopped(directory, num_steps)
+    mine = numbers[ranks.rank::ranks.world]
+    groups = rollout(train_items, mine, samples, 2, step) if mine else []
+    if run.should_stop():
+        continue
+    sequences = with_advantages(groups)
+    everything = [sample for group in groups for sample in group]
+    own_tokens = sum(len(tokens) - sum(forced) for _, tokens, forced, _ in everything)
+    counted = ranks.all_reduce_sum(own_tokens)
+    reward = ranks.all_reduce_sum(sum(r for _, _, _, r in everything))
+    reward /= problems_per_step * samples
+    with_gradient = ranks.all_reduce_sum(len(sequences))
 
-    sequences, rewards, lengths = [], [], []
-    for group in groups:
-        mean = sum(r for _, _, _, r in group) / samples
-        for prompt, tokens, forced, r in group:
-            rewards.append(r)
-            lengths.append(len(tokens) - sum(forced))
-            if r != mean and tokens:  # a sample no better and no worse than its group has no gradient
-                sequences.append((prompt + tokens, [0.0] * len(prompt) + [0.0 if f else r - mean for f in forced]))
-    counted = training.all_sum(sum(lengths))
-    reward = training.all_sum(sum(rewards)) / (problems_per_step * samples)
-    with_gradient = training.all_sum(len(sequences))
-
-    # train: the log-probability of each token that the model chose itself, weighted by the advantage
+    # Train: the log-probability of each token that the model chose, weighted by its advantage; the
+    # sum is divided by all tokens that were chosen, on all ranks, whatever their samples' rewards.
     lr_scale = 1.0 - step / num_steps
     optimizer.set(lr_scale=lr_scale, muon_momentum=0.95, muon_weight_decay=0.0)
     total = torch.zeros((), device=compute.device)
@@ -194,19 +231,24 @@ while True:
         micro_loss = (nats * advantages[:, 1:]).sum() / max(counted, 1.0)
         micro_loss.backward()
         total += micro_loss.detach()
-    norm = optimizer.step() if with_gradient else 0.0
+    norm = optimizer.step() if with_gradient else 0.0  # not finite: it touches nothing
     optimizer.zero_grad()
-    loss = training.all_sum(total)
-    flat = 0 if with_gradient else flat + 1
-    if flat and flat % FLAT == 0:
-        common.print0(f"the reward has had no variance for {flat} steps (mean {reward:.3f}): there is nothing to learn from; easier or harder problems, more samples or a higher temperature would help")
+    loss = ranks.all_reduce_sum(total)
     step += 1
 
-    skipped = training.count_skipped(skipped, loss, norm, max_skipped, directory)
-    reading = training.tick(step, f"reward {reward:.3f} | {counted / (problems_per_step * samples):.0f} tokens a sample", counted, model.flops_per_token(), compute)
-    common.append_metrics(metrics, {"kind": "train", "step": step - 1, "loss": loss, "reward": reward, "norm": norm, "with_gradient": int(with_gradient),
-                                    "tokens": int(counted), "lr_scale": lr_scale, "clock": reading})
+    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
+    flat = 0 if with_gradient else flat + 1
+    if flat and flat % FLAT == 0:
+        common.print0(f"the reward has had no variance for {flat} steps (mean {reward:.3f}): there "
+                      "is nothing to learn from; easier or harder problems, more samples or a "
+                      "higher temperature would help")
+    each = counted / (problems_per_step * samples)
+    run.log_step(step, f"reward {reward:.3f} | {each:.0f} tokens a sample", counted, loss=loss,
+                 reward=reward, norm=norm, with_gradient=int(with_gradient), tokens=int(counted),
+                 lr_scale=lr_scale)
 
-phase.done(directory, step=step, seconds=training.spent(), pass_at=pass_at)
-common.print0(f"rl {directory.name}: " + ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items()) + f" after {step:,} steps in {common.clock(training.spent())}; saving took {100 * training.save_share():.2f} % of it")
-common.leave()
+shown = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
+seconds = run.clock.seconds()
+common.print0(f"rl {directory.name}: {shown} after {step:,} steps in {common.duration(seconds)}; "
+              f"saving took {100 * run.clock.save_share():.2f} % of it")
+run.exit_done(step=step, seconds=seconds, pass_at=pass_at)

@@ -1,20 +1,31 @@
 """
-Phase 4: supervised finetuning. The midtrained model learns to answer: only what the assistant says is trained on.
+Phase 4: supervised finetuning. The midtrained model learns to answer.
 
-    python chat_sft.py --data=toy
+    python chat_sft.py config/toy_sft.py
     torchrun --standalone --nproc_per_node=8 chat_sft.py
 
-Needs the midtrained model (mid_train.py) and the task files (prepare_data.py). Kill it at any moment and run it again.
+The loop is mid_train.py's; what differs: only what the assistant says is trained on (the masks of
+the conversations are kept), the rates are a tenth, and the mixture is smaller and of answers. Needs
+the midtrained model (mid_train.py) and the task files (prepare_data.py). Kill it at any moment and
+run it again.
 """
-import common
-common.install_stop_handlers()  # before torch is imported
+from run import Run
 
+run = Run.start("chat_sft")  # a signal counts from here on; importing torch takes seconds
+
+import checkpoint
+import common
 import configurator
-import finetune
+import data as dataset
+import models
+import pipeline
+import tasks
 
 data = "fineweb_edu"         # the data set the base model was trained on
 tag = ""                     # the midtrained model to go on from; empty: the newest
-mixture = ["smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "identity", "simplespelling:300", "spellingbee:300"]  # what it learns from: "name", "name*epochs", "name:examples"
+mixture = ["smoltalk:10000", "arc_easy", "arc_challenge",  # what it learns from: "name",
+           "gsm8k", "identity", "simplespelling:300",      # "name*epochs", "name:examples"
+           "spellingbee:300"]
 extra_conversations = ""     # a .jsonl file of your own conversations, added to the mixture
 max_steps = -1               # stop after so many steps; -1: one pass through the mixture
 total_batch_size = -1        # tokens a step; -1: the base model's
@@ -26,19 +37,146 @@ lr_fraction = 0.1            # all learning rates are multiplied by it
 warmdown_ratio = 1.0         # share of the steps with falling learning rate
 seed = 1337                  # decides the order
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows a device holds at once
-eval_every = 150             # steps between measurements on held-out conversations; 0: only at the end
+device_batch_size = 32       # rows a device holds at once: less where memory runs out
+eval_every = 150             # steps between measurements of bits per byte; 0: only at the end
 held_out = ["smoltalk:1000"]  # conversations it is measured on, of the test splits
 eval_tokens = 1_048_576      # tokens of them
 save_minutes = 3.0           # minutes between saves
 keep = 1                     # checkpoints kept
-time_limit = None            # minutes until it saves and stops; None: no limit (under Slurm the job's)
-max_skipped = 10             # steps in a row skipped for a gradient that is not finite before it gives up
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
+max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
+try_out = False              # only the first steps, if need be on a stand-in for its model
 settings = configurator.configure(globals())
 
-finetune.run("sft", "mid", settings, every_token=False)
+# -------------------------------------------------------------------------------------------------
+# inputs: opened and judged before anything on disk changes
+
+learned = [*mixture, extra_conversations] if extra_conversations else mixture
+common.check(learned and held_out, "--mixture and --held_out must not be empty: there is nothing "
+             "to learn from, or nothing to measure on")
+files = tasks.fingerprint(learned, "train", data)
+val_files = tasks.fingerprint(held_out, "test", data)
+
+run.ranks.join()
+parent, parent_step = run.ranks.on_rank0(models.find_parent, "mid", data, tag, try_out)
+tokenizer = models.load_tokenizer_of(parent, parent_step, data)
+directory = pipeline.state_path("sft", data, parent.name, try_out)
+run.open_or_exit(directory, settings,
+                 {"tokenizer": tokenizer.fingerprint, "tasks": files,
+                  "mid": checkpoint.fingerprint(parent, parent_step)})
+
+# -------------------------------------------------------------------------------------------------
+# model, rows, optimizer: from its own newest whole checkpoint, else from mid's model
+
+import torch
+
+import optim
+import training
+from compute import choose_compute, peak_flops, to_device
+
+ranks = run.ranks
+compute = choose_compute(ranks, settings, run.record.get("chosen"))
+run.update_record(chosen=compute.recorded())
+saved = ranks.on_rank0(checkpoint.newest, directory)
+if saved is not None:
+    weights, optim_state, meta = checkpoint.load(directory, saved)
+else:
+    weights, optim_state, meta = checkpoint.load(parent, parent_step, optimizer=False)
+model = models.build_model(meta, weights, compute.device, compute.dtype)
+length = model.config.sequence_len
+
+store = dataset.tokenize_conversations(
+    run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
+val_store = dataset.tokenize_conversations(
+    run, f"{val_files}-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer,
+    length + 1)
+plan = dataset.make_plan([store], length + 1, tokenizer.bos, split=False)
+val_plan = dataset.make_plan([val_store], length + 1, tokenizer.bos, split=False)
+
+rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
+batch_tokens = rows * length
+micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
+num_steps = max(1, dataset.n_rows(plan) // rows)
+if max_steps != -1:
+    num_steps = min(num_steps, max_steps)
+scale = lr_fraction * training.batch_lr_scale(batch_tokens)
+optimizer = optim.make_optimizer(
+    model, matrix_lr=matrix_lr * scale, embedding_lr=embedding_lr * scale,
+    unembedding_lr=unembedding_lr * scale, scalar_lr=scalar_lr * scale, weight_decay=0.0,
+    compute_dtype=compute.dtype)
+common.print0(
+    f"sft {directory.name}: {store.facts['documents']:,} conversations ({store.facts['cut']} "
+    f"longer than a row and cut) in {dataset.n_rows(plan):,} rows, {num_steps:,} steps of "
+    f"{batch_tokens:,} tokens; {ranks.world} x {compute}")
+
+step, seconds, skipped, loss, val_bpb = 0, 0.0, 0, None, None
+if saved is not None:
+    optimizer.load_state_dict(optim_state)
+    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
+    loss, val_bpb = meta["loss"], meta["val_bpb"]
+    common.print0(f"continuing at step {step:,} of {num_steps:,}")
+forward = torch.compile(model, dynamic=False) if compute.compile else model
+loss_level = training.LossLevel()
+run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
+
+# -------------------------------------------------------------------------------------------------
+# the loop: save when due, measure when due, then train one step
+
+while True:
+    last = step == num_steps
+    measure = training.eval_due(run, step, eval_every)
+
+    # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
+    stop, save_due = run.should_stop(), run.should_save()
+    # before measuring, which may die; not while the loss explodes: the good checkpoint would go
+    wanted = stop or save_due or (measure and step > 0)
+    if last or (wanted and not loss_level.exploding()):
+        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
+            "model": meta["model"], "tokenizer": tokenizer.fingerprint, "settings": settings,
+            "num_steps": num_steps, "batch_tokens": batch_tokens, "tokens": step * batch_tokens,
+            "seconds": run.clock.seconds(), "skipped": skipped, "loss": loss, "val_bpb": val_bpb})
+    if stop:
+        run.exit_interrupted(stop)
+
+    if measure:
+        measured = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
+                                          compute.device)
+        if measured is None:
+            continue  # asked to stop in the middle: see above
+        val_bpb = measured
+        run.log(kind="val", step=step, val_bpb=val_bpb)
+        common.print0(f"step {step:,}: held-out conversations {val_bpb:.4f} bits per byte")
+    if last:
+        break
+
+    lr_scale = training.lr_scale(step, num_steps, 0.0, warmdown_ratio, 0.0)
+    optimizer.set(lr_scale=lr_scale, muon_momentum=0.95, muon_weight_decay=0.0)
+    batches = list(dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world))
+    # Rows have few or many of the assistant's tokens, so a micro-batch's own mean would weigh them
+    # differently on each rank: the sum is divided by the tokens that the whole batch trains on.
+    counted = ranks.all_reduce_sum(sum((y != -1).sum() for _, y in batches))
+    total = torch.zeros((), device=compute.device)
+    for x, y in batches:
+        x, y = to_device(x, compute.device), to_device(y, compute.device)
+        micro_loss = forward(x, y, reduction="sum") / max(counted, 1)
+        micro_loss.backward()
+        total += micro_loss.detach()
+    norm = optimizer.step()  # adds up all ranks' gradients; touches nothing where it is not finite
+    optimizer.zero_grad()
+    loss = ranks.all_reduce_sum(total)
+    step += 1
+
+    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
+    training.check_divergence(run, loss_level, loss)
+    run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
+                 lr_scale=lr_scale)
+
+seconds = run.clock.seconds()
+common.print0(f"sft {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in "
+              f"{common.duration(seconds)}; saving took {100 * run.clock.save_share():.2f} % of it")
+run.exit_done(step=step, seconds=seconds, val_bpb=val_bpb)

@@ -1,15 +1,17 @@
 """
-Settings without argparse. A script keeps its settings as plain globals at its top, one a line, each with a comment:
+Settings without argparse. A script keeps its settings as plain globals at its top, one a line, each
+with a comment:
 
     depth = 20                  # layers; width, heads and learning rates follow from it
     # ---- settings below may change at every resume
     device_batch_size = 32      # rows a device holds at once
     settings = configure(globals())
 
-and is then run as `python script.py --depth=4 --device-batch-size=8 my_settings.py --help`.
-A `.py` argument is a file of assignments; later arguments win. The type of the default is enforced (an int may stand
-for a float; a default of None takes a number). What stands above the "may change at every resume" line defines the
-result and is held against the record when a phase resumes; what stands below is only logged.
+and is then run as `python script.py my_settings.py --depth=4 --device-batch-size=8 --help`.
+A `.py` argument is a file of assignments; later arguments win. The type of the default is enforced
+(an int may stand for a float; a default of None takes a number). What stands above the "may change
+at every resume" line defines the result and is held against the record when a phase resumes; what
+stands below is only logged.
 """
 import ast
 import difflib
@@ -19,140 +21,200 @@ import sys
 from pathlib import Path
 
 import common
+import pipeline
 
 MARKER = "may change at every resume"
-PHASES = {"data": "prepare_data.py", "tok": "tok_train.py", "base": "base_train.py", "base-eval": "base_eval.py", "mid": "mid_train.py", "mid-eval": "chat_eval.py",
-          "sft": "chat_sft.py", "sft-eval": "chat_eval.py", "rl": "chat_rl.py", "rl-eval": "chat_eval.py", "report": "report.py"}  # and their scripts, as in speedrun.sh
-KINDS = {type(None): "None or a number", int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
+KINDS = {type(None): "None or a number", int: "a whole number", float: "a number",
+         bool: "True or False", str: "a text", list: "a list"}
 
-STEPS, ONE = (lambda v: v == -1 or v >= 1, "-1 or at least 1"), (lambda v: v >= 1, "at least 1")
-ALLOWED = {  # what settings that many scripts have may be
-    "seed": (lambda v: v is None or type(v) is int and v >= 0, "a whole number from 0 on"), "keep": ONE, "rows": ONE, "device_batch_size": ONE, "max_new_tokens": ONE, "threads": (lambda v: v >= 0, "0 or more"),
-    "num_steps": STEPS, "max_steps": STEPS, "total_batch_size": STEPS, "device": (("auto", "cuda", "mps", "cpu").__contains__, "auto, cuda, mps or cpu"),
-    "dtype": (("auto", "bfloat16", "float32").__contains__, "auto, bfloat16 or float32"), "compile": (("auto", "True", "False", True, False).__contains__, "auto, True or False")}
+# what settings may be that several scripts have
+AT_LEAST_0 = ("seed", "threads")
+AT_LEAST_1 = ("keep", "rows", "device_batch_size", "max_new_tokens")
+AT_LEAST_1_OR_NONE = ("num_steps", "max_steps", "total_batch_size")  # -1 stands for none
+CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
+           "compile": ("auto", "True", "False", True, False)}
 
 class Settings(dict):
-    """All settings by name; `.defining` and `.free` are the two halves, dicts too (see the module's docstring)."""
+    """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given
+    for other phases: {"sft": {"mixture": "gsm8k,arc_easy"}}, as text."""
+
+# -------------------------------------------------------------------------------------------------
+# what a script declares
 
 def assignments(source):
     """The settings in the text of a script, as nodes of its syntax tree."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and "configure(" in ast.unparse(node.value):
             return  # what comes after configure(globals()) is no setting
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        plain = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if plain and len(node.targets) == 1 and not isinstance(node.value, ast.Call):
             yield node
 
 def declared(path):
-    """The settings of the script at `path`: a list of (name, comment, defining) in the order of the file.
+    """The settings of the script at `path`: a list of (name, comment, defining), as in the file.
     example: a line `depth = 4  # layers` above the marker -> [("depth", "layers", True)]"""
     source = Path(path).read_text(encoding="utf-8")
     lines = source.split("\n")
-    marker = next((i for i, line in enumerate(lines, 1) if line.startswith("#") and MARKER in line), len(lines) + 1)
-    comment = lambda node: " ".join(line.split("  #", 1)[1].strip() for line in lines[node.lineno - 1:node.end_lineno] if "  #" in line)
-    return [(node.targets[0].id, comment(node), node.lineno < marker) for node in assignments(source)]
+    marker = next((i for i, line in enumerate(lines, 1) if MARKER in line and line[:1] == "#"),
+                  len(lines))
+    found = []
+    for node in assignments(source):
+        own = lines[node.lineno - 1:node.end_lineno]
+        comment = " ".join(line.split("  #", 1)[1].strip() for line in own if "  #" in line)
+        found.append((node.targets[0].id, comment, node.lineno < marker))
+    return found
 
-def defaults(path):
-    """{setting: default} of the script at `path`, without running it."""
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments(Path(path).read_text(encoding="utf-8"))}
+def defaults(script):
+    """{setting: default} of a script of this repository, without running it."""
+    source = (pipeline.REPO / script).read_text(encoding="utf-8")
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments(source)}
 
-def given(script, args):
-    """{setting: value} that `python SCRIPT ARGS` would run with; args: a list of --key=value"""
-    values = defaults(common.REPO / script)
-    for name, value in (arg[2:].split("=", 1) for arg in args):
-        name = name.replace("-", "_")
-        values[name] = convert(name, value, values[name])
-    return values
-
-def whole_path(data):
-    """The same folder, from wherever and however it is named.  examples: "toy" -> "toy", "../my/texts" -> "/home/me/my/texts" """
-    return str(Path(data).expanduser().resolve()) if common.is_folder_data(data) else data
+# -------------------------------------------------------------------------------------------------
+# from text to values
 
 def convert(name, value, default):
     """`value` (text from the command line, or a Python value from a file) as the type of `default`.
-    examples: ("depth", "4", 20) -> 4;  ("lr", "1", 0.1) -> 1.0;  ("mixture", "a,b*2", ["c"]) -> ["a", "b*2"]"""
-    literal = value
+    Failure where it is none, or out of its range.
+    examples: ("depth", "4", 20) -> 4;  ("lr", "1", 0.1) -> 1.0;  ("tasks", "a,b", []) -> ["a", "b"]
+    """
+    found = value
     if isinstance(value, str) and not isinstance(default, str):
         try:
-            literal = ast.literal_eval(value)
+            found = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            literal = value.split(",") if isinstance(default, list) and value else value
-    if isinstance(default, list) and isinstance(literal, (tuple, str)):
-        literal = list(literal) if isinstance(literal, tuple) else ([literal] if literal else [])
-    if isinstance(default, float) and isinstance(literal, int) and not isinstance(literal, bool):
-        literal = float(literal)
-    if type(literal) is not type(default) and not (default is None and type(literal) in (int, float)):
+            pass
+    if isinstance(default, list) and isinstance(found, str):
+        found = found.split(",") if found else []
+    if isinstance(default, list) and isinstance(found, tuple):
+        found = list(found)
+    if isinstance(default, float) and type(found) is int:
+        found = float(found)
+    number = default is None and type(found) in (int, float)
+    if type(found) is not type(default) and not number:
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
-    if name == "data" and literal:
-        literal = whole_path(literal)
-    right, what = ALLOWED.get(name.rpartition(".")[2], (lambda v: True, ""))
-    common.check(right(literal), f"--{name} must be {what}, not {value!r}")
-    return literal
+    if name == "data" and found:
+        found = pipeline.whole_path(found)
+    check_range(name, found)
+    return found
 
-def configure(module_globals):
-    """Applies sys.argv to the settings in `module_globals` (a script's globals()) and returns them as Settings.
-    Exits with 2 and one line for an unknown key or a wrong type; prints all settings for --help and exits with 0."""
-    table = [row for row in declared(module_globals["__file__"]) if row[0] in module_globals]
-    defaults = {name: module_globals[name] for name, _, _ in table}
+def check_range(name, value):
+    """Failure where the value of a setting that several scripts have makes no sense."""
+    key, rule = name.rpartition(".")[2], None
+    if key in CHOICES and value not in CHOICES[key]:
+        rule = ", ".join(dict.fromkeys(str(choice) for choice in CHOICES[key]))
+    elif value is not None and key in AT_LEAST_0 and (value < 0 or type(value) is not int):
+        rule = "a whole number from 0 on"
+    elif key in AT_LEAST_1 and value < 1:
+        rule = "at least 1"
+    elif key in AT_LEAST_1_OR_NONE and value < 1 and value != -1:
+        rule = "-1 or at least 1"
+    if rule:
+        common.fail(f"--{name} must be {rule}, not {value!r}")
+
+def split(argument):
+    """An argument as (phase, key, value).
+    examples: "--rl.num-steps=8" -> ("rl", "num_steps", "8");  "--depth=4" -> ("", "depth", "4")"""
+    common.check(argument.startswith("--") and "=" in argument, f"cannot read the argument "
+                 f"{argument!r}: write --key=value, or the name of a .py file of assignments")
+    name, _, value = argument[2:].partition("=")
+    part, _, key = name.rpartition(".")
+    return part, key.replace("-", "_"), value
+
+def nearest(name, names):
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+# -------------------------------------------------------------------------------------------------
+# a script's own call
+
+def configure(module_globals, short=None, of_phases=False):
+    """
+    Applies sys.argv to the settings in `module_globals` (a script's globals()) -> Settings.
+    short: {"-p": "prompt"}, settings that may be given as two words; of_phases: whether settings of
+    other phases (--sft.mixture=...) are taken, too. Failure for an unknown key or a wrong type;
+    prints all settings for --help and ends the process with 0.
+    """
+    table = declared(module_globals["__file__"])
+    usual = {name: module_globals[name] for name, _, _ in table}
+    settings = Settings()
+    settings.of_phases = {}
 
     def assign(name, value, where):
         key = name.replace("-", "_")
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
-            common.fail(f"unknown setting {name!r} in {where}; the nearest is --{near[0]} (--help prints them all)")
-        module_globals[key] = convert(key, value, defaults[key])
+        if key not in usual:
+            common.fail(f"unknown setting {name!r} in {where}; the nearest is "
+                        f"--{nearest(key, usual)} (--help prints them all)")
+        module_globals[key] = convert(key, value, usual[key])
 
-    for arg in sys.argv[1:]:
-        if arg in ("--help", "-h"):
-            print((module_globals["__doc__"] or "").strip() + "\n\nsettings:")
-            first_free = next((name for name, _, defining in table if not defining), None)
-            for name, comment, _ in table:
-                if name == first_free:
-                    print(f"\nthese do not define the result and {MARKER}:")
-                left = f"  --{name}={defaults[name]!r}"
-                print(f"{left:<40} {comment}" if len(left) < 40 else f"{left}\n{'':<40} {comment}")
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in ("--help", "-h"):
+            print_help(module_globals["__doc__"], table, usual)
             sys.exit(0)
-        elif arg.startswith("--") and "=" in arg:
-            name, value = arg[2:].split("=", 1)
-            assign(name, value, arg)
-        elif arg.endswith(".py") and not arg.startswith("-"):
-            common.check(os.path.exists(arg), f"no such settings file: {arg}")
-            for name, value in runpy.run_path(arg).items():
-                if not name.startswith("_") and not callable(value) and type(value).__name__ != "module":
-                    assign(name, value, arg)
+        elif argument in (short or {}):
+            value = next(arguments, None)
+            common.check(value is not None, f"{argument} takes a value behind it")
+            assign(short[argument], value, argument)
+        elif argument.endswith(".py") and not argument.startswith("-"):
+            common.check(os.path.exists(argument), f"no such settings file: {argument}")
+            for name, value in runpy.run_path(argument).items():
+                if not name.startswith("_") and type(value) in KINDS:
+                    assign(name, value, argument)
         else:
-            common.fail(f"cannot read the argument {arg!r}: write --key=value or the name of a .py file of assignments")
-    for name in defaults:  # an edited default is the same as an override
-        module_globals[name] = convert(name, module_globals[name], defaults[name])
-    settings = Settings((name, module_globals[name]) for name in defaults)
+            part, key, value = split(argument)
+            if part and of_phases:
+                settings.of_phases.setdefault(part, {})[key] = value
+            else:
+                assign(f"{part}.{key}" if part else key, value, argument)
+    for name, default in usual.items():  # an edited default is checked as an override is
+        module_globals[name] = convert(name, module_globals[name], default)
+    settings.update((name, module_globals[name]) for name in usual)
     settings.defining = {name: settings[name] for name, _, defining in table if defining}
     settings.free = {name: settings[name] for name, _, defining in table if not defining}
     return settings
 
-def main():
-    """`python configurator.py accepted PHASE SCRIPT --key=value --PHASE.key=value ...` prints the arguments that SCRIPT has a setting
-    for, those of PHASE alone last; `python configurator.py check --key=value ...` exits with 2 if one fits no phase, or its value not all that have it. For speedrun.sh."""
-    def key(arg):  # example: "--rl.num-steps=8" -> ("rl", "num_steps")
-        common.check(arg.startswith("--") and "=" in arg, f"cannot read {arg!r} behind --: write --key=value")
-        part, _, name = arg[2:].split("=", 1)[0].rpartition(".")
-        return part, name.replace("-", "_")
-    if sys.argv[1] == "accepted":
-        known = {name for name, _, _ in declared(common.REPO / sys.argv[3])}
-        given = [(*key(arg), arg.split("=", 1)[1]) for arg in sys.argv[4:] if key(arg)[1] in known]
-        mine = [g for g in given if not g[0]] + [g for g in given if g[0] == sys.argv[2]]
-        others = [g for g in given if g not in mine and sys.argv[2] == "data"]  # what other phases read is its business
-        print("".join(f"--{name}={value}\n" for _, name, value in mine) + "".join(f"--{part}.{name}={value}\n" for part, name, value in others), end="")
-    else:
-        known = {part: defaults(common.REPO / script) for part, script in PHASES.items()}
-        for arg in sys.argv[2:]:
-            part, name = key(arg)
-            common.check(name not in ("data", "depth", "tag"), f"--{name} cannot stand behind the --: --data and --depth stand before it, and the tag is d<depth>")
-            common.check(part in ("", *PHASES), f"there is no phase {part!r} ({arg}); there are {', '.join(PHASES)}")
-            theirs = [values for of, values in known.items() if part in ("", of)]
-            near = difflib.get_close_matches(name, {n for values in theirs for n in values}, n=1, cutoff=0.0)[0]
-            common.check(any(name in values for values in theirs), f"{f'the phase {part}' if part else 'no phase'} has {'no' if part else 'a'} setting {name!r}; the nearest is --{near}")
-            for values in theirs:  # before the first phase begins, not hours later
-                if name in values:
-                    convert(arg[2:].split("=", 1)[0], arg.split("=", 1)[1], values[name])
+def print_help(doc, table, usual):
+    print((doc or "").strip() + "\n\nsettings:")
+    above = True
+    for name, comment, defining in table:
+        if above and not defining:
+            print(f"\nthese do not define the result and {MARKER}:")
+        above = defining
+        left = f"  --{name}={usual[name]!r}"
+        if len(left) >= 40:
+            print(left)
+            left = ""
+        print(f"{left:<40} {comment}")
 
-if __name__ == "__main__":
-    main()
+# -------------------------------------------------------------------------------------------------
+# settings behind the -- of speedrun.sh, which go to every phase that has them
+
+def accepted(phase, arguments):
+    """The arguments that a phase has a setting for, those for it alone last. What other phases
+    alone were given is the business of the phase "data": it brings what they read.
+    example: ("rl", ["--rl.samples=4", "--seed=1", "--depth=3"]) -> ["--seed=1", "--samples=4"]"""
+    known = defaults(phase.script)
+    shared, own, others = [], [], []
+    for part, key, value in map(split, arguments):
+        if part in ("", phase.name) and key in known:
+            (own if part else shared).append(f"--{key}={value}")
+        elif part and phase.name == "data":
+            others.append(f"--{part}.{key}={value}")
+    return [*shared, *own, *others]
+
+def check_arguments(arguments):
+    """Failure where an argument behind the -- fits no phase, or its value not all that have it:
+    said before the first phase begins, not hours later."""
+    names = [phase.name for phase in pipeline.PHASES]
+    for argument in arguments:
+        part, key, value = split(argument)
+        common.check(key not in ("data", "depth", "tag"), f"--{key} cannot stand behind the --: "
+                     "--data and --depth stand before it, and the tag is d<depth>")
+        common.check(part in ("", *names), f"there is no phase {part!r} ({argument}); there are "
+                     f"{', '.join(names)}")
+        theirs = [defaults(p.script) for p in pipeline.PHASES if part in ("", p.name)]
+        having = [known for known in theirs if key in known]
+        whose = f"the phase {part} has no" if part else "no phase has a"
+        common.check(having, f"{whose} setting {key!r}; the nearest is "
+                     f"--{nearest(key, {name for known in theirs for name in known})}")
+        for known in having:
+            convert(f"{part}.{key}" if part else key, value, known[key])

@@ -3,7 +3,7 @@ CORE (DCLM, arXiv 2406.11794): the mean over 22 tasks of the accuracy, centred s
 and perfection 1. It is scored as in nanochat: same order of items, same examples before each, same
 prompts, same rule for what is right.
 
-    tasks, missing, _ = read_bundle(common.eval_bundle_dir("toy"))
+    tasks, missing, _ = read_bundle(pipeline.eval_bundle_dir("toy"))
     evaluate(model, tokenizer, tasks[0], range(64), 2048, 2e8)  # -> [True, False, ...]
 
 It is quick because rows of like length run together, the tokens that the choices of an item have in
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import common
-import evaluation
 import gpt
+import scores
 
 MIN_PREFIX = 8  # tokens in common from which on they are run once
 KINDS = {  # icl_task_type -> what an item of it has
@@ -291,9 +291,9 @@ def evaluate(model, tokenizer, task, numbers, longest, budget, threads=1, keep_g
 # the numbers
 
 def summary(task, outcomes):
-    """What evaluation.score says of a task's outcomes (list of bool), and what was measured."""
+    """What scores.score says of a task's outcomes (list of bool), and what was measured."""
     facts = {"of": len(task["items"]), "kind": task["kind"], "shots": task["shots"]}
-    return {**evaluation.score(outcomes, 0.01 * task["baseline"]), **facts}
+    return {**scores.score(outcomes, 0.01 * task["baseline"]), **facts}
 
 def core_of(results, missing):
     """results {label: summary}, missing: labels -> (CORE or None, why there is none or None, mean

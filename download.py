@@ -1,7 +1,7 @@
 """
 Brings public files here whole or not at all. The only file that uses the internet.
 
-    fetch_all([(url, path, opens, size), ...], "python prepare_data.py", common.stop_requested)
+    fetch_all([(url, path, opens, size), ...], "python prepare_data.py", run.stop_reason)
 
 A file is received under the name .part-NAME beside its place, and a later call continues it there.
 It is renamed only when it opens and has the size and checksum that the server states. Where two
@@ -21,9 +21,10 @@ import requests
 import urllib3
 
 import common
+import pipeline
 
 # name: [address of file i, number of files, bytes of each, roughly]
-ADDRESSES = json.loads((common.REPO / "assets" / "addresses.json").read_text())
+ADDRESSES = json.loads((pipeline.REPO / "assets" / "addresses.json").read_text())
 HUB = "https://huggingface.co"  # $HF_ENDPOINT takes its place
 RETRIES = 8      # attempts in a row that bring nothing new before a file is given up
 BACKOFF = 1.0    # seconds before the next attempt, doubled for each further one
@@ -64,7 +65,8 @@ def part_of(path):
 def open_part(part):
     """Opens the file for appending and locks it, waiting for another process that receives it."""
     while True:
-        f = open(part, "a+b", buffering=0)  # unbuffered: what came is kept when this process dies
+        # unbuffered: what came is kept when this process dies
+        f = open(part, "a+b", buffering=0)  # noqa: SIM115
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(f, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
@@ -168,7 +170,7 @@ def progress_line(progress, there, seconds):
     line = (f"{len(progress.arrived)} of {len(progress.sizes)} files, "
             f"{progress.received / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s")
     if rate:
-        line += f", {common.clock(max(0, total - progress.received) / rate)} left"
+        line += f", {common.duration(max(0, total - progress.received) / rate)} left"
     return line
 
 def fetch_all(jobs, command, should_stop, workers=8, also=0):
@@ -190,7 +192,7 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     folder = next(parent for parent in first.parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to "
-                  f"{common.base_dir()} ({free / 1e9:.1f} GB free)")
+                  f"{pipeline.base_dir()} ({free / 1e9:.1f} GB free)")
     common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder}, "
                  f"{needed / 1e9:.2f} GB of them to download, but only {free / 1e9:.2f} GB are "
                  "free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
@@ -202,7 +204,7 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
         try:
             fetch(url, path, opens, progress)
             progress.arrived.append(path)
-        except Exception as e:  # whatever it is, it must not look like a file that arrived
+        except Exception as e:  # noqa: BLE001  (it must not look like a file that arrived)
             progress.errors.append(f"{path.name} ({url}: {type(e).__name__}: {str(e)[:400]})")
 
     started = shown = time.time()
@@ -219,7 +221,7 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
                 shown = time.time()
                 common.print0("  " + progress_line(progress, there, shown - started))
     common.print0(f"  {len(progress.arrived)} of {len(jobs)} files are there, "
-                  f"{progress.received / 1e9:.2f} GB in {common.clock(time.time() - started)}")
+                  f"{progress.received / 1e9:.2f} GB in {common.duration(time.time() - started)}")
     missing = len(jobs) - len(progress.arrived)
     if missing:
         common.fail(f"{missing} files could not be had: {'; '.join(progress.errors[:3])}", 1,

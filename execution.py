@@ -23,12 +23,10 @@ import warnings
 
 LARGEST = 10 ** 15  # of any number on the way, so that nothing takes long
 
-
 def power(base, exponent):
     if not (abs(exponent) <= 64 and abs(base) <= 1e6):
         raise ValueError("too large a power")
     return base ** exponent
-
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -39,7 +37,6 @@ OPERATORS = {
     ast.Mod: operator.mod,
     ast.Pow: power,
 }
-
 
 def calculate(expression):
     """The value of an arithmetic expression (+ - * / // % ** and brackets) or of 'text'.count('x'),
@@ -60,7 +57,6 @@ def calculate(expression):
     digits = f"{value:.6f}".rstrip("0").rstrip(".")
     return "0" if digits == "-0" else digits
 
-
 def walk(node):
     """The value of a node of the syntax tree, an int or a float; ValueError for one not allowed."""
     match node:
@@ -78,13 +74,11 @@ def walk(node):
         raise ValueError("too large")
     return value
 
-
 # -----------------------------------------------------------------------------
 # the sandbox: this process only starts it; what happens inside is in sandbox.py
 
 SANDBOX = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox.py")
 NAMESPACES = ["--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--mount-proc"]
-
 
 def run_python(code, timeout=5.0, memory_mb=512, unsafe=False, test="", entry_point=""):
     """Runs a Python program. -> (True, "passed") if it came to its end without an exception, else
@@ -103,7 +97,6 @@ def run_python(code, timeout=5.0, memory_mb=512, unsafe=False, test="", entry_po
     verdict = supervise(code, test, entry_point, timeout, memory_mb, available)
     return verdict == "passed", verdict
 
-
 @functools.cache
 def sandbox_available():
     """(True, "") if this system lets us make the sandbox (an empty program is run in it to know),
@@ -114,7 +107,6 @@ def sandbox_available():
     if verdict == "passed":
         return True, ""
     return False, verdict
-
 
 def supervise(code, test, entry_point, timeout, memory_mb, namespaces):
     """Starts sandbox.py and feeds it. -> its verdict, or "the sandbox died: ..." without one"""
@@ -129,13 +121,13 @@ def supervise(code, test, entry_point, timeout, memory_mb, namespaces):
         os.chmod(folder, 0o777)
         try:
             done = subprocess.run(command, input=json.dumps([code, test]), capture_output=True,
-                                  text=True, errors="replace", cwd=folder, timeout=timeout + 5,
+                                  check=False, text=True, errors="replace", cwd=folder,
+                                  timeout=timeout + 5,
                                   env={"PATH": "/usr/bin:/bin"}, start_new_session=True)
         except subprocess.TimeoutExpired:  # it has killed unshare, and --kill-child all the others
             return "the sandbox died: it did not end in time"
     reason = done.stderr.strip().rpartition("\n")[2]
     return done.stdout or f"the sandbox died: {reason}"
-
 
 def can_become_nobody():
     """Whether we are root with the two user ids that sandbox.py needs: root of a namespace or of a

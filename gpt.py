@@ -14,8 +14,8 @@ Weights are kept in float32; every matrix is cast to the compute dtype where it 
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 HEAD_DIM = 128
 SOFTCAP = 15.0        # logits are held within +-15

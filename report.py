@@ -1,10 +1,12 @@
 """
-Writes report/report.md: what was run, a section for each phase, and one table of scores over BASE, MID, SFT and RL.
+Writes report/report.md: what was run, a section for each phase, and one table of scores over BASE,
+MID, SFT and RL.
 
     python report.py --data=toy                  # of the run written last
     python report.py --data=fineweb_edu --tag=d20
 
-Reads what the phases left behind: records, metrics, results. What is missing, failed or half done is named as such.
+Reads what the phases left behind: records, metrics, results. What is missing, failed or half done
+is named as such.
 """
 import contextlib
 import html
@@ -15,266 +17,376 @@ import re
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-import checkpoint
 import common
 import configurator
-import evaluation
-import phase
+import pipeline
+import records
+import scores
 import status
 
 data = "toy"                 # toy, fineweb_edu, climbmix or a folder
 tag = ""                     # the run; empty: the one written last
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
-STAGES = {"base": ("base_train.py", "Pretraining"), "mid": ("mid_train.py", "Midtraining"),
-          "sft": ("chat_sft.py", "Supervised finetuning"), "rl": ("chat_rl.py", "Reinforcement learning")}
-SCORES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "gsm8k": "GSM8K",
-          "humaneval": "HumanEval", "spellingbee": "SpellingBee", "facts": "Facts"}
-HEADS = {"done": "Done", "half": "Half done", "failed": "Failed", "running": "Running"}
-CURVES = (("train", "loss", "training loss, nats"), ("val", "val_bpb", "validation, bits per byte"),
-          ("train", "reward", "mean reward"), ("val", "pass@1", "held-out problems, pass@1"))
+TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning",
+          "rl": "Reinforcement learning"}
+SCORES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU",
+          "gsm8k": "GSM8K", "humaneval": "HumanEval", "spellingbee": "SpellingBee",
+          "facts": "Facts"}
+# kind of the metrics' line, its key, title
+CURVES = [("train", "loss", "training loss, nats"), ("val", "val_bpb", "validation, bits per byte"),
+          ("train", "reward", "mean reward"), ("val", "pass@1", "held-out problems, pass@1")]
+# what the toy world should reach after SFT and RL: title, accuracy, mean of these tasks
+GOALS = [("SpellingBee", 0.9, ["spellingbee"]), ("word problems (toy-GSM8K)", 0.6, ["gsm8k"]),
+         ("multiple choice, mean of the three", 0.6, ["mmlu", "arc_easy", "arc_challenge"]),
+         ("facts, asked as never before", 0.7, ["facts"])]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # small helpers
 
 def number(x):
-    """x as a float if it is a finite number, else None.  examples: 3 -> 3.0, "3" -> None, nan -> None, True -> None"""
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
+    """x as a float if it is a finite number, else None.
+    examples: 3 -> 3.0, "3" -> None, nan -> None, True -> None"""
+    usable = isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return float(x) if usable else None
 
 def show(x, digits=4):
     """examples: (0.25, 3) -> "0.250", (None, 3) -> "-" """
     return "-" if number(x) is None else f"{x:.{digits}f}"
 
 def guarded(function, *args):
-    """The lines that `function` makes. A file damaged in a way that nobody thought of costs its own part only."""
+    """The lines that `function` makes. A file damaged in a way that nobody thought of costs its own
+    part only."""
     try:
         return function(*args)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001
         return [f"This part could not be made: {type(e).__name__}: {e}", ""]
 
 def points(metrics, kind, key):
     """[(step, value)] of one curve, steps rising, each once"""
-    return sorted({m["step"]: number(m.get(key)) for m in metrics if m.get("kind") == kind and number(m.get(key)) is not None}.items())
+    found = {m["step"]: number(m.get(key)) for m in metrics if m.get("kind") == kind}
+    return sorted((step, value) for step, value in found.items() if value is not None)
 
 def svg(line, title, width=560, height=150, bins=300):
-    """[(x, y)] as a small picture; more points than `bins` are averaged. "" for fewer than two points."""
+    """[(x, y)] as a small picture; more points than `bins` are averaged. "" for fewer than two."""
     if len(line) < 2:
         return ""
     size = -(-len(line) // bins)
     parts = [line[i:i + size] for i in range(0, len(line), size)]
-    xs, ys = [p[-1][0] for p in parts], [statistics.fmean(y for _, y in p) for p in parts]
+    xs = [part[-1][0] for part in parts]
+    ys = [statistics.fmean(y for _, y in part) for part in parts]
     low, high = min(ys), max(ys)
     across = [55 + (width - 65) * (x - xs[0]) / max(xs[-1] - xs[0], 1) for x in xs]
     down = [22 + (height - 42) * (high - y) / ((high - low) or 1) for y in ys]
-    text = lambda x, y, said, at="start": f'<text x="{x}" y="{y}" text-anchor="{at}">{html.escape(said)}</text>'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            'font-family="sans-serif" font-size="11" fill="#555"><rect width="100%" height="100%" fill="#fff"/>'
-            '<polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="'
-            + " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down)) + '"/>' + text(55, 14, title)
-            + text(50, 27, f"{high:.3g}", "end") + text(50, height - 18, f"{low:.3g}", "end")
-            + text(55, height - 4, f"step {line[0][0]:,}")
-            + text(width - 10, height - 4, f"step {line[-1][0]:,}", "end") + "</svg>\n")
+    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
+
+    def text(x, y, words, anchor="start"):
+        return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="sans-serif" font-size="11" fill="#555">'
+        '<rect width="100%" height="100%" fill="#fff"/>'
+        f'<polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="{curve}"/>'
+        + text(55, 14, title) + text(50, 27, f"{high:.3g}", "end")
+        + text(50, height - 18, f"{low:.3g}", "end")
+        + text(55, height - 4, f"step {line[0][0]:,}")
+        + text(width - 10, height - 4, f"step {line[-1][0]:,}", "end") + "</svg>\n")
 
 def aligned(rows):
+    """Rows of cells as text whose columns stand under each other."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
 
 def mixture_changes(usual, used):
-    """How a mixture differs from the script's: lines that name each entry taken out, replaced or put in.
-    example: (["a"], ["c"]) -> ["- taken out of the mixture: `a`", "- put into the mixture in their place: `c`"]"""
-    name = lambda entry: re.split(r"[*:]\d", entry)[0]
-    before, after = {name(e): e for e in usual}, {name(e): e for e in used}
-    out, new = [before[n] for n in before if n not in after], [after[n] for n in after if n not in before]
-    other = [f"{before[n]} -> {after[n]}" for n in before if n in after and before[n] != after[n]]
-    listed = lambda words, entries: [f"- {words}: " + ", ".join(f"`{e}`" for e in entries)] if entries else []
-    return (listed("taken out of the mixture", out) + listed("put into the mixture in their place" if out else
-            "put into the mixture", new) + listed("in another amount in the mixture", other))
+    """How a mixture differs from the script's: lines that name each entry taken out, replaced or
+    put in.  example: (["a"], ["c"]) -> ["- taken out of the mixture: `a`", "- put into ..."]"""
+    def by_name(entries):
+        return {re.split(r"[*:]\d", entry)[0]: entry for entry in entries}
+    before, after = by_name(usual), by_name(used)
+    out = [before[name] for name in before if name not in after]
+    new = [after[name] for name in after if name not in before]
+    other = [f"{before[name]} -> {after[name]}" for name in before
+             if name in after and before[name] != after[name]]
+    put_in = "put into the mixture in their place" if out else "put into the mixture"
+    listed = [("taken out of the mixture", out), (put_in, new),
+              ("in another amount in the mixture", other)]
+    return [f"- {words}: {', '.join(f'`{entry}`' for entry in entries)}"
+            for words, entries in listed if entries]
 
-def told(script, record):
+def changed_settings(script, record):
     """Lines on the settings of a phase that are not the script's defaults."""
-    used, usual = {**(record.get("free") or {}), **(record.get("settings") or {})}, configurator.defaults(common.REPO / script)
-    other = [f"`{k}={v}` ({usual[k]})" for k, v in used.items()
-             if k in usual and v != usual[k] and k not in ("data", "tag", "mixture", "start_over")]
-    return ([f"- settings changed, defaults in brackets: {', '.join(other)}"] if other else []) + (
-        mixture_changes(usual["mixture"], used["mixture"]) if "mixture" in used and "mixture" in usual else [])
+    used = {**(record.get("free") or {}), **(record.get("settings") or {})}
+    usual = configurator.defaults(script)
+    quiet = ("data", "tag", "mixture", "start_over", "try_out")
+    other = [f"`{key}={value}` ({usual[key]})" for key, value in used.items()
+             if key in usual and value != usual[key] and key not in quiet]
+    lines = [f"- settings changed, defaults in brackets: {', '.join(other)}"] if other else []
+    if "mixture" in used and "mixture" in usual:
+        lines += mixture_changes(usual["mixture"], used["mixture"])
+    return lines
 
-def result_of(kind, stage, run):
-    """The result of an evaluation; {} where there is none, it is not finished, or it is of weights that are gone."""
-    path = common.eval_path(kind, stage, data, run)
-    if status.describe_eval(path, common.stage_dir(stage, data, run))[0] != "done":
-        return {}
-    found = status.read(path)
-    return found if all(isinstance(r, dict) for r in (found.get("results") or {}).values()) else {}
+# -------------------------------------------------------------------------------------------------
+# what is known
 
-def gather(stage, run):
-    """Everything that is known about a stage, as one dict."""
-    directory = common.stage_dir(stage, data, run)
-    record, meta = status.read(directory / "phase.json"), status.saved(directory)[1]
-    metrics = [m for m in common.read_metrics(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
+@dataclass
+class Stage:
+    """Everything that is known about a trained stage and its evaluation."""
+    name: str
+    record: dict
+    meta: dict
+    metrics: list
+    seconds: float      # of training
+    speeds: list        # tokens per second
+    status: tuple       # (state, words)
+    eval_status: tuple
+    result: dict        # of the evaluation; {} where it is not done, or of weights that are gone
+
+def gather(name, run):
+    directory = pipeline.state_path(name, data, run)
+    record = status.read(directory / "phase.json")
+    meta = status.saved(directory)[1]
+    metrics = [m for m in common.read_json_lines(directory / "metrics.jsonl")
+               if isinstance(m.get("step"), int)]
     clocks = [m["clock"] for m in metrics if isinstance(m.get("clock"), dict)]
     seconds = [number(x.get("seconds")) or 0.0 for x in (record, meta, *clocks[-1:])]
-    result = common.eval_path("core" if stage == "base" else "chat", stage, data, run)
-    return {"stage": stage, "directory": directory, "record": record, "meta": meta, "metrics": metrics,
-            "seconds": max(seconds), "speeds": [v for c in clocks if (v := number(c.get("tokens_per_second")))],
-            "status": status.describe(directory), "eval": status.describe_eval(result, directory),
-            "core": result_of("core", stage, run), "chat": result_of("chat", stage, run)}
+    speeds = [number(clock.get("tokens_per_second")) for clock in clocks]
+    path = pipeline.state_path(f"{name}-eval", data, run)
+    eval_status = status.describe_eval(path, directory)
+    result = status.read(path) if eval_status[0] == "done" else {}
+    if not all(isinstance(r, dict) for r in (result.get("results") or {}).values()):
+        result = {}
+    return Stage(name, record, meta, metrics, max(seconds), [s for s in speeds if s],
+                 status.describe(directory), eval_status, result)
 
 def machine():
     """The machine that writes this.  example: "Linux, 2 cores (...), 8 GB of memory, no GPU" """
     cpu, memory, gpus = platform.processor() or platform.machine(), "?", ""
-    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as f:
-        cpu = re.search(r"model name\s*:\s*(.*)", f.read())[1]
+    with contextlib.suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f}"
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = f"{size / 2 ** 30:.0f}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-                               capture_output=True, text=True, timeout=20)
-        gpus = "; ".join(asked.stdout.strip().split("\n")) if asked.returncode == 0 else ""
-    return f"{platform.system()}, {os.cpu_count()} cores ({cpu}), {memory} GB of memory, {gpus or 'no GPU'}"
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        gpus = "; ".join(asked.stdout.strip().split("\n"))
+    return (f"{platform.system()}, {os.cpu_count()} cores ({cpu}), {memory} GB of memory, "
+            f"{gpus or 'no GPU'}")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the parts of the report
 
-def head(run, stages, tok, total):
-    tokens = sum(number(s["meta"].get("tokens")) or 0 for s in stages.values())
-    parameters = number(stages["base"]["record"].get("parameters"))
-    ratios = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in (tok.get("bytes_per_token") or {}).items())
-    torch_version = next((d.version for d in metadata.distributions(name="torch")), "(none)")
+def head(stages, total):
+    tok = status.read(pipeline.state_path("tok", data) / "phase.json")
+    tokens = sum(number(stage.meta.get("tokens")) or 0 for stage in stages)
+    parameters = number(stages[0].record.get("parameters"))
+    ratios = (tok.get("bytes_per_token") or {}).items()
+    ratios = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios)
+    torch = next((d.version for d in metadata.distributions(name="torch")), "(none)")
+    commit = records.source_version()[0][:12]
+    size = f"{parameters:,.0f}" if parameters else "?"
     return [f"- written {time.strftime('%Y-%m-%d %H:%M')} on {platform.node()}: {machine()}",
-            f"- torch {torch_version}, Python {platform.python_version()}, commit {phase.source_version()[0][:12]}",
-            f"- data set `{data}`, state in `{common.data_root(data)}`",
-            f"- tokenizer of {tok.get('vocab_size', '?')} tokens" + (f"; bytes per token: {ratios}" if ratios else ""),
-            f"- parameters: {f'{parameters:,.0f}' if parameters else '?'}; tokens trained on: {tokens:,.0f}",
-            f"- time in training and evaluation: {common.clock(total)}", ""]
+            f"- torch {torch}, Python {platform.python_version()}, commit {commit}",
+            f"- data set `{data}`, state in `{pipeline.data_root(data)}`",
+            f"- tokenizer of {tok.get('vocab_size', '?')} tokens; bytes per token: {ratios or '?'}",
+            f"- parameters: {size}; tokens trained on: {tokens:,.0f}",
+            f"- time in training and evaluation: {common.duration(total)}", ""]
 
-def section(s, folder):
-    """The lines on one stage; its curves go into `folder` as files, since GitHub shows no SVG inside Markdown."""
-    script, title, state, words, record, meta = *STAGES[s["stage"]], *s["status"], s["record"], s["meta"]
+def section(stage, folder):
+    """The lines on one stage; its curves go into `folder` as files: GitHub shows no SVG inside
+    Markdown."""
+    script, (state, words) = pipeline.find_phase(stage.name).script, stage.status
+    lines = [f"## {TITLES[stage.name]}", ""]
     if state == "absent":
-        return [f"## {title}", "", f"**Never ran** (`{script}`).", ""]
-    steps = [m["step"] + 1 for m in s["metrics"] if m.get("kind") == "train"]
-    losses, bpbs = points(s["metrics"], "train", "loss"), points(s["metrics"], "val", "val_bpb")
-    rewards, passes = points(s["metrics"], "train", "reward"), points(s["metrics"], "val", "pass@1")
-    chosen, rl = record.get("chosen") or {}, s["stage"] == "rl"
+        return [*lines, f"**Never ran** (`{script}`).", ""]
+    record, meta = stage.record, stage.meta
     where = f", step {meta.get('step', 0):,} of {meta.get('num_steps', 0):,}" if meta else ""
-    why = f": {record.get('reason')}{where}" if record.get("status") in ("interrupted", "failed") else f": {words}"
-    lines = [f"## {title}", "", f"**{HEADS[state]}**{where if state == 'done' else why} (`{script}`).", ""]
-    lines += [f"- to go on: `{record['next']}`"] if state in ("half", "failed") and record.get("next") else []
-    lines += [f"- {name}: {value}" for name, value in (
-        ("time", f"{common.clock(s['seconds'])} of training; starts: {len(record.get('starts') or []) or '?'}"),
-        ("steps", f"{max(steps):,}" + (f" of {meta['num_steps']:,}" if "num_steps" in meta else "") if steps else None),
-        ("final loss", f"{losses[-1][1]:.4f} nats" if losses and not rl else None),
-        ("validation", f"{bpbs[-1][1]:.4f} bits per byte" if bpbs else None),
-        ("mean reward", f"{rewards[-1][1]:.3f}" if rewards else None),
-        ("held-out pass@1", ", ".join(f"{v:.3f} at step {n:,}" for n, v in sorted({*passes[:1], *passes[-1:]}))),
-        ("speed", f"{statistics.median(s['speeds']):,.0f} tokens/s (median)" if s["speeds"] else None),
-        ("computed in", ", ".join(f"{k} {v}" for k, v in chosen.items()) or None),
-        ("ran on", f"{record.get('host', '?')}" + (f", Slurm job {record['job']}" if record.get("job") else "")
-         + f", commit {str(record.get('commit', '?'))[:12]}" + (" with changes" if record.get("difference") else "")),
-        ("evaluation", s["eval"][1])) if value]
-    lines += [*guarded(told, script, record), ""]
+    said = f": {words}"
+    if record.get("status") in ("interrupted", "failed"):
+        said = f": {record.get('reason')}{where}"
+    if state == "done":
+        said = where
+    title = {"half": "Half done"}.get(state, state.capitalize())
+    lines += [f"**{title}**{said} (`{script}`).", ""]
+    if state in ("half", "failed") and record.get("next"):
+        lines.append(f"- to go on: `{record['next']}`")
+    starts = len(record.get("starts") or []) or "?"
+    facts = [("time", f"{common.duration(stage.seconds)} of training; starts: {starts}")]
+    facts += curve_ends(stage)
+    if stage.speeds:
+        facts.append(("speed", f"{statistics.median(stage.speeds):,.0f} tokens/s (median)"))
+    if record.get("chosen"):
+        facts.append(("computed in", ", ".join(f"{k} {v}" for k, v in record["chosen"].items())))
+    place = [record.get("host", "?")]
+    place += [f"Slurm job {record['job']}"] if record.get("job") else []
+    place.append(f"commit {str(record.get('commit', '?'))[:12]}"
+                 + (" with changes" if record.get("difference") else ""))
+    facts.append(("ran on", ", ".join(place)))
+    facts.append(("evaluation", stage.eval_status[1]))
+    lines += [f"- {name}: {value}" for name, value in facts]
+    lines += [*guarded(changed_settings, script, record), ""]
     for kind, key, name in CURVES:
-        picture = "" if rl and key == "loss" else svg(points(s["metrics"], kind, key), f"{s['stage']}: {name}")
-        if picture:
-            file = f"{s['stage']}_{re.sub('[^a-z0-9]+', '_', key)}.svg"
+        picture = svg(points(stage.metrics, kind, key), f"{stage.name}: {name}")
+        if picture and not (stage.name == "rl" and key == "loss"):
+            file = f"{stage.name}_{re.sub('[^a-z0-9]+', '_', key)}.svg"
             common.atomic_write(folder / file, picture)
-            lines += [f"![{s['stage']}: {name}]({file})", ""]
+            lines += [f"![{stage.name}: {name}]({file})", ""]
     return lines
+
+def curve_ends(stage):
+    """[(name, where a curve has ended)]"""
+    facts, metrics = [], stage.metrics
+    steps = [m["step"] + 1 for m in metrics if m.get("kind") == "train"]
+    if steps:
+        of = f" of {stage.meta['num_steps']:,}" if "num_steps" in stage.meta else ""
+        facts.append(("steps", f"{max(steps):,}{of}"))
+    losses = points(metrics, "train", "loss")
+    if losses and stage.name != "rl":
+        facts.append(("final loss", f"{losses[-1][1]:.4f} nats"))
+    for _, bpb in points(metrics, "val", "val_bpb")[-1:]:
+        facts.append(("validation", f"{bpb:.4f} bits per byte"))
+    for _, reward in points(metrics, "train", "reward")[-1:]:
+        facts.append(("mean reward", f"{reward:.3f}"))
+    passes = points(metrics, "val", "pass@1")
+    if passes:
+        ends = sorted({passes[0], passes[-1]})
+        facts.append(("held-out pass@1", ", ".join(f"{v:.3f} at step {n:,}" for n, v in ends)))
+    return facts
 
 def core_section(core):
     """CORE's tasks and the samples of base_eval.py."""
-    tasks = [[name, show(r.get("accuracy")), f"{r.get('centred', 0):+.4f}", str(r.get("n", "?"))]
-             for name, r in (core.get("tasks") or {}).items()]
-    lines = markdown([["CORE task", "accuracy", "centred", "items"], *tasks]) if tasks else []
-    if core.get("core") is None and core:
-        lines += [f"No CORE: {core.get('reason') or 'not all of its tasks were measured'}; "
-                  f"mean of what was: {show(core.get('mean_centred'))}.", ""]
+    rows = [[name, show(r.get("accuracy")), f"{r.get('centred', 0):+.4f}", str(r.get("n", "?"))]
+            for name, r in (core.get("tasks") or {}).items()]
+    lines = markdown([["CORE task", "accuracy", "centred", "items"], *rows]) if rows else []
+    if core and core.get("core") is None:
+        reason = core.get("reason") or "not all of its tasks were measured"
+        lines += [f"No CORE: {reason}; mean of what was: {show(core.get('mean_centred'))}.", ""]
     if core.get("samples"):
-        said = [f"{x['prompt']}|{x['text']}".replace("\n", "\\n").replace("`", "'")[:200] for x in core["samples"]]
+        said = [f"{x['prompt']}|{x['text']}".replace("\n", "\\n").replace("`", "'")[:200]
+                for x in core["samples"]]
         lines += ["Samples, the model's part behind the bar:", "", "```text", *said, "```", ""]
     return lines
 
+# -------------------------------------------------------------------------------------------------
+# the table of scores
+
 def interval(results):
-    """Half of the 95 % interval of one result, or of the mean of several centred ones (errors add in squares)."""
-    with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # not measured
-        halves = [(number(r["high"]) - number(r["low"])) / 2 / (1 - number(r["chance"])) for r in results]
-        return math.sqrt(sum(h * h for h in halves)) / len(halves)
+    """Half of the 95 % interval of one result, or of the mean of several centred ones (errors add
+    in squares); None where something is missing."""
+    with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
+        halves = [(r["high"] - r["low"]) / 2 / (1 - r["chance"]) for r in results]
+        return math.sqrt(sum(half * half for half in halves)) / len(halves)
+    return None
+
+def cell(value, half, digits):
+    """examples: (0.25, 0.01, 3) -> "0.250 ±0.010";  (None, None, 3) -> "-" """
+    if number(value) is None or not half:
+        return show(value, digits)
+    return f"{value:.{digits}f} ±{half:.{digits}f}"
 
 def table(stages):
     """The rows of the final table, its head first: [name, BASE, MID, SFT, RL] as texts"""
     prefix = "toy-" if data == "toy" else ""
-    core = stages[0]["core"]
-    part = bool(core) and (core.get("core") is None or bool(evaluation.parts(data, core.get("tasks") or {})))
-    cell = lambda value, half, digits: show(value, digits) + (f" ±{half:.{digits}f}" if half and number(value) is not None else "")
-    rows = [["", *(name.upper() for name in STAGES)],
-            [prefix + "CORE" + " in part" * part, *(cell(s["core"].get("mean_centred") if part else s["core"].get("core"),
-                                                              interval((s["core"].get("tasks") or {}).values()), 4) for s in stages)]]
+    core, chats = stages[0].result, [stage.result for stage in stages[1:]]
+    tasks = core.get("tasks") or {}
+    in_part = bool(core) and (core.get("core") is None or bool(scores.parts(data, tasks)))
+    value = core.get("mean_centred" if in_part else "core")
+    rows = [["", *(stage.name.upper() for stage in stages)],
+            [f"{prefix}CORE" + " in part" * in_part, cell(value, interval(tasks.values()), 4),
+             "-", "-", "-"]]
     for name, shown in SCORES.items():
-        if name != "facts" or data == "toy":
-            found = [(s["chat"].get("results") or {}).get(name) or {} for s in stages]
-            few = dict.fromkeys(evaluation.parts(data, {name: r}).get(name, "all") for r in found if r)
-            rows.append([prefix + shown + (f", {' / '.join(few)}" if set(few) - {"all"} else ""), *(cell(r.get("accuracy"), interval([{**r, "chance": 0}]), 3) for r in found)])
-    rows.append([prefix + "ChatCORE" + " in part" * any(evaluation.parts(data, s["chat"].get("results") or {}) for s in stages)])
-    for chat in (s["chat"] for s in stages):
-        parts = [r for name, r in (chat.get("results") or {}).items() if name in SCORES and name != "facts"]
-        rows[-1].append(cell(chat.get("chatcore"), interval(parts), 4))
+        if name == "facts" and data != "toy":
+            continue
+        found = [(chat.get("results") or {}).get(name) or {} for chat in chats]
+        parts = [scores.parts(data, {name: result}).get(name, "all") for result in found if result]
+        of = " / ".join(dict.fromkeys(parts))
+        title = prefix + shown + (f", {of}" if set(parts) - {"all"} else "")
+        # of an accuracy the interval is not centred
+        cells = [cell(result.get("accuracy"), interval([{**result, "chance": 0}]), 3)
+                 for result in found]
+        rows.append([title, "-", *cells])
+    cells, in_part = [], False
+    for chat in chats:
+        results = chat.get("results") or {}
+        in_part = in_part or bool(scores.parts(data, results))
+        parts = [r for name, r in results.items() if name in SCORES and name != "facts"]
+        cells.append(cell(chat.get("chatcore"), interval(parts), 4))
+    rows.append([f"{prefix}ChatCORE" + " in part" * in_part, "-", *cells])
     return rows
 
-def goals(chat):
-    """What the toy world should reach, from {stage: result of chat_eval.py or None}:
+def goals(sft, rl):
+    """GOALS judged by the results of chat_eval.py after SFT and RL ({} for none):
     rows [goal, after SFT, reached, after RL, reached] as texts"""
-    def mean(stage, *names):
-        results = (chat[stage] or {}).get("results") or {}
+    def mean(chat, names):
+        results = chat.get("results") or {}
         values = [number((results.get(name) or {}).get("accuracy")) for name in names]
         return None if None in values else statistics.fmean(values)
-    reached = lambda value, needed: "-" if value is None else "yes" if value >= needed - 1e-9 else "NO"
+
+    def reached(value, needed):
+        if None in (value, needed):
+            return "-"
+        return "yes" if value >= needed - 1e-9 else "NO"
+
     rows = []
-    for goal, needed, *names in (("SpellingBee", 0.9, "spellingbee"), ("word problems (toy-GSM8K)", 0.6, "gsm8k"),
-                                 ("multiple choice, mean of the three", 0.6, "mmlu", "arc_easy", "arc_challenge"),
-                                 ("facts, asked as never before", 0.7, "facts")):
-        values = mean("sft", *names), mean("rl", *names)
-        rows.append([f"{goal}: {needed}", *(text for v in values for text in (show(v, 3), reached(v, needed)))])
-    before, after = mean("sft", "gsm8k"), mean("rl", "gsm8k")
-    raised = reached(after, min(0.95, before + 0.05)) if None not in (before, after) else "-"
-    change = f"{show(before, 3)} to {show(after, 3)}"
-    return [*rows, ["RL raises word problems by 0.05, or to 0.95", change, raised, "", ""]]
+    for goal, needed, names in GOALS:
+        row = [f"{goal}: {needed}"]
+        for value in (mean(sft, names), mean(rl, names)):
+            row += [show(value, 3), reached(value, needed)]
+        rows.append(row)
+    before, after = mean(sft, ["gsm8k"]), mean(rl, ["gsm8k"])
+    needed = None if before is None else min(0.95, before + 0.05)
+    return [*rows, ["RL raises word problems by 0.05, or to 0.95",
+                    f"{show(before, 3)} to {show(after, 3)}", reached(after, needed), "", ""]]
 
 def main():
-    if common.is_folder_data(data) and not common.data_root(data).is_dir():
-        common.fail(f"nothing was ever trained on {data}: there is no {common.data_root(data)}")
-    root, folder, runs = common.data_root(data), common.report_dir(data), status.tags(common.data_root(data))
+    root = pipeline.data_root(data)
+    known = root.is_dir() or not pipeline.is_folder_data(data)
+    common.check(known, f"nothing was ever trained on {data}: there is no {root}")
+    folder, runs = pipeline.report_dir(data), status.tags(root)
     run = tag or (runs or ["no model yet"])[-1]
-    stages = {stage: gather(stage, run) for stage in STAGES}
-    tok = status.read(common.tokenizer_dir(data) / "phase.json")
-    total = sum(number(part.get("seconds")) or 0 for s in stages.values() for part in (s, s["core"], s["chat"]))
+    stages = [gather(name, run) for name in pipeline.STAGES]
+    evaluated = [number(stage.result.get("seconds")) or 0 for stage in stages]
+    total = sum(stage.seconds for stage in stages) + sum(evaluated)
 
-    lines = [f"# Report: {data}, {run}", "", *guarded(head, run, stages, tok, total)]
-    for s in stages.values():
-        lines += guarded(section, s, folder) + guarded(core_section, s["core"])
-    units = {unit: status.unit(root, unit, run) for unit in status.UNITS}
-    units.update({"data": ("done", "your own folder", None)} if common.is_folder_data(data) else {})
-    left = [f"{unit}: {words}" for unit, (state, words, _) in units.items() if state != "done"]
-    notes = [f"{s['stage']}: no ChatCORE, since {', '.join(s['chat']['missing'])} was not measured"
-             for s in stages.values() if s["chat"].get("missing")]
-    core, short = stages["base"]["core"], evaluation.parts(data, stages["base"]["core"].get("tasks") or {})
-    why = core.get("reason") or ", ".join(f"{name} {n} items" for name, n in short.items())
-    notes += [f"CORE in part: {why}"] if core and why else []
-    notes += [f"more runs are here: {', '.join(r for r in runs if r != run)} (--tag=...)"] if len(runs) > 1 else []
-    rows = table(list(stages.values()))
-    shown = aligned(rows)
+    lines = [f"# Report: {data}, {run}", "", *guarded(head, stages, total)]
+    for stage in stages:
+        lines += guarded(section, stage, folder)
+        if stage.name == "base":
+            lines += guarded(core_section, stage.result)
+    states = status.phases_of(root, data, run)
+    left = [f"{name}: {words}" for name, (state, words, _) in states.items() if state != "done"]
     if left:
-        lines += ["## Not done", "", *(f"- {x}" for x in left), "", f"Next: `{status.following(units, data, run)}`", ""]
-    lines += ["## Scores", "", *markdown(rows),
-              "± is half of the 95 % confidence interval; - was not measured.", "", *(f"- {n}" for n in notes),
-              *([""] if notes else []), f"Total time: {common.clock(total)}", ""]
+        command = status.next_command(states, data, run)
+        lines += ["## Not done", "", *(f"- {x}" for x in left), "", f"Next: `{command}`", ""]
+
+    core = stages[0].result
+    short = ", ".join(f"{task} {n} items"
+                      for task, n in scores.parts(data, core.get("tasks") or {}).items())
+    notes = [f"{stage.name}: no ChatCORE, since {', '.join(stage.result['missing'])} was not "
+             "measured" for stage in stages[1:] if stage.result.get("missing")]
+    if core and (core.get("reason") or short):
+        notes.append(f"CORE in part: {core.get('reason') or short}")
+    if len(runs) > 1:
+        others = ", ".join(other for other in runs if other != run)
+        notes.append(f"more runs are here: {others} (--tag=...)")
+    rows = table(stages)
+    shown = aligned(rows)
+    explained = "± is half of the 95 % confidence interval; - was not measured."
+    listed = [*(f"- {note}" for note in notes), ""] if notes else []
+    lines += ["## Scores", "", *markdown(rows), explained, "", *listed,
+              f"Total time: {common.duration(total)}", ""]
     if data == "toy":
-        judged = [["goal", "SFT", "reached", "RL", "reached"], *goals({name: s["chat"] for name, s in stages.items()})]
+        judged = [["goal", "SFT", "reached", "RL", "reached"],
+                  *goals(stages[2].result, stages[3].result)]
         lines += ["## Goals", "", *markdown(judged)]
         shown += "\n\n" + aligned(judged)
     try:
@@ -282,8 +394,8 @@ def main():
     except OSError as e:
         common.fail(f"could not write {folder / 'report.md'}: {e}", code=1)
     print("\n".join([shown, "", *(f"not done: {x}" for x in left), *notes]))
-    print(f"total time of training and evaluation: {common.clock(total)}\nreport: {folder / 'report.md'}")
-    common.outcome(0, "done")
+    print(f"total time of training and evaluation: {common.duration(total)}")
+    print(f"report: {folder / 'report.md'}")
 
 if __name__ == "__main__":
     main()

@@ -39,8 +39,9 @@ import time
 import types
 
 # Imported before rights are dropped: nobody may not be allowed to read where Python is installed.
-FOR_PROGRAMS = """bisect collections copy datetime fractions functools hashlib heapq itertools math
-operator random re shutil statistics string threading typing""".split()
+FOR_PROGRAMS = ["bisect", "collections", "copy", "datetime", "fractions", "functools", "hashlib",
+                "heapq", "itertools", "math", "operator", "random", "re", "shutil", "statistics",
+                "string", "threading", "typing"]
 
 PROGRAM_USER, CHECKER_USER = 65534, 65533
 LONGEST_ANSWER = 1 << 20  # bytes
@@ -50,7 +51,6 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096  # <sys/
 MS_RELATIME = 1 << 21
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # <sys/prctl.h>
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
-
 
 def main():
     settings = types.SimpleNamespace(**json.loads(sys.argv[1]))
@@ -72,13 +72,14 @@ def main():
     os.write(1, verdict)
     os._exit(0)  # the end of process 1 ends everything that the program started
 
-
 def close_disks():
     """Makes every file system read-only, and puts 16 MB in memory over the working folder."""
     # A remount has to repeat the flags that a mount has. In statvfs they have the same bits, but
     # for relatime.
     repeated = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME
-    for line in open("/proc/self/mountinfo").read().splitlines():
+    with open("/proc/self/mountinfo") as f:
+        mounts = f.read().splitlines()
+    for line in mounts:
         place = line.split()[4].encode().decode("unicode_escape").encode("latin-1")  # \040: a space
         try:
             flags = os.statvfs(place).f_flag
@@ -95,7 +96,6 @@ def close_disks():
         sys.exit("the working folder cannot be put into memory")
     os.chdir(folder)
 
-
 def fork(settings, user, channel, work, *args):
     """Calls work(settings, channel, *args) in a new process without rights. -> its process id"""
     leave = os._exit  # the program may replace the one in os
@@ -109,7 +109,6 @@ def fork(settings, user, channel, work, *args):
         leave(0)
     channel.close()  # or the other end would not notice that this process is gone
     return pid
-
 
 def confine(settings, user, channel):
     """Takes from this process every open file but `channel` (a file descriptor), and its rights."""
@@ -140,7 +139,6 @@ def confine(settings, user, channel):
     # Closes /proc/PID to others of the same user. Again, for setuid may have reset it.
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
-
 def run_program(settings, channel, token):
     """Executes the code that the checker sends, says so with `token`, then answers calls.
     Line by line: "'def add(a, b): ...'" -> token;  "((1, 2), {})" -> "(None, 3)";
@@ -159,7 +157,6 @@ def run_program(settings, channel, token):
             answer = type(error).__name__, None
         channel.sendall(f"{answer!r}\n".encode())
 
-
 def plain(value):
     """The value as literals alone: an instance of a subclass becomes what its class derives from.
     examples: Counter("aab") -> {"a": 2, "b": 1};  Point(1, 2) -> (1, 2);  object() -> TypeError"""
@@ -176,7 +173,6 @@ def plain(value):
         if isinstance(value, kind):
             return kind(value)
     raise TypeError("no literal")
-
 
 def run_checker(settings, channel, token, code, test):
     """Sends the program its code, and calls check(candidate) of the test. Raises where it fails."""
@@ -202,14 +198,12 @@ def run_checker(settings, channel, token, code, test):
         names[settings.entry_point] = candidate
         names["check"](candidate)
 
-
 def exception_named(name):
     """examples: "KeyError" -> KeyError();  "MyError", "print", "SystemExit" -> RuntimeError()"""
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         return kind()
     return RuntimeError()
-
 
 def watch(settings, checker):
     """Waits until the checker ends, the time is over or the memory is used up. -> the verdict"""
@@ -223,15 +217,14 @@ def watch(settings, checker):
         time.sleep(0.005)
     return b"timeout"
 
-
 def resident_bytes():
     """What all processes of the namespace hold together; RLIMIT_AS holds for each of them alone."""
     pages = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has just ended
-            pages += int(open(f"/proc/{name}/statm").read().split()[1])
+        # it may have just ended
+        with contextlib.suppress(OSError), open(f"/proc/{name}/statm") as f:
+            pages += int(f.read().split()[1])
     return pages * resource.getpagesize()
-
 
 if __name__ == "__main__":
     main()

@@ -1,23 +1,33 @@
-# Sourced by speedrun.sh and tests/run.sh: makes .venv from the requirements file $1 unless it matches already, and puts it first in PATH.
-# Inside a Slurm job (compute nodes have no internet, and many jobs may share the folder) or with NANOCHAT_OFFLINE nothing is installed.
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION: install one and start it by its path" >&2; exit 2; fi
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: Python 3.11 or newer is needed and python3 is $(python3 --version 2>/dev/null || echo missing): put a newer one first in PATH (under Slurm: module load, in site.env)" >&2
+# Sourced by speedrun.sh and tests/run.sh: makes .venv from the requirements file $1 unless it
+# matches already, and puts it first in PATH. Inside a Slurm job (compute nodes have no internet,
+# and many jobs may share the folder) or with NANOCHAT_OFFLINE nothing is installed.
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION: install one and start it by" \
+         "its path" >&2
     exit 2
-}
+fi
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python 3.11 or newer is needed and python3 is" \
+         "$(python3 --version 2>/dev/null || echo missing): put a newer one first in PATH (under" \
+         "Slurm: module load, in site.env)" >&2
+    exit 2
+fi
 setup_venv() {
     local want
     want="$(python3 --version) $(cat requirements.txt "$1" | cksum)"
     if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
-            echo "error: .venv does not match $1 and nothing is installed inside a job or with NANOCHAT_OFFLINE; run on the login node, where there is internet: bash speedrun.sh --only=setup" >&2
+            echo "error: .venv does not match $1 and nothing is installed inside a job or with" \
+                 "NANOCHAT_OFFLINE; on the login node, where there is internet, run:" \
+                 "bash speedrun.sh --only=setup" >&2
             exit 2
         fi
         echo "installing $1 into .venv (once; torch alone is a few hundred MB)"
         [ -x .venv/bin/python ] || python3 -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+        # every requirements file includes requirements.txt
         echo "$want" >> .venv/matches
-        echo "$(python3 --version) $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches  # every file includes requirements.txt
+        echo "$(python3 --version) $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }

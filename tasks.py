@@ -1,6 +1,6 @@
 """
-The tasks a model is trained and measured on, from files in common.task_dir(data), each in its data
-set's own format.
+The tasks a model is trained and measured on, from files in pipeline.task_dir(data), each in the
+format of its data set.
 
     items = tasks.load("gsm8k", "test", "toy")  # [{"messages": [...], "task": "gsm8k", ...}, ...]
     tasks.correct(items[0], "... #### 12")      # -> True or False
@@ -18,7 +18,8 @@ import string
 from pathlib import Path
 
 import common
-import data as dataset
+import pipeline
+import texts
 import tokenizer as tok
 
 CHAT = {"kind": "chat"}  # only trained on
@@ -60,7 +61,7 @@ def parse(spec):
 def located(stem, data):
     """The files of a split: one, or all the parts that their names speak of
     (x-00000-of-00004.parquet, ...); [] where there are none."""
-    folder = common.task_dir(data)
+    folder = pipeline.task_dir(data)
     for ending in ENDINGS:
         path = folder / (stem + ending)
         if path.exists():
@@ -81,8 +82,9 @@ def find(name, split, data):
     stem = TASKS[name].get(split)
     common.check(stem, f"the task {name} has no {split} split")
     found = located(stem, data)
-    common.check(found, f"{common.task_dir(data) / stem}.jsonl (or .jsonl.gz, .parquet) is missing"
-                        f"; the task {name} reads it: link or copy it there", prepare_command(data))
+    path = pipeline.task_dir(data) / stem
+    common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads "
+                        "it: link or copy it there", prepare_command(data))
     return found
 
 def fingerprint(specs, split, data):
@@ -98,7 +100,7 @@ def rows_of(path):
     """(number, row) for each row of a .parquet or .jsonl(.gz) file, of the latter as bytes. A
     damaged file is a ValueError."""
     if not path.name.endswith(".parquet"):
-        yield from dataset.read_lines(path)
+        yield from texts.read_lines(path)
         return
     import pyarrow.parquet
     number = 0
@@ -193,7 +195,7 @@ def is_held_out(word):
 
 def words(split, data):
     path = find("spellingbee", split, data)[0]
-    listed = dataset.sound(path, dataset.read_lines(path), word_of)
+    listed = texts.good_rows(path, texts.read_lines(path), word_of)
     listed = [word for word in listed if word and is_held_out(word) == (split == "test")]
     common.check(listed, f"{path} holds no words of the {split} split", prepare_command(data))
     return listed
@@ -236,7 +238,7 @@ def load(name, split, data, limit=None):
     paths = find(name, split, data)
     items = []
     for path in paths:
-        items += dataset.sound(path, rows_of(path), functools.partial(convert, name))
+        items += texts.good_rows(path, rows_of(path), functools.partial(convert, name))
     common.check(items, f"{paths[0]} holds no rows; the task {name} reads it",
                  prepare_command(data))
     if limit is not None and limit < len(items):

@@ -1,18 +1,23 @@
 """
-Phase 1: the tokenizer. Trains a byte-level BPE on the training texts of a data set; one process, all cores.
+Phase 1: the tokenizer. Trains a byte-level BPE on the training texts of a data set; one process,
+all cores.
 
-    python tok_train.py --data=toy --vocab_size=4096
+    python tok_train.py config/toy_tok.py
     python tok_train.py --data=fineweb_edu
 
-Needs the data (prepare_data.py). Writes ranks.txt and tokenizer.json into tokenizer/ at its very end, so a run that was
-interrupted has left nothing and the same command starts again; it takes seconds to minutes.
+Needs the data (prepare_data.py). Writes ranks.txt and tokenizer.json into tokenizer/ at its very
+end, so a run that was interrupted has left nothing and the same command starts again; it takes
+seconds to minutes.
 
-How: texts are split into words (tokenizer.PATTERN) and equal words counted, in parallel. Then, until the vocabulary is
-full, the pair of neighbouring tokens that occurs most often becomes a new token; among equally frequent pairs the one
-with the smaller ids goes first. No token comes twice: pieces of the same bytes always go through the same merges.
+How: texts are split into words (tokenizer.PATTERN) and equal words counted, in parallel. Then,
+until the vocabulary is full, the pair of neighbouring tokens that occurs most often becomes a new
+token; among equally frequent pairs the one with the smaller ids goes first. No token comes twice:
+pieces of the same bytes always go through the same merges.
 """
-import common
-common.install_stop_handlers()
+from run import Run
+
+if __name__ == "__main__":  # its workers import this file too
+    run = Run.start("tok_train")
 
 import gc
 import hashlib
@@ -30,46 +35,52 @@ from itertools import islice, repeat
 import numpy as np
 import regex
 
+import common
 import configurator
-import data as dataset
-import phase
+import pipeline
+import texts as user_texts
 import tokenizer as tok
 
-data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of .parquet, .jsonl(.gz) or .txt files
+data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 vocab_size = 32768           # tokens, the 256 bytes and the 9 special tokens among them
 max_chars = 2_000_000_000    # characters of text read, from the start of the training split
 doc_cap = 10_000             # characters of a document that count, so that no long one dominates
 # ---- settings below may change at every resume
 workers = 0                  # processes that count words; 0: one for each core
-time_limit = None            # minutes until it stops; None: no limit (under Slurm the job's)
+time_limit = None            # minutes until it stops; None: the Slurm job's, if any
 start_over = False           # put the old tokenizer aside and train a new one
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 CHUNK_CHARS = 16_000_000     # characters that one worker counts at a time
-MAX_WORDS = 5_000_000        # different words held (2 GB); beyond that the rarest are dropped, see `prune`
-OTHER_SPACES = "\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
+MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest go, see `prune`
+OTHER_SPACES = ("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+                + "".join(map(chr, range(0x2000, 0x200b))))
 LINE_START = re.compile(r"\n(?=\S)")
 split = regex.compile(tok.PATTERN).findall
-in_ascii = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")  # the same, for ASCII text
-split_ascii = re.compile(in_ascii, re.ASCII).findall  # and twice as fast
+# the same for ASCII text, and twice as fast
+ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # words and their counts
 
 def cut(text):
-    """Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the same pieces as
-    splitting the whole: so each different segment goes through the slow pattern only once.
-    example: "One day,  a cat\\nsat" -> ["One", " day,", "  a", " cat\\n", "sat"]
-    Why it holds: no piece has a space behind a character that is no white space, or such a character behind a line
-    break. So pieces always end (1) between non-white and a space, (2) between a line break and non-white, and only
-    there is cut. The one look-ahead does not see past a cut: it asks behind white space, of which there is none at (1),
-    and at (2) the piece that ends with the line break is found before it is asked."""
+    """
+    Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the
+    same pieces as splitting the whole: so each different segment goes through the slow pattern only
+    once.  example: "One day,  a cat\\nsat" -> ["One", " day,", "  a", " cat\\n", "sat"]
+    Why it holds: no piece has a space behind a character that is no white space, or such a
+    character behind a line break. So pieces always end (1) between non-white and a space, (2)
+    between a line break and non-white, and only there is cut. The one look-ahead does not see past
+    a cut: it asks behind white space, of which there is none at (1), and at (2) the piece that ends
+    with the line break is found before it is asked.
+    """
     if "\0" in text:
         return [text]  # \0 marks the cuts
-    text = text.replace(" ", "\0 ").replace(" \0", " ")  # before each space that does not follow another
+    text = text.replace(" ", "\0 ").replace(" \0", " ")  # before each space not behind another
     for space in OTHER_SPACES:
         if space in text:
-            text = text.replace(space + "\0", space)     # nor between other white space and a space
+            text = text.replace(space + "\0", space)  # nor between other white space and a space
     return LINE_START.sub("\n\0", text).split("\0")
 
 def count_words(texts):
@@ -83,11 +94,14 @@ def count_words(texts):
     return words
 
 def chunks(texts, max_chars, doc_cap):
-    """Texts cut to doc_cap characters, in lists of about CHUNK_CHARS characters, max_chars (and a document) in all."""
+    """Texts cut to doc_cap characters, in lists of about CHUNK_CHARS characters, max_chars (and a
+    document) in all."""
     chunk, size, total = [], 0, 0
     for text in texts:
-        chunk.append(tok.without_surrogates(text[:doc_cap]))
-        size, total = size + len(chunk[-1]), total + len(chunk[-1])
+        text = tok.without_surrogates(text[:doc_cap])
+        chunk.append(text)
+        size += len(text)
+        total += len(text)
         if size >= CHUNK_CHARS:
             yield chunk
             chunk, size = [], 0
@@ -97,36 +111,44 @@ def chunks(texts, max_chars, doc_cap):
         yield chunk
 
 def quiet_worker():
-    """A worker leaves signals to the main process, which lets it finish its chunk, and ends when that one has died."""
+    """A worker leaves signals to the main process, which lets it finish its chunk, and ends when
+    that one has died."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
     gc.disable()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 def in_order(function, items, workers):
-    """map(function, items) by worker processes: results in order, at most workers + 1 items waiting in memory."""
+    """map(function, items) by worker processes: results in order, at most workers + 1 items waiting
+    in memory."""
     if workers <= 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet_worker) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, quiet_worker) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        while waiting:
+            yield waiting.popleft().result()
 
 def prune(words, most):
-    """Drops words seen once, then those seen twice, ... until at most half of `most` are left. Chunks are merged in the
-    order of the text, so what is dropped does not depend on the number of workers."""
+    """Drops words seen once, then those seen twice, ... until at most half of `most` are left.
+    Chunks are merged in the order of the text, so what is dropped does not depend on the number of
+    workers."""
     least = 1
     while len(words) > most // 2:
         least += 1
         words = {word: n for word, n in words.items() if n >= least}
     return words
 
-def count_all(texts, max_chars, doc_cap, workers, say=common.print0):
-    """iterator of str -> ({word: how often}, characters read)"""
+def count_all(texts, max_chars, doc_cap, workers, stop_reason=lambda: None):
+    """iterator of str -> ({word: how often}, characters read); ends early when asked to stop"""
     words, chars = {}, 0
     t0 = said = time.time()
     for part in in_order(count_words, chunks(texts, max_chars, doc_cap), workers):
@@ -135,36 +157,44 @@ def count_all(texts, max_chars, doc_cap, workers, say=common.print0):
             chars += n * len(word)
         if len(words) > MAX_WORDS:
             words = prune(words, MAX_WORDS)
-            say(f"dropped the rarest words: {len(words):,} are left")
-        if common.stop_requested():
+            common.print0(f"dropped the rarest words: {len(words):,} are left")
+        if stop_reason():
             break
         if time.time() - said > 10:
             said = time.time()
-            say(f"counted {chars / 1e6:,.0f} M characters of at most {max_chars / 1e6:,.0f} M, {len(words):,} words, "
-                f"at most {common.clock((said - t0) * (max_chars / chars - 1))} left")
+            left = common.duration((said - t0) * (max_chars / chars - 1))
+            common.print0(f"counted {chars / 1e6:,.0f} M characters of at most "
+                          f"{max_chars / 1e6:,.0f} M, {len(words):,} words, at most {left} left")
     return words, chars
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # merges
 
 BITS = 20  # a pair (a, b) of token ids is the number a << BITS | b, so pairs sort by a, then by b
 
-def train_bpe(words, n_tokens, say=common.print0):
-    """{word: how often} -> {token bytes: id}: the 256 bytes, then merges in the order they were made, n_tokens in all or
-    fewer where nothing is left to merge. Stops early, with what it has, when a stop is requested.
+def train_bpe(words, n_tokens, stop_reason=lambda: None):
+    """
+    {word: how often} -> {token bytes: id}: the 256 bytes, then merges in the order they were made,
+    n_tokens in all or fewer where nothing is left to merge. Ends early, with what it has, when
+    asked to stop.
 
-    All words lie in one array of ids, -1 between them. A merge turns the left id into the new token and the right one
-    into -2; `left` and `right` link what is alive. Each pair has one entry in the heap: (-count, pair, positions).
-    A pair gets its positions when its younger token is made and afterwards only loses some, so its count in the heap is
-    at most out of date upwards: the top entry is counted again, and merged if nothing has changed, else put back."""
+    All words lie in one array of ids, -1 between them. A merge turns the left id into the new token
+    and the right one into -2; `left` and `right` link what is alive. Each pair has one entry in the
+    heap: (-count, pair, start, end, positions), where its positions are positions[start:end]. A
+    pair gets its positions when its younger token is made and afterwards only loses some, so its
+    count in the heap is at most out of date upwards: the top entry is counted again, and merged if
+    nothing has changed, else put back.
+    """
     encoded = [word.encode() for word in words]
-    ids = np.frombuffer(b"\xff" + b"\xff".join(encoded) + b"\xff", dtype=np.uint8).astype(np.int32)
-    ids[ids == 255] = -1  # UTF-8 has no byte 255
+    joined = b"\xff" + b"\xff".join(encoded) + b"\xff"  # UTF-8 has no byte 255
+    ids = np.frombuffer(joined, dtype=np.uint8).astype(np.int32)
+    ids[ids == 255] = -1
     right = np.arange(1, len(ids) + 1, dtype=np.int32)
     left = np.arange(-1, len(ids) - 1, dtype=np.int32)
     right[-1] = left[0] = 0  # the outermost -1 link to a -1
     weight = np.zeros(len(ids), dtype=np.int64)  # how often the word at a position occurs
-    weight[1:] = np.repeat(np.fromiter(words.values(), np.int64), np.fromiter(map(len, encoded), np.int64) + 1)
+    lengths = np.fromiter(map(len, encoded), np.int64)
+    weight[1:] = np.repeat(np.fromiter(words.values(), np.int64), lengths + 1)
 
     def entries(positions):
         """Heap entries of the pairs that begin at these positions (ascending for each pair)"""
@@ -174,7 +204,8 @@ def train_bpe(words, n_tokens, say=common.print0):
         starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
         counts = np.add.reduceat(weight[positions], starts)
         ends = np.append(starts[1:], len(pairs))
-        return zip((-counts).tolist(), pairs[starts].tolist(), starts.tolist(), ends.tolist(), repeat(positions))
+        return zip((-counts).tolist(), pairs[starts].tolist(), starts.tolist(), ends.tolist(),
+                   repeat(positions))
 
     tokens = [bytes([i]) for i in range(256)]
     at = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
@@ -198,88 +229,98 @@ def train_bpe(words, n_tokens, say=common.print0):
         tokens.append(tokens[a] + tokens[b])
         if a == b:  # in a run like aaaaa take the 1st, 3rd, ... pair, from the left
             number = np.arange(len(at))
-            run_start = np.where(np.concatenate([[True], right[at[:-1]] != at[1:]]), number, 0)
-            at = at[(number - np.maximum.accumulate(run_start)) % 2 == 0]
-        gone = right[at]
-        ids[at], ids[gone] = new, -2
-        right[at] = right[gone]
+            first = np.concatenate([[True], right[at[:-1]] != at[1:]])
+            run_start = np.maximum.accumulate(np.where(first, number, 0))
+            at = at[(number - run_start) % 2 == 0]
+        taken = right[at]
+        ids[at], ids[taken] = new, -2
+        right[at] = right[taken]
         left[right[at]] = at
         before = left[at]
-        before = before[(ids[before] >= 0) & (ids[before] != new)]  # (new, new) is found from its left side
+        before = before[(ids[before] >= 0) & (ids[before] != new)]  # (new, new): from its left
         at = np.concatenate([before, at[ids[right[at]] >= 0]])
         for entry in entries(at) if len(at) else ():
             heapq.heappush(heap, entry)
         if new % 64 == 0:
-            if common.stop_requested():
+            if stop_reason():
                 break
             if time.time() - said > 10:
                 said = time.time()
-                ahead = (said - t0) / (new - 255) * (n_tokens - new)
-                say(f"token {new:,} of {n_tokens:,}: {tokens[new]!r}, {common.clock(ahead)} left")
+                ahead = common.duration((said - t0) / (new - 255) * (n_tokens - new))
+                common.print0(f"token {new:,} of {n_tokens:,}: {tokens[new]!r}, {ahead} left")
     return {token: i for i, token in enumerate(tokens)}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
-OTHER_LANGUAGES = ("Die Katze schläft auf dem warmen Dach. Il fait beau ce matin au bord de la mer. "
-                   "Вчера мы долго гуляли у реки. Το βιβλίο είναι πάνω στο τραπέζι. 我们明天早上一起去市场买菜。")
+OTHER_LANGUAGES = ("Die Katze schläft auf dem warmen Dach. "
+                   "Il fait beau ce matin au bord de la mer. "
+                   "Вчера мы долго гуляли у реки. Το βιβλίο είναι πάνω στο τραπέζι. "
+                   "我们明天早上一起去市场买菜。")
 
 def compression(tokenizer, prose):
     """{kind of text: bytes per token}"""
-    kinds = {"validation text": prose, "Python code": (common.REPO / "gpt.py").read_text(encoding="utf-8"),
-             "numbers": " ".join(str(i * i) for i in range(1000)), "five other languages": OTHER_LANGUAGES}
-    return {kind: round(len(text.encode(errors="replace")) / len(tokenizer.encode(text)), 3) for kind, text in kinds.items() if text}
-
-def damage(directory):
-    """None if a whole tokenizer is in `directory`, else what is wrong with it."""
-    try:
-        tok.read_tokenizer(directory)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return str(e)
-
-def stop_if_asked(directory):
-    if reason := common.stop_requested():
-        phase.interrupted(directory, f"{reason}; a tokenizer is trained in one go, this start has left nothing")
+    kinds = {"validation text": prose,
+             "Python code": (pipeline.REPO / "gpt.py").read_text(encoding="utf-8"),
+             "numbers": " ".join(str(i * i) for i in range(1000)),
+             "five other languages": OTHER_LANGUAGES}
+    return {kind: round(len(text.encode(errors="replace")) / len(tokenizer.encode(text)), 3)
+            for kind, text in kinds.items() if text}
 
 def main():
     smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, (1 << BITS) - 1
-    common.check(smallest <= vocab_size <= largest, f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
+    common.check(smallest <= vocab_size <= largest,
+                 f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
     for name, least in (("max_chars", 1), ("doc_cap", 1), ("workers", 0)):
-        common.check(settings[name] >= least, f"--{name} must be at least {least}, not {settings[name]}")
-    common.check(common.rank_world()[2] == 1, "the tokenizer is trained by one process: start it without torchrun")
-    directory = common.tokenizer_dir(data)
-    begun_with = phase.earlier(directory, settings, start_over).get("train_files")  # what was added since does not stop a run
-    files, _ = dataset.dataset_files(data, begun_with)
-    common.check(any(True for _ in dataset.iter_texts(data)), f"no file of the data set {data} holds a document")
-    there = (directory / "tokenizer.json").exists() or (directory / "tokenizer.pkl").exists()
-    if there and phase.read(directory) is None and not start_over:
-        common.fail(f"{directory} holds a tokenizer that was not trained here; models may depend on it "
-                    "(--start_over=True puts it aside and trains a new one)")
+        common.check(settings[name] >= least,
+                     f"--{name} must be at least {least}, not {settings[name]}")
+    common.check(run.ranks.world == 1,
+                 "the tokenizer is trained by one process: start it without torchrun")
+    directory = pipeline.tokenizer_dir(data)
+    record = run.find_record(directory, settings)
+    # files that were added since it began do not stop a run
+    begun_with = record.get("train_files")
+    files, _ = user_texts.dataset_files(data, begun_with)
+    common.check(any(user_texts.iter_texts(data)),
+                 f"no file of the data set {data} holds a document")
+    there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
+    if there and not record and not start_over:
+        common.fail(f"{directory} holds a tokenizer that was not trained here; models may depend "
+                    "on it (--start_over=True puts it aside and trains a new one)")
     names = repr([(path.name, path.stat().st_size) for path in files]).encode()
-    phase.begin(directory, "tok_train", settings, {"data": hashlib.sha256(names).hexdigest()[:16]}, lambda: damage(directory), start_over)
-    phase.note(directory, train_files=[path.name for path in files])
-    common.set_deadline(time_limit)
+    run.open_or_exit(directory, settings, {"data": hashlib.sha256(names).hexdigest()[:16]},
+                     lambda: tok.damage(directory))
+    run.update_record(train_files=[path.name for path in files])
+    run.set_deadline(time_limit)
     gc.disable()  # nothing here makes cycles; looking for them took a fifth of the merges' time
 
     t0 = time.time()
-    small = min(max_chars, sum(path.stat().st_size for path in files)) < CHUNK_CHARS // 4  # not worth starting workers
-    words, chars = count_all(dataset.iter_texts(data, names=begun_with), max_chars, doc_cap, 1 if small else workers or common.cores())
-    stop_if_asked(directory)
+    total = min(max_chars, sum(path.stat().st_size for path in files))
+    small = total < CHUNK_CHARS // 4  # not worth starting workers
+    texts = user_texts.iter_texts(data, names=begun_with)
+    words, chars = count_all(texts, max_chars, doc_cap, 1 if small else workers or common.cores(),
+                             run.stop_reason)
     t1 = time.time()
-    common.print0(f"{chars:,} characters, {len(words):,} different words, counted in {t1 - t0:.1f} s")
-    ranks = train_bpe(words, vocab_size - len(tok.SPECIAL_TOKENS))
-    stop_if_asked(directory)
+    common.print0(f"{chars:,} characters, {len(words):,} different words, counted in "
+                  f"{t1 - t0:.1f} s")
+    ranks = train_bpe(words, vocab_size - len(tok.SPECIAL_TOKENS), run.stop_reason)
+    if stop := run.stop_reason():
+        run.exit_interrupted(f"{stop}; a tokenizer is trained in one go, this start has left "
+                             "nothing")
     t2 = time.time()
     common.print0(f"{len(ranks) - 256:,} merges in {t2 - t1:.1f} s")
-    phase.must_hold(directory)
+    run.check_lock()
     tokenizer = tok.save_tokenizer(directory, ranks)
     if tokenizer.vocab_size < vocab_size:
-        common.print0(f"the text has nothing left to merge: {tokenizer.vocab_size:,} tokens instead of {vocab_size:,}")
-    ratios = compression(tokenizer, "".join(islice(dataset.iter_texts(data, "val"), 200))[:200_000])
+        common.print0(f"the text has nothing left to merge: {tokenizer.vocab_size:,} tokens "
+                      f"instead of {vocab_size:,}")
+    prose = "".join(islice(user_texts.iter_texts(data, "val"), 200))[:200_000]
+    ratios = compression(tokenizer, prose)
     for kind, ratio in ratios.items():
         common.print0(f"{kind:<22} {ratio:.2f} bytes per token")
     common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}")
-    phase.done(directory, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint, characters=chars,
-               words=len(words), bytes_per_token=ratios, clock={"count_s": t1 - t0, "merge_s": t2 - t1})
+    run.exit_done(vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint,
+                  characters=chars, words=len(words), bytes_per_token=ratios,
+                  clock={"count_s": t1 - t0, "merge_s": t2 - t1})
 
 if __name__ == "__main__":
     main()

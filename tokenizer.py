@@ -3,7 +3,7 @@ The tokenizer: byte-level BPE kept as plain data (ranks.txt and tokenizer.json, 
 tiktoken; and how a conversation becomes tokens.
 
     from tokenizer import load_tokenizer
-    tok = load_tokenizer(common.tokenizer_dir("toy"))
+    tok = load_tokenizer(pipeline.tokenizer_dir("toy"))
     tok.decode(tok.encode("Hello, world"))  # -> "Hello, world"
 
 Text is text: a special token's name inside a string is encoded as ordinary characters. Special
@@ -14,9 +14,7 @@ pair becomes the character it stands for, a lone one U+FFFD.
 import base64
 import functools
 import hashlib
-import io
 import json
-import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 import tiktoken
 
 import common
+import pipeline
 
 # How text is cut before merging, in the style of GPT-4's. x++ and x*+ never backtrack.
 PATTERN = (
@@ -198,11 +197,12 @@ def ranks_text(ranks):
     return b"".join(base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens)
 
 def command_for(directory):
-    """The command that trains the tokenizer of this directory."""
-    for data in ("toy", common.SHARED_DATA[0]):
-        if common.tokenizer_dir(data) == Path(directory):
-            return f"python tok_train.py --data={data}"
-    return "python tok_train.py --data=NAME_OR_FOLDER"
+    """The command that makes the tokenizer of this directory."""
+    script = "adopt.py" if (Path(directory) / "tokenizer.pkl").exists() else "tok_train.py"
+    for data in ("toy", pipeline.SHARED_DATA[0]):
+        if pipeline.tokenizer_dir(data) == Path(directory):
+            return f"python {script} --data={data}"
+    return f"python {script} --data=NAME_OR_FOLDER"
 
 def save_tokenizer(directory, ranks, pattern=PATTERN, special_tokens=None):
     """Writes ranks {token bytes: id} and settings into `directory`; returns the Tokenizer."""
@@ -219,18 +219,22 @@ def save_tokenizer(directory, ranks, pattern=PATTERN, special_tokens=None):
     return tokenizer
 
 def load_tokenizer(directory):
-    """The Tokenizer in `directory` (common.tokenizer_dir(data)). Missing or damaged: exit 2 with
-    the command to run."""
-    directory = Path(directory)
-    if not (directory / "tokenizer.json").exists():
-        if (directory / "tokenizer.pkl").exists():
-            return convert_nanochat_tokenizer(directory)
-        common.fail(f"there is no tokenizer in {directory}", next_command=command_for(directory))
+    """The Tokenizer in `directory` (pipeline.tokenizer_dir(data)). Failure (code 2) with the
+    command to run where it is missing or damaged."""
+    there = (Path(directory) / "tokenizer.json").exists()
+    common.check(there, f"there is no tokenizer in {directory}", command_for(directory))
+    why = damage(directory)
+    common.check(why is None, f"the tokenizer in {directory} is damaged: {why}",
+                 command_for(directory))
+    return read_tokenizer(directory)
+
+def damage(directory):
+    """None if a whole tokenizer is in `directory`, else what is wrong with it."""
     try:
-        return read_tokenizer(directory)
+        read_tokenizer(directory)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        common.fail(f"the tokenizer in {directory} is damaged: {e}",
-                    next_command=command_for(directory))
+        return str(e)
+    return None
 
 def read_tokenizer(directory):
     """The Tokenizer in `directory`. Missing or damaged: OSError, ValueError, KeyError, TypeError"""
@@ -243,38 +247,3 @@ def read_tokenizer(directory):
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     return Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
-
-# --------------------------------------------------------------------------------------------------
-# nanochat's pickled tokenizer
-
-class PickledEncoding:
-    """What a tiktoken.Encoding in a pickle turns into here: an empty thing that takes the fields
-    and runs nothing."""
-
-class OnlyAnEncoding(pickle.Unpickler):
-    """Loads one pickled tiktoken.Encoding. A pickle may name any function and call it; this one,
-    nothing else."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("tiktoken.core", "Encoding"):
-            return PickledEncoding
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tokenizer needs; "
-                                     "nothing of it was run")
-
-def convert_nanochat_tokenizer(directory):
-    """The Tokenizer in nanochat's tokenizer.pkl, read without trust and kept as plain data beside
-    it. Bad: exit 2."""
-    path = Path(directory) / "tokenizer.pkl"
-    try:
-        fields = vars(OnlyAnEncoding(io.BytesIO(path.read_bytes())).load())
-        parts = [fields[name] for name in ("mergeable_ranks", "pat_str", "special_tokens")]
-        tokenizer = Tokenizer(*parts)
-    except Exception as e:  # a broken pickle can raise nearly anything
-        common.fail(f"{path} is not a tokenizer that can be used: {e}",
-                    next_command=command_for(directory))
-    try:
-        save_tokenizer(directory, *parts)
-        common.print0(f"kept {path} as plain data: ranks.txt, tokenizer.json")
-    except OSError as e:
-        common.print0(f"could not keep {path} as plain data ({e}); using it as it is")
-    return tokenizer

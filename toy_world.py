@@ -19,9 +19,10 @@ import pyarrow.parquet
 
 import common
 import execution
+import pipeline
 import tasks
 
-ASSETS = common.REPO / "assets"
+ASSETS = pipeline.REPO / "assets"
 TABLES = json.loads((ASSETS / "toy_world.json").read_text(encoding="utf-8"))
 ATTRIBUTES, LISTS, WORDINGS = TABLES["attributes"], TABLES["lists"], TABLES["wordings"]
 NAMES, TOWNS, THINGS, ANIMALS = LISTS["name"], LISTS["town"], LISTS["thing"], TABLES["animals"]

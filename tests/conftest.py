@@ -1,32 +1,75 @@
-"""Shared by the tests: the repository on the path, one thread for torch, and a way to run a script of it."""
+"""Shared by the tests: the repository on the path, ways to run a script of it and to see how it ends, a random model."""
+import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("NANOCHAT_TEST_DATA", REPO.parent / "shared" / "data"))  # what some tests compare with: CORE's bundle, a checkpoint of nanochat's
+# what some tests compare with: CORE's bundle, a checkpoint of nanochat's
+SHARED = Path(os.environ.get("NANOCHAT_TEST_DATA", REPO.parent / "shared" / "data"))
 sys.path.insert(0, str(REPO))
 
+import checkpoint
+import common
+import pipeline
 import tokenizer as tok
+from ranks import Ranks
+from run import Run
 
+sys.excepthook = sys.__excepthook__
 BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
-needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(), reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
+needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(),
+                                    reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
+needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(),
+                                reason="speedrun.sh would install .venv; tests/run.sh makes it")
+
+
+def alone(name="test"):
+    """A Run of one process that no signal reaches."""
+    return Run(name, Ranks(0, 0, 1))
+
+
+@contextlib.contextmanager
+def ends():
+    """with ends() as end: ... -> end.code is the exit code with which a process would end there;
+    its line is printed as it would be."""
+    end = SimpleNamespace(code=None)
+    try:
+        yield end
+    except SystemExit as e:
+        end.code = e.code
+    except common.Failure as e:
+        common.show_uncaught(*sys.exc_info())
+        end.code = e.code
+    else:
+        raise AssertionError("the process would go on")
+
+
+def exit_code(function, *args, **kwargs):
+    with ends() as end:
+        function(*args, **kwargs)
+    return end.code
 
 
 def nanochats_own(folder):
     """-> (tokenizer, converted in `folder`; model) of a checkpoint that nanochat made"""
-    import json
     import torch
+
+    import adopt
     import gpt
     there = SHARED / "nanochat_checkpoint"
     (folder / "tokenizer.pkl").write_bytes((there / "tokenizer/tokenizer.pkl").read_bytes())
-    config = json.loads((there / "base_checkpoints/d4/meta_000400.json").read_text())["model_config"]
-    model = gpt.GPT(gpt.GPTConfig(**config, arch="nanochat_2025")).eval()
-    model.load_state_dict(torch.load(there / "base_checkpoints/d4/model_000400.pt", map_location="cpu", weights_only=True))
+    adopt.adopt_tokenizer(folder)
+    meta = json.loads((there / "base_checkpoints/d4/meta_000400.json").read_text())
+    model = gpt.GPT(gpt.GPTConfig(**meta["model_config"], arch="nanochat_2025")).eval()
+    weights = there / "base_checkpoints/d4/model_000400.pt"
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return tok.load_tokenizer(folder), model
 
 
@@ -40,12 +83,16 @@ def state(tmp_path, monkeypatch):
 
 def environment(state):
     """This process's, without what a job or another state folder has put there."""
-    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}, "NANOCHAT_BASE_DIR": str(state), "CUDA_VISIBLE_DEVICES": ""}  # two ranks on one GPU would be refused
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
+    # two ranks on one GPU would be refused
+    return {**kept, "NANOCHAT_BASE_DIR": str(state), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def script(state, *args, env=None, timeout=300, said=None):
-    """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess with text output"""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, env={**environment(state), **(env or {})}, input=said, capture_output=True, text=True, timeout=timeout)
+    """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess, text"""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=REPO, input=said, text=True,
+                          env={**environment(state), **(env or {})}, capture_output=True,
+                          timeout=timeout, check=False)
 
 
 def wait_for(condition, process, seconds=120):
@@ -56,8 +103,9 @@ def wait_for(condition, process, seconds=120):
 
 
 def random_model(*shape):
-    """A GPT with the config of these values whose logits differ much more than those of a fresh one"""
+    """A GPT of this config whose logits differ much more than those of a fresh one"""
     import torch
+
     import gpt
     model = gpt.GPT(gpt.GPTConfig(*shape))
     model.init_weights(0)
@@ -68,10 +116,22 @@ def random_model(*shape):
     return model.eval()
 
 
+def save_model(stage, data, tag, model, tokenizer, step=7, **meta):
+    """Saves a model as a phase would that is done. -> its folder"""
+    folder = pipeline.state_path(stage, data, tag)
+    folder.mkdir(parents=True)
+    meta = {"model": {**vars(model.config)}, "tokenizer": tokenizer.fingerprint, "loss": None,
+            **meta}
+    checkpoint.save(folder, step, model.state_dict(), {}, meta)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A state folder with a small toy world and its tokenizer; what a module trains there stays for the module."""
+    """A state folder with a small toy world and its tokenizer; what a module trains there stays for
+    the module."""
     state = tmp_path_factory.mktemp("prepared")
-    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+    for command in (["prepare_data.py", "--data=toy", "--size=0.02"],
+                    ["tok_train.py", "--data=toy", "--vocab_size=512"]):
         assert script(state, *command).returncode == 0
     return state

@@ -7,6 +7,7 @@ import pytest
 
 import checkpoint
 import common
+import pipeline
 import execution
 import phase
 import tokenizer as tok
@@ -17,15 +18,15 @@ from conftest import random_model, script
 def ready(prepared, monkeypatch):
     """The prepared state with a random base model d2 -> run(*args) of chat_eval.py, result()"""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared))
-    tokenizer = tok.load_tokenizer(common.tokenizer_dir("toy"))
-    directory = common.stage_dir("base", "toy", "d2")
+    tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir("toy"))
+    directory = pipeline.state_path("base", "toy", "d2")
     if not directory.exists():
         directory.mkdir(parents=True)
         model = random_model(256, tokenizer.vocab_size, 2, 2, 1, 64)
         phase.take_lock(directory)
         checkpoint.save(directory, 7, model.state_dict(), {}, {"model": {**vars(model.config)}, "tokenizer": tokenizer.fingerprint, "loss": None})
         phase.release(directory)
-    path = common.eval_path("chat", "base", "toy", "d2")
+    path = pipeline.state_path("base-eval", "toy", "d2")
     path.unlink(missing_ok=True)
     args = ["chat_eval.py", "--data=toy", "--source=base", "--max_new_tokens=4", "--threads=1", "--dtype=float32"]
     run = lambda *more, launcher=(), env=None: script(prepared, *launcher, *args, *more, env=env)
@@ -62,9 +63,9 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
 def test_a_part_of_the_public_test_sets_is_called_a_part(ready, prepared, tmp_path):
     run, _ = ready
     own = str(tmp_path)  # any data set that is not the toy world; its files of tasks have the form of the public ones
-    tok.save_tokenizer(common.tokenizer_dir(own), tok.load_tokenizer(common.tokenizer_dir("toy")).ranks)
-    shutil.copytree(common.stage_dir("base", "toy", "d2"), common.stage_dir("base", own, "d2"))
-    common.task_dir(own).symlink_to(common.task_dir("toy"))
+    tok.save_tokenizer(pipeline.tokenizer_dir(own), tok.load_tokenizer(pipeline.tokenizer_dir("toy")).ranks)
+    shutil.copytree(pipeline.state_path("base", "toy", "d2"), pipeline.state_path("base", own, "d2"))
+    pipeline.task_dir(own).symlink_to(pipeline.task_dir("toy"))
     out = run(f"--data={own}", "--max_items=2", "--unsafe_exec=True")
     assert out.returncode == 0 and "2 items of 2,376" in out.stdout and re.search(r"^ChatCORE in part -?0\.\d{4}$", out.stdout, re.MULTILINE), out.stdout + out.stderr
 

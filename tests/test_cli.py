@@ -10,23 +10,24 @@ import torch
 
 import checkpoint
 import common
+import pipeline
 import gpt
 import phase
 import tokenizer as tok
-from conftest import BYTES, REPO, script
+from conftest import BYTES, REPO, ends, script
 
 torch.set_num_threads(1)
 QUICK = ["--device=cpu", "--dtype=float32", "--threads=1", "--max_new_tokens=12"]
 
 def make(stage, data="toy", tag="d1", status="done", seed=0):
     """A tiny model with random weights, saved as a phase saves its own."""
-    if not common.tokenizer_dir(data).exists():
-        tok.save_tokenizer(common.tokenizer_dir(data), {bytes([i]): i for i in range(256)})
+    if not pipeline.tokenizer_dir(data).exists():
+        tok.save_tokenizer(pipeline.tokenizer_dir(data), {bytes([i]): i for i in range(256)})
     config = gpt.GPTConfig(64, BYTES.vocab_size, 1, 1, 1, 32)
     model = gpt.GPT(config)
     model.init_weights(seed)
     torch.nn.init.normal_(model.lm_head.weight, 0, 1, generator=torch.Generator().manual_seed(seed))
-    directory = common.stage_dir(stage, data, tag)
+    directory = pipeline.state_path(stage, data, tag)
     directory.mkdir(parents=True)
     phase.take_lock(directory)
     checkpoint.save(directory, 40, model.state_dict(), {}, {
@@ -70,7 +71,7 @@ def test_one_prompt_from_the_furthest_stage_and_the_same_again_with_a_seed(state
     make("sft", seed=2)
     make("rl", status="interrupted", seed=3)
     make("base", data="fineweb_edu", tag="d3", seed=4)
-    os.utime(common.stage_dir("base", "fineweb_edu", "d3") / "manifest_000040.json", (1e9, 1e9))  # trained long ago
+    os.utime(pipeline.state_path("base", "fineweb_edu", "d3") / "manifest_000040.json", (1e9, 1e9))  # trained long ago
     first = chat(state, "-p", "Hällo, --x=1", "--seed=1", "--top_k=0", "--temperature=1.0")
     assert first.returncode == 0 and "sft model d1 of toy, step 40, loss 1.250" in first.stderr, first.stderr
     assert "rl d1 is not finished" in first.stderr and len(first.stdout) > 1
@@ -105,9 +106,9 @@ def in_process(state, monkeypatch):
             return [(came, [False] * len(came))]
         monkeypatch.setattr(gpt, "generate", generate)
         monkeypatch.setattr(sys, "argv", ["chat_cli.py", "--data=toy", "--threads=1", "--dtype=float32", "--device=cpu", "-p", "Hi"])
-        with pytest.raises(SystemExit) as end:
+        with ends() as end:
             runpy.run_path(str(REPO / "chat_cli.py"), run_name="__main__")
-        return end.value.code
+        return end.code
     yield start
     signal.signal(signal.SIGINT, handler)
 

@@ -15,12 +15,13 @@ import torch
 
 import checkpoint
 import common
+import pipeline
 import core_eval
 import data as dataset
 import phase
 import tokenizer as tok
 import training
-from conftest import BYTES, REPO, SHARED, nanochats_own, needs_nanochat, random_model, script
+from conftest import BYTES, REPO, SHARED, ends, nanochats_own, needs_nanochat, random_model, script
 
 torch.set_num_threads(1)
 BUNDLE = SHARED / "eval_bundle"
@@ -85,10 +86,10 @@ def test_core_yaml_by_hand(tmp_path):
     (YAML, "icl_tasks:\n", " has no tasks")])
 def test_a_core_yaml_without_what_a_task_needs_names_the_place(tmp_path, capsys, old, new, place):
     (tmp_path / "core.yaml").write_text(YAML.replace(old, new, 1))
-    with pytest.raises(SystemExit) as e:
+    with ends() as e:
         core_eval.read_core_yaml(tmp_path / "core.yaml")
     error = capsys.readouterr().err
-    assert e.value.code == 2 and f"core.yaml{place}" in error and error.count("\n") == 1
+    assert e.code == 2 and f"core.yaml{place}" in error and error.count("\n") == 1
 
 def write_bundle(folder, tasks):
     """tasks {label: (kind, shots, items or None for no file)}"""
@@ -132,10 +133,10 @@ def test_a_missing_task_is_named_and_there_is_no_core(tmp_path):
     ("schema", {"context_options": ["a"], "continuation": "b", "gold": 0}, [])])
 def test_a_broken_item_is_named(tmp_path, capsys, kind, good, broken):
     write_bundle(tmp_path, {"here": (kind, 0, [good, broken])})
-    with pytest.raises(SystemExit) as e:
+    with ends() as e:
         core_eval.read_bundle(tmp_path)
     error = capsys.readouterr().err
-    assert e.value.code == 2 and "here.jsonl:2: " in error and error.count("\n") == 1
+    assert e.code == 2 and "here.jsonl:2: " in error and error.count("\n") == 1
 
 def test_centred_by_hand():
     r = core_eval.summary(a_task("multiple_choice", LM), [True, False, True, False])
@@ -392,8 +393,8 @@ def ready(state, tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text("\n\n".join(words(rng, 60) for _ in range(20)))
     data = str(folder)
-    tok.save_tokenizer(common.tokenizer_dir(data), BYTES.ranks)
-    directory = common.stage_dir("base", data, "d2")
+    tok.save_tokenizer(pipeline.tokenizer_dir(data), BYTES.ranks)
+    directory = pipeline.state_path("base", data, "d2")
     directory.mkdir(parents=True)
     phase.take_lock(directory)
     model = small()
@@ -403,12 +404,12 @@ def ready(state, tmp_path, monkeypatch):
     mc = [{"query": words(rng, 30), "choices": [words(rng, 2) for _ in range(4)],
            "gold": rng.randrange(4)} for _ in range(1500)]
     lm = [{"context": words(rng, 30), "continuation": "a"} for _ in range(500)]
-    write_bundle(common.eval_bundle_dir(data), {"choose": ("multiple_choice", 2, mc),
+    write_bundle(pipeline.eval_bundle_dir(data), {"choose": ("multiple_choice", 2, mc),
                                                 "go_on": ("language_modeling", 0, lm)})
     return data
 
 def result(data):
-    return json.loads(common.eval_path("core", "base", data, "d2").read_text())
+    return json.loads(pipeline.state_path("base-eval", data, "d2").read_text())
 
 def test_an_interrupted_evaluation_continues(state, ready):
     args = ["base_eval.py", f"--data={ready}", "--threads=1", "--dtype=float32"]
@@ -422,7 +423,7 @@ def test_an_interrupted_evaluation_continues(state, ready):
     again = script(state, *args)
     assert again.returncode == 0 and "done already" in again.stdout
 
-    path = common.eval_path("core", "base", ready, "d2")
+    path = pipeline.state_path("base-eval", ready, "d2")
     partial = path.with_suffix(".partial.jsonl")
     path.unlink()
     process = subprocess.Popen(
@@ -447,11 +448,11 @@ def test_an_interrupted_evaluation_continues(state, ready):
     assert {**second, "seconds": None} == {**first, "seconds": None}
 
 def test_parts_missing_tasks_and_stale_pieces(state, ready):
-    partial = common.eval_path("core", "base", ready, "d2").with_suffix(".partial.jsonl")
+    partial = pipeline.state_path("base-eval", ready, "d2").with_suffix(".partial.jsonl")
     lines = [{"inputs": {"weights": "others"}, "chosen": {}},
              {"piece": "choose 0", "value": [True] * 64, "seconds": 1.0}]
     common.atomic_write(partial, "".join(json.dumps(r) + "\n" for r in lines))
-    (common.eval_bundle_dir(ready) / "eval_data/some/go_on.jsonl").unlink()
+    (pipeline.eval_bundle_dir(ready) / "eval_data/some/go_on.jsonl").unlink()
     done = script(state, "base_eval.py", f"--data={ready}", "--core_items=100", "--eval_tokens=0",
                   "--show_samples=False", "--threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -461,7 +462,7 @@ def test_parts_missing_tasks_and_stale_pieces(state, ready):
     assert r["core"] is None and "go_on" in r["reason"] and "in part" in r["reason"]
     assert r["missing"] == ["go_on"]
     assert r["tasks"]["choose"]["n"] == 100 and r["val_bpb"] is None and r["samples"] == []
-    (common.eval_bundle_dir(ready) / "core.yaml").unlink()
+    (pipeline.eval_bundle_dir(ready) / "core.yaml").unlink()
     failed = script(state, "base_eval.py", f"--data={ready}")
     assert failed.returncode == 2 and "core.yaml" in failed.stderr
     assert failed.stderr.count("\n") == 1
@@ -471,7 +472,7 @@ def test_two_ranks_measure_what_one_does(state, ready):
     one = script(state, *args)
     assert one.returncode == 0, one.stderr
     first = result(ready)
-    common.eval_path("core", "base", ready, "d2").unlink()
+    pipeline.state_path("base-eval", ready, "d2").unlink()
     two = script(state, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
     assert two.returncode == 0 and "2 x cpu" in two.stdout, two.stdout + two.stderr
     second = result(ready)

@@ -7,7 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from conftest import ends
+
 import common
+import pipeline
 import data
 import tokenizer as tok
 
@@ -39,16 +42,16 @@ def test_every_kind_of_file_is_read_and_the_last_by_name_is_validation(state, tm
 
 def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state):
     for data_set, val in data.VAL_SHARD.items():
-        folder = common.base_data_dir(data_set)
+        folder = pipeline.base_data_dir(data_set)
         for i, name in enumerate(("shard_00000.parquet", val)):
             write(folder, name, texts(30, i))
         assert list(data.iter_texts(data_set, "val")) == texts(30, 1) and list(data.iter_texts(data_set)) == texts(30, 0)
         write(folder, "shard_99999.parquet", texts(30, 2))  # another shard, even behind it by name, goes to training
         assert list(data.iter_texts(data_set, "val")) == texts(30, 1) and list(data.iter_texts(data_set)) == texts(30, 0) + texts(30, 2)
         (folder / val).unlink()
-        with pytest.raises(SystemExit) as stopped:
+        with ends() as stopped:
             data.dataset_files(data_set)
-        assert stopped.value.code == 2
+        assert stopped.code == 2
 
 
 def test_a_single_text_file_is_split_by_documents(state, tmp_path):
@@ -148,9 +151,9 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     tokenize = lambda: data.fingerprint(data.tokenize_files(str(tmp_path / "d"), "train", BYTES, say=said.append))
     before = tokenize()
     assert len(said) == 2 and tokenize() == before and len(said) == 2
-    next(common.token_dir(str(tmp_path / "d")).rglob("*1.jsonl.json")).unlink()  # as if it died before the second was done
+    next(pipeline.token_dir(str(tmp_path / "d")).rglob("*1.jsonl.json")).unlink()  # as if it died before the second was done
     assert tokenize() == before and len(said) == 3
-    store = next(common.token_dir(str(tmp_path / "d")).rglob("*0.jsonl.tokens.npy"))
+    store = next(pipeline.token_dir(str(tmp_path / "d")).rglob("*0.jsonl.tokens.npy"))
     store.write_bytes(store.read_bytes()[:-8])  # a store that is not whole is made again
     assert tokenize() == before and len(said) == 4
     write(tmp_path / "d", "0.jsonl", texts(30, 9))
@@ -166,9 +169,9 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
     out = capsys.readouterr().out
     assert "a.jsonl:6:" in out and "a.jsonl:7:" in out
     path.write_text("\n".join(["{broken"] * 20))
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         list(data.read_documents(path))
-    assert stopped.value.code == 2
+    assert stopped.code == 2
 
 
 def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(state, tmp_path, capsys):
@@ -177,10 +180,10 @@ def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(s
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2] + bytes(400) + whole[len(whole) // 2 + 400:])
     assert data.parquet_problem(path, ["text"]) is None, "its footer is whole"
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         list(data.read_documents(path))
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "damaged in row group" in err and "prepare the data again" in err and err.count("\n") == 1
+    assert stopped.code == 2 and "damaged in row group" in err and "prepare the data again" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("make,says", [
@@ -193,13 +196,13 @@ def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(s
     (lambda d: (d.mkdir(), pyarrow.parquet.write_table(pyarrow.table({"text": [5]}), d / "a.parquet")), "`text` is no text but int64")])
 def test_a_bad_data_folder_is_one_line_and_exit_code_2(state, tmp_path, capsys, make, says):
     make(tmp_path / "d")
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         data.dataset_files(str(tmp_path / "d"))
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and says in err and err.count("\n") == 1
+    assert stopped.code == 2 and says in err and err.count("\n") == 1
 
 
 def test_micro_batches_fit():
     assert data.fit_micro_rows(256, 48, 8) == 32 and data.fit_micro_rows(12, 5, 1) == 4 and data.fit_micro_rows(7, 3, 1) == 1
-    with pytest.raises(SystemExit):
+    with ends():
         data.fit_micro_rows(10, 4, 4)

@@ -23,11 +23,12 @@ import pyarrow.parquet
 import pytest
 
 import common
+import pipeline
 import configurator
 import data
 import download
 import tasks
-from conftest import REPO, script, wait_for
+from conftest import REPO, ends, script, wait_for
 
 TEXTS = [f"Document {i}: " + "some words of it " * (i % 7 + 1) for i in range(2000)]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -151,11 +152,11 @@ def get_one(url, path):
 
 def failure(capsys, function, *args, **more):
     """Calls the function, which has to fail with one line -> (exit code, that line)"""
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         function(*args, **more)
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
-    return stopped.value.code, err
+    return stopped.code, err
 
 
 def asked_for(server, path):
@@ -578,8 +579,8 @@ def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state
             f.write("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:50]))
     talks = tmp_path / "talks.jsonl"
     talks.write_text((json.dumps({"messages": TALK}) + "\n") * 3)
-    common.task_dir(str(own)).mkdir(parents=True)
-    (common.task_dir(str(own)) / "smoltalk_test.jsonl").symlink_to(talks)
+    pipeline.task_dir(str(own)).mkdir(parents=True)
+    (pipeline.task_dir(str(own)) / "smoltalk_test.jsonl").symlink_to(talks)
     args = [f"--data={own}", "--phases=tok,base,mid", f"--extra_conversations={talks}", "--mixture=identity"]
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
     assert out.returncode == 0 and not hub.seen and "1 files to train on and 1 to validate" in out.stdout, out.stdout + out.stderr
@@ -636,7 +637,7 @@ def test_identity_conversations_are_the_same_each_time_and_well_formed(hub, stat
     assert prepare(hub, state, "--data=fineweb_edu", "--shards=0", "--phases=mid", "--mixture=identity", "--held_out=identity").returncode == 2  # no test split
     runs = []
     for name in ("fineweb_edu", "climbmix"):
-        path = common.task_dir(name) / "identity_train.jsonl"
+        path = pipeline.task_dir(name) / "identity_train.jsonl"
         path.unlink(missing_ok=True)
         assert prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk").returncode == 0
         runs.append(path.read_bytes())

@@ -12,7 +12,7 @@ import pytest
 import checkpoint
 import common
 import data as dataset
-from conftest import REPO, environment, script, wait_for
+from conftest import REPO, ends, environment, script, wait_for
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--threads=1",
         "--compile=False", "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--num_steps=50"]
@@ -27,7 +27,7 @@ def torchrun(state, ranks, *args, restarts=0):
 
 
 def losses(folder):
-    lines = common.read_metrics(folder / "metrics.jsonl")
+    lines = common.read_json_lines(folder / "metrics.jsonl")
     assert [m["step"] for m in lines if m["kind"] == "train"] == list(range(50)), "each step once"
     return [m["loss"] for m in lines if m["kind"] == "train"]
 
@@ -40,10 +40,10 @@ def worker(process, rank):
 
 
 def test_a_batch_that_cannot_be_dealt_says_what_would_fit(capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         dataset.fit_micro_rows(8, 4, 3)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "8 rows cannot be dealt to 3 ranks" in said and "2 or 1 ranks" in said
+    assert stopped.code == 2 and "8 rows cannot be dealt to 3 ranks" in said and "2 or 1 ranks" in said
 
 
 def test_1_2_and_4_ranks_and_a_run_that_changes_between_them(prepared):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 import common
+import pipeline
 import report
 import status
 from conftest import script
@@ -159,7 +160,7 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
 def test_a_part_of_a_public_test_set_is_not_called_by_the_name_of_the_whole(whole):
     """Of real data: half of a test set, or some items of it; the toy world's are whole as they are."""
     (whole / "texts").mkdir()
-    real = common.data_root(str(whole / "texts"))
+    real = pipeline.data_root(str(whole / "texts"))
     (whole / "toy").rename(real)
     counts = {"arc_easy": 1197, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 30, "humaneval": 164, "spellingbee": 500}
     for name in SCORES:

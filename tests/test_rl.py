@@ -4,6 +4,7 @@ import json
 import pytest
 
 import common
+import pipeline
 from conftest import script
 from test_cli import make
 
@@ -33,7 +34,7 @@ finally:
 def test_the_advantage_is_reward_less_mean_over_the_models_own_tokens_alone(state):
     make("sft")
     for split in ("train", "test"):
-        common.atomic_write(common.task_dir("toy") / f"gsm8k_{split}.jsonl", 2 * (json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
+        common.atomic_write(pipeline.task_dir("toy") / f"gsm8k_{split}.jsonl", 2 * (json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
     rewards = [1, 0, 0, 0] + 20 * [0, 0, 0, 0] + [1, 0, 0, 0]
     out = script(state, "-c", PLAY.replace("REWARDS", repr(rewards)))
     assert out.returncode == 0, out.stdout + out.stderr
@@ -43,5 +44,5 @@ def test_the_advantage_is_reward_less_mean_over_the_models_own_tokens_alone(stat
         a = pytest.approx(advantage / 12)  # four samples with three tokens of the model's own
         assert row[-5:] == [a, a, 0, 0, a] and not any(row[:-5]), "neither the prompt nor what was forced is trained on"
     assert "no variance for 20 steps (mean 0.000)" in out.stdout and "pass@1 0.250, pass@2 0.500" in out.stdout
-    record = json.loads((common.stage_dir("rl", "toy", "d1") / "phase.json").read_text())
+    record = json.loads((pipeline.state_path("rl", "toy", "d1") / "phase.json").read_text())
     assert record["status"] == "done" and record["pass_at"] == {"1": 0.25, "2": 0.5}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from conftest import REPO
+from conftest import REPO, ends
 
 SCRIPT = '''"""A script.
 
@@ -63,9 +63,9 @@ def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, cap
     if right:
         assert str(configurator.convert(name, value, default)) == value
         return
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         configurator.convert(name, value, default)
-    assert stopped.value.code == 2 and f"--{name} must be" in capsys.readouterr().err
+    assert stopped.code == 2 and f"--{name} must be" in capsys.readouterr().err
 
 def test_a_data_folder_is_the_same_however_it_is_named(tmp_path, monkeypatch):
     import configurator

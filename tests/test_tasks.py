@@ -4,9 +4,10 @@ import json
 import pytest
 
 import common
+import pipeline
 import execution
 import tasks
-from conftest import SHARED
+from conftest import SHARED, ends
 
 
 def jsonl(rows):
@@ -19,7 +20,7 @@ def text(item, i):
 
 @pytest.fixture
 def folder(state):
-    folder = common.task_dir("toy")
+    folder = pipeline.task_dir("toy")
     folder.mkdir(parents=True)
     letters = "abcdefghijklmnopqrst"
     words = [f"word{a}{b}" for a in letters for b in letters]
@@ -97,9 +98,9 @@ def test_mixtures(folder):
     ("absent.jsonl", "there is no file"), ("gsm8k:0", "no item at all"),
     ("gsm8k*0", "no item at all")])
 def test_what_is_missing_is_named(folder, capsys, spec, says):
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         tasks.mixture([spec], "toy", 1)
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert stopped.code == 2 and says in capsys.readouterr().err
 
 
 def test_a_broken_line_is_named_and_left_out_and_many_of_them_end_the_run(folder, capsys):
@@ -113,9 +114,9 @@ def test_a_broken_line_is_named_and_left_out_and_many_of_them_end_the_run(folder
     path.write_text(good * 594 + "{broken\n" * 6)  # 1 %
     assert len(tasks.load("gsm8k", "train", "toy")) == 594
     path.write_text(good * 593 + "{broken\n" * 6)
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         tasks.load("gsm8k", "train", "toy")
-    assert stopped.value.code == 2 and "6 broken lines" in capsys.readouterr().err
+    assert stopped.code == 2 and "6 broken lines" in capsys.readouterr().err
 
 
 def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
@@ -138,7 +139,7 @@ def test_a_set_in_parts_is_whole_or_missing_and_parquet_reads_as_jsonl(folder):
     expected = tasks.load("arc_easy", "test", "toy")
     (folder / "arc_easy_test.jsonl").unlink()
     for i in range(3):
-        with pytest.raises(SystemExit):
+        with ends():
             tasks.load("arc_easy", "test", "toy")
         table = pyarrow.Table.from_pylist(rows[3 * i:3 * i + 3])
         pyarrow.parquet.write_table(table, folder / f"arc_easy_test-{i:05d}-of-00003.parquet")
@@ -189,10 +190,10 @@ def test_completions_of_functions(completion, right):
 def test_a_damaged_file_is_one_clear_line(folder, capsys, name, content):
     (folder / "gsm8k_train.jsonl").unlink()
     (folder / name).write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
+    with ends() as stopped:
         tasks.load("gsm8k", "train", "toy")
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and name in error and error.count("\n") == 1
+    assert stopped.code == 2 and name in error and error.count("\n") == 1
 
 
 REAL = {
@@ -219,7 +220,7 @@ def spoken(item):
 @pytest.mark.skipif(not (SHARED / "humaneval").exists(),
                     reason="no real task files at hand (NANOCHAT_TEST_DATA)")
 def test_real_files_are_read_and_judged_right(state):
-    folder = common.task_dir("toy")
+    folder = pipeline.task_dir("toy")
     folder.mkdir(parents=True)
     for stem, path in REAL.items():
         (folder / (stem + path[path.index("."):])).symlink_to(SHARED / path)

@@ -16,9 +16,10 @@ import regex
 import tiktoken
 
 import common
+import pipeline
 import tok_train
 import tokenizer as tok
-from conftest import BYTES, REPO, script
+from conftest import BYTES, REPO, ends, script
 
 WORDS = ("the cat sat on a mat and the other cats sang; thinking, singing rings 12 345 don't "
          "it's\n").split(" ")
@@ -217,10 +218,10 @@ def rewrite(path, old, new):
 def test_damaged_or_missing_says_so(trained, tmp_path, capsys, harm):
     tok.save_tokenizer(tmp_path, trained.ranks)
     harm(tmp_path)
-    with pytest.raises(SystemExit) as e:
+    with ends() as e:
         tok.load_tokenizer(tmp_path)
     said = capsys.readouterr().err
-    assert e.value.code == 2 and str(tmp_path) in said and said.count("\n") == 1
+    assert e.code == 2 and str(tmp_path) in said and said.count("\n") == 1
     assert "python tok_train.py --data=" in said
 
 def test_a_nanochat_pickle_is_converted_once(trained, tmp_path, capsys):
@@ -248,9 +249,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, call):
     function, args = call
     harm = Harm(function, tuple(a.format(mark) for a in args))
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(harm))
-    with pytest.raises(SystemExit) as e:
+    with ends() as e:
         tok.load_tokenizer(tmp_path)
-    assert e.value.code == 2 and not mark.exists()
+    assert e.code == 2 and not mark.exists()
     assert "nothing of it was run" in capsys.readouterr().err
     if "touch" in args[0]:  # and the pickle would have done it
         pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
@@ -260,9 +261,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, call):
     b"", b"\x80\x04.", pickle.dumps({"a": 1}), pickle.dumps([1] * 100)[:50]])
 def test_a_broken_pickle_is_no_traceback(tmp_path, capsys, content):
     (tmp_path / "tokenizer.pkl").write_bytes(content)
-    with pytest.raises(SystemExit) as e:
+    with ends() as e:
         tok.load_tokenizer(tmp_path)
-    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert e.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 # ---- the phase
 
@@ -298,7 +299,7 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=5000")
-    n = tok.load_tokenizer(common.tokenizer_dir(folder)).vocab_size
+    n = tok.load_tokenizer(pipeline.tokenizer_dir(folder)).vocab_size
     assert out.returncode == 0 and n < 5000 and f"{n} tokens instead of 5,000" in out.stdout
 
 def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
@@ -324,7 +325,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
         assert not state.exists(), args
 
 def test_anothers_tokenizer_is_not_overwritten(state, folder):
-    where = common.tokenizer_dir(folder)
+    where = pipeline.tokenizer_dir(folder)
     tok.save_tokenizer(where, {bytes([i]): i for i in range(256)})
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=300")
     assert out.returncode == 2 and "--start_over=True" in out.stderr
@@ -361,7 +362,7 @@ def test_interrupted_leaves_no_tokenizer_and_runs_again(state, tmp_path, number,
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == code, rest
-    where = common.tokenizer_dir(big)
+    where = pipeline.tokenizer_dir(big)
     assert not (where / "tokenizer.json").exists() and not (where / "ranks.txt").exists()
     if code == 75:
         assert "run the same command again" in rest

@@ -1,0 +1,81 @@
+"""
+The clock of a training loop: how long it has trained, how long a step takes, when it saved last. It
+is one that cannot be set back, and nothing that it says affects the weights.
+"""
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import common
+
+@dataclass
+class Clock:
+    num_steps: int
+    seconds_before: float            # of training, in earlier attempts
+    save_interval: float             # seconds
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None  # of all ranks, where it is known
+    began: float = 0.0
+    last_save: float = 0.0
+    last_step: float = 0.0
+    last_shown: float = 0.0
+    save_waits: float = 0.0          # seconds that the training has waited for saves
+    steps: list = field(default_factory=list)  # seconds of the last 20
+
+    def __post_init__(self):
+        self.began = self.last_save = self.last_step = time.monotonic()
+
+    def seconds(self):
+        """Seconds of training, earlier attempts included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def step_seconds(self):
+        """The median of the last steps: evaluations and saves between them are no steps."""
+        return statistics.median_high(self.steps)
+
+    def save_due(self):
+        return time.monotonic() - self.last_save >= self.save_interval
+
+    def saved(self, since):
+        """The training has waited for a save from `since` until now."""
+        self.last_save = time.monotonic()
+        self.save_waits += self.last_save - since
+
+    def save_share(self):
+        """Share of this attempt's time that the training has waited for saves, 0 to 1."""
+        return self.save_waits / max(time.monotonic() - self.began, 1e-9)
+
+    def tick(self, tokens):
+        """A step has ended that has trained on `tokens`. -> the readings for its line of metrics"""
+        now = time.monotonic()
+        self.steps = [*self.steps, now - self.last_step][-20:]
+        self.last_step = now
+        speed = tokens / self.step_seconds()
+        reading = {"seconds": round(self.seconds(), 2), "tokens_per_second": round(speed)}
+        if self.peak_flops:
+            reading["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
+        return reading
+
+    def show(self, step, words, reading):
+        """Prints progress and time left, about once in two seconds."""
+        now = time.monotonic()
+        if now - self.last_shown < 2.0 and step != self.num_steps:
+            return
+        self.last_shown = now
+        speed = f"{reading['tokens_per_second']:,} tokens/s"
+        if "mfu" in reading:
+            speed += f" | MFU {100 * reading['mfu']:.1f} %"
+        left = (self.num_steps - step) * self.step_seconds()
+        common.print0(f"step {step:,}/{self.num_steps:,} | {words} | {speed} | "
+                      f"{common.duration(self.seconds())} so far, {common.duration(left)} left")
+
+def budget(name, seconds_left, deadline, now):
+    """What a run needs and what this job has; deadline, now: seconds since the epoch.
+    example: "base_train needs 7h06m more, this job has 4h54m left: it will stop at 23:41 with
+    everything saved and continue in its next attempt" """
+    line = (f"{name} needs {common.duration(seconds_left)} more, this job has "
+            f"{common.duration(max(0, deadline - now))} left")
+    if now + seconds_left > deadline:
+        when = time.strftime("%H:%M", time.localtime(deadline))
+        line += f": it will stop at {when} with everything saved and continue in its next attempt"
+    return line

@@ -1,0 +1,108 @@
+"""
+What is computed with: device, dtype, threads, compiled or not. Chosen once, by a short measurement
+or by asking the machine, then recorded and kept when a run resumes: other choices change the bits.
+"""
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import common
+
+# bf16 without sparsity, FLOP/s (vendors' data sheets), looked up by a part of the device's name
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
+              "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+@dataclass
+class Compute:
+    device: torch.device
+    dtype: torch.dtype
+    threads: int   # of a CPU, for each rank
+    compile: bool
+
+    def recorded(self):
+        """The choices that decide about the bits, as they stand in the record."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "threads": self.threads,
+                "compile": str(self.compile)}
+
+    def __str__(self):
+        return (f"{self.device.type}, {self.recorded()['dtype']}, {self.threads} threads, "
+                f"compile={self.compile}")
+
+def choose_compute(ranks, settings, recorded=None):
+    """
+    settings: the script's, of which device, dtype, threads and compile count; "auto" (threads: 0)
+    takes what the run has recorded when it was first started, else measures or asks. -> Compute.
+    Failure where there is no such device. Collective.
+    """
+    def wanted(key):
+        asked = settings[key]
+        return (recorded or {}).get(key, asked) if asked in ("auto", 0) else asked
+
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+              "cpu": True}
+    name = settings["device"]
+    if name == "auto":
+        name = next(kind for kind in usable if usable[kind])
+    common.check(usable[name], f"--device={name}: torch sees no GPU of that kind here (nvidia-smi "
+                 "says whether there is one)")
+    device = torch.device(name, ranks.local_rank) if name == "cuda" else torch.device(name)
+
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = wanted("threads") or max(1, common.cores() // ranks_here)
+    torch.set_num_threads(threads)
+    dtype = wanted("dtype")
+    if dtype == "auto":
+        dtype = ranks.on_rank0(probe_dtype, device)
+    compiled = wanted("compile")
+    if compiled == "auto":  # on a CPU the compiler writes C++
+        has_compiler = shutil.which("g++") or shutil.which("clang++")
+        compiled = name == "cuda" or (name == "cpu" and bool(has_compiler))
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif name == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
+    return Compute(device, getattr(torch, dtype), threads, str(compiled) == "True")
+
+def probe_dtype(device):
+    """"bfloat16" where a matrix product is measured to be at least 1.3 times faster in it than in
+    float32, else "float32"."""
+    def seconds(dtype):
+        a = torch.ones(1024, 512, device=device, dtype=dtype)
+        times = []
+        for _ in range(5):
+            t0 = time.perf_counter()
+            (a @ a.T).sum().item()  # .item() waits for the device
+            times.append(time.perf_counter() - t0)
+        return min(times)
+    if device.type == "mps":
+        return "float32"
+    faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
+    return "bfloat16" if faster else "float32"
+
+def keep_freed_memory():
+    """Large blocks otherwise go back to the system at every free and fault in anew: 11,500 ->
+    15,400 tokens/s on two cores (d4, eager)."""
+    with contextlib.suppress(AttributeError):  # a C library without mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: no block by mmap
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what was freed
+
+def peak_flops(device):
+    """FLOP/s of a device in bf16, None where its name is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+def to_device(array, device):
+    """numpy array -> tensor on the device, without waiting for the copy on CUDA"""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,143 @@
+"""
+The lock of a folder: one process writes there. lock.json says who (host, boot, process, Slurm job
+and attempt); its file is locked in the kernel (flock) for as long as that process lives, and its
+mtime is the heartbeat for those who cannot see that: other hosts, file systems without flock.
+
+    lock = take_lock(directory)   # Failure (code 2) where a living process has it
+    lock.mine()                   # looked at before every rename: an old process may have woken up
+    lock.release()
+"""
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import slurm
+
+HEARTBEAT = 20.0      # seconds between touches of lock.json
+PATIENCE = 600.0      # a holder on another host counts as dead after so long without one,
+PATIENCE_HERE = 60.0  # one on this machine whose file system knows no flock after so long
+
+@dataclass
+class Lock:
+    path: Path      # lock.json
+    token: str      # ours in it
+    file: object    # open, since closing it would give the kernel's lock back
+    lost: bool = False  # another process has taken it over
+
+    def mine(self):
+        """Looks at the file: False where another process has taken the lock over."""
+        holder = common.read_json(self.path)
+        self.lost = not holder or holder.get("token") != self.token
+        return not self.lost
+
+    def beat(self):
+        while not self.file.closed and self.mine():
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+            time.sleep(HEARTBEAT)
+
+    def release(self):
+        if self.mine():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self.file.close()
+
+def boot_id():
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+def flock(file, how):
+    """Locks an open file in the kernel -> True; False where another process has it; None where the
+    file system has no such locks, as some clusters'."""
+    try:
+        fcntl.flock(file, how)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+def held_in_kernel(path):
+    """Whether a living process that this kernel can see, or asks the file server about, has it."""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        return flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB) is False
+    return False
+
+def is_here(holder):
+    return holder["host"] == socket.gethostname() and holder.get("boot") == boot_id()
+
+def is_earlier_attempt(holder):
+    """Whether it is an earlier attempt of this very Slurm job, which is over whatever its processes
+    do: those of a node that Slurm has lost run on, until they look at their lock."""
+    job = holder.get("job")
+    return bool(job) and job == os.environ.get("SLURM_JOB_ID") and \
+        holder.get("restart") != os.environ.get("SLURM_RESTART_COUNT", "0")
+
+def living_holder(directory, now=time.time):
+    """Who writes in `directory`, as lock.json says, or None where nobody does, or a dead process.
+    Only looks."""
+    path = Path(directory) / "lock.json"
+    holder = common.read_json(path)
+    if not isinstance(holder, dict) or "host" not in holder or is_earlier_attempt(holder):
+        return None
+    if held_in_kernel(path):
+        return holder
+    if is_here(holder) and holder.get("kernel"):
+        return None  # the kernel would hold it: it frees the lock when a process dies
+    if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
+        return None
+    with contextlib.suppress(OSError):  # it may have been given back just now
+        silence = now() - path.stat().st_mtime
+        return holder if silence < (PATIENCE_HERE if is_here(holder) else PATIENCE) else None
+    return None
+
+def holder_name(holder):
+    """example: "process 4711 on node3 (Slurm job 99)" """
+    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
+    return f"process {holder['pid']} on {holder['host']}{job}"
+
+def end_stray(path, holder):
+    """Ends a process of an earlier attempt that runs on here: it would go on computing, and hold
+    the GPU's memory. -> whether there was one"""
+    if not (is_earlier_attempt(holder) and is_here(holder) and held_in_kernel(path)):
+        return False
+    with contextlib.suppress(OSError):
+        os.kill(holder["pid"], signal.SIGKILL)
+    return True
+
+def take_lock(directory):
+    """-> the Lock of `directory`, over from a dead holder if need be. Failure with code 2 and the
+    holder's name where it lives; OSError where the folder cannot be written."""
+    path = Path(directory) / "lock.json"
+    with open(path.with_name(".lock-guard"), "w") as guard:
+        flock(guard, fcntl.LOCK_EX)  # two that start at once look and take one after the other
+        if holder := living_holder(directory):
+            common.fail(f"{directory} is being written by {holder_name(holder)}; wait for it or "
+                        f"stop it (if that process is dead, remove {path})")
+        if holder := common.read_json(path):
+            stray = end_stray(path, holder)
+            why = "an attempt that Slurm has ended: killed" if stray else "which is dead"
+            common.print0(f"taking over the lock of {holder_name(holder)}, {why}")
+        token = uuid.uuid4().hex
+        temporary = path.with_name(f".lock.json.tmp-{token}")
+        file = open(temporary, "w")  # noqa: SIM115  (open as long as the lock is held)
+        in_kernel = flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        json.dump({"token": token, "host": socket.gethostname(), "boot": boot_id(),
+                   "pid": os.getpid(), "kernel": bool(in_kernel),
+                   "job": os.environ.get("SLURM_JOB_ID"),
+                   "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}, file)
+        file.flush()
+        os.replace(temporary, path)  # the file at that path is locked from its first moment on
+    lock = Lock(path, token, file)
+    threading.Thread(target=lock.beat, daemon=True).start()
+    return lock

@@ -1,0 +1,94 @@
+"""
+The processes that compute together, as torchrun has started them; one alone without it. What is
+called collective must be called by all of them, or they wait for each other.
+"""
+import datetime
+import os
+from dataclasses import dataclass
+
+import common
+
+@dataclass
+class Ranks:
+    rank: int
+    local_rank: int
+    world: int
+    patient_group: object = None  # in which ranks wait for hours while rank 0 tokenises
+
+    def join(self):
+        """
+        Joins the process group where torchrun has started this process (gloo for CPU tensors, NCCL
+        for CUDA ones); else does nothing. A rank that dies ends the job at once (its connection
+        breaks, torchrun stops the others), one that hangs after half an hour.
+        """
+        if self.world == 1:
+            return
+        import torch
+        import torch.distributed as dist
+        cuda = torch.cuda.is_available()
+        if cuda:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            common.check(here <= gpus, f"{here} processes were asked for on this machine and it "
+                         f"has {gpus} GPUs: at most --nproc={gpus} (torchrun: --nproc_per_node)")
+            torch.cuda.set_device(self.local_rank)
+        patience = datetime.timedelta(minutes=30)
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        # torchrun starts workers again on the same store, where a quick rank would find the address
+        # of a dead one (pytorch issue 135712): each attempt writes under a name of its own. Only on
+        # one node: each node's torchrun counts its own restarts, and the names would differ.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=self.rank,
+                                store=dist.PrefixStore(f"attempt_{attempt}", store),
+                                world_size=self.world, timeout=patience)
+        self.patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+
+    def leave(self):
+        if self.patient_group is not None:
+            import torch.distributed as dist
+            dist.destroy_process_group()
+
+    def on_rank0(self, function, *args, **kwargs):
+        """function's result on every rank, computed on rank 0 alone; where it ends the process
+        there it ends it everywhere. Collective."""
+        if self.world == 1:
+            return function(*args, **kwargs)
+        import torch.distributed as dist
+        box = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = function(*args, **kwargs)
+            except (common.Failure, SystemExit) as e:
+                box[1] = e
+        dist.broadcast_object_list(box, src=0, group=self.patient_group)
+        result, end = box
+        if isinstance(end, common.Failure) and self.rank != 0:
+            raise SystemExit(0 if end.code == 75 else end.code)  # rank 0 says why
+        if end is not None:
+            raise end
+        return result
+
+    def all_reduce_max(self, number):
+        """The largest of all ranks' whole numbers. Collective."""
+        return int(self._all_reduce(int(number), "MAX"))
+
+    def all_reduce_sum(self, number):
+        """The sum over all ranks of a number or a tensor of one element, a float. Collective."""
+        return self._all_reduce(float(number), "SUM")
+
+    def _all_reduce(self, number, operation):
+        if self.world == 1:
+            return number
+        import torch
+        import torch.distributed as dist
+        box = torch.tensor(number, dtype=torch.float64)  # on the CPU, so over gloo
+        dist.all_reduce(box, op=getattr(dist.ReduceOp, operation))
+        return box.item()
+
+    def gather(self, value):
+        """The values of all ranks, a list in their order, on every rank. Collective."""
+        values = [value] * self.world
+        if self.world > 1:
+            import torch.distributed as dist
+            dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,447 @@
+"""
+A run of a phase: one object in sight, from a script's first line to its last. It holds the folder
+with its record and lock, the wish to stop, the clock, and the save in flight.
+
+    run = Run.start("base_train")     # from here on a signal asks for a save and a stop
+    run.ranks.join()                  # under torchrun
+    run.open_or_exit(directory, settings, inputs)   # ends the process if it is done or must not run
+    run.begin_loop(step, num_steps, ...)
+        run.should_stop(), run.should_save(), run.save(...), run.log(...), run.log_step(...)
+    run.exit_interrupted(...) or run.exit_done(...)
+
+A phase's folder (base_checkpoints/d4, tokenizer, ...) holds its checkpoints or other artefacts and
+
+    phase.json     the record (records.py)
+    lock.json      who writes here now (lock.py)
+    metrics.jsonl  a line a step, appended; what is not a reading of the clock is reproducible
+"""
+import ctypes
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import checkpoint
+import common
+import slurm
+from clock import Clock, budget
+from lock import Lock, holder_name, living_holder, take_lock
+from ranks import Ranks
+from records import comparable, differences, load_record, recovered_record, source_version
+
+TRY_OUT_STEPS = 3          # the first one compiles
+TRIED_OUT = "tried out"    # why a run stops after them
+
+@dataclass
+class Run:
+    name: str
+    ranks: Ranks
+    command: str = ""              # what goes on with this run
+    settings: object = None        # the script's
+
+    # the folder
+    directory: Path | None = None
+    record: dict = field(default_factory=dict)
+    lock: Lock | None = None       # rank 0's
+    metrics: object = None         # rank 0's open metrics.jsonl
+    partial: Path | None = None    # of an evaluation, instead: the file of its pieces
+
+    # the wish to stop; times in seconds since the epoch
+    stop: str | None = None        # why, once something has asked for it
+    now: object = time.time
+    limit: float = math.inf        # the end that --time_limit sets,
+    job_end: float = math.inf      # and the end of the Slurm job,
+    job_left: float = 0.0          # which was so many seconds ahead when it was asked for
+    longest_save: float | None = None
+
+    clock: Clock | None = None     # of a training loop
+    try_out: bool = False          # --try_out=True: only the first steps, and what they need
+    eval_seconds: float = 0.0
+
+    # the save in flight
+    saving: threading.Thread | None = None
+    save_error: Exception | None = None
+    saved_step: int | None = None
+
+    @classmethod
+    def start(cls, name):
+        """The one call at the head of a script, before torch is imported: a signal in the first
+        seconds counts too. SIGTERM, SIGINT, SIGUSR1 only set a flag; a second SIGINT ends the
+        process at once (under torchrun it does not: Ctrl-C may come there twice)."""
+        run = cls(name, Ranks(*common.rank_world()))
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+
+        def on_signal(signum, frame):
+            if signum == signal.SIGINT and run.stop and not under_torchrun:
+                os._exit(130)
+            run.stop = f"signal {signal.Signals(signum).name}"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, on_signal)
+        if under_torchrun and sys.platform == "linux":
+            # where torchrun is killed outright its workers save and stop, too, instead of running
+            # on unseen; the launcher does the same for the process that it starts
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        sys.excepthook = run.end_process
+        kept = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over=")]
+        run.command = "python " + shlex.join([os.path.basename(sys.argv[0]), *kept])
+        return run
+
+    # ---------------------------------------------------------------------------------------------
+    # opening the phase's folder
+
+    def find_record(self, directory, settings):
+        """
+        The record that a start in `directory` goes on from, {} where it begins anew; only reads.
+        --start_over=True holds for one beginning: the same command given again goes on with the
+        half-done run that it has begun.
+        """
+        directory = Path(directory)
+        old = load_record(directory) or recovered_record(directory)
+        if not old or not settings["start_over"]:
+            return old
+        before = comparable(old["settings"], directory)
+        same = before == comparable(settings.defining, directory)
+        began_so = old["free"].get("start_over") and same and old["status"] != "done"
+        return old if began_so else {}
+
+    def open_or_exit(self, directory, settings, inputs, damage=None):
+        """
+        Takes the lock of the phase's folder and writes its record; done on rank 0. in: settings
+        (configurator.Settings); inputs {"tokenizer": fingerprint, ...}; damage() -> None if the
+        artefact is whole, else why not (by default: whether there is a whole checkpoint).
+        Ends the process with 0 where the phase is done; Failure with code 2 where its settings or
+        inputs are others than those it was started with, or another process writes here.
+        """
+        self.directory, self.settings = Path(directory), settings
+        self.try_out = settings.get("try_out", False)
+        try:
+            self.record = self.ranks.on_rank0(self._open, settings, inputs, damage)
+        except SystemExit as e:
+            if e.code == 0:
+                self.leave(0, "done already")
+            raise
+
+    def _open(self, settings, inputs, damage):
+        directory, start_over = self.directory, settings["start_over"]
+        defining = comparable(settings.defining, directory)
+        if self.try_out and not living_holder(directory):
+            shutil.rmtree(directory, ignore_errors=True)  # of an earlier try-out
+        old = self.find_record(directory, settings)
+        if start_over and old.get("inputs") != inputs:
+            old = {}
+        if not start_over and checkpoint.made_by_nanochat(directory) is not None:
+            common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it "
+                        "aside and trains anew; without, later phases go on from it "
+                        "(speedrun.sh --from)")
+        if old:
+            self._compare(old, defining, inputs)
+            damage = damage or self._no_checkpoint
+            if old["status"] == "done" and damage() is None:
+                common.print0(f"{self.name}: done already ({directory})")
+                raise SystemExit(0)
+            known = {k: v for k, v in settings.free.items() if k in old["free"]}
+            for line in differences(old["free"], known):
+                common.print0(f"{self.name}: setting changed since the last start: {line}")
+        elif start_over and directory.exists():
+            self._put_aside()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.lock = take_lock(directory)
+        except OSError as e:
+            common.fail(f"cannot write in {directory}: {e}; make it writable, or make room")
+        commit, difference = source_version()
+        if old and (commit, difference) != (old.get("commit"), old.get("difference")):
+            common.print0(f"{self.name}: the source changed since the last start "
+                          f"({old.get('commit', '?')[:8]} -> {commit[:8]})")
+        now = time.time()
+        self.record = {
+            **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
+            "command": self.command,
+            "settings": defining, "free": settings.free, "inputs": inputs,
+            "host": socket.gethostname(), "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
+            "starts": [*old.get("starts", []), now]}
+        self.update_record()
+        return self.record
+
+    def _compare(self, old, defining, inputs):
+        """Refuses where what was recorded differs from what is asked for now."""
+        if load_record(self.directory) is None:
+            common.print0(f"{self.directory / 'phase.json'} is gone or damaged: settings and "
+                          "inputs are compared with what the newest checkpoint says of them")
+        elif old["status"] == "running":
+            common.print0(f"{self.name}: the last start ended without a word (killed, or out of "
+                          "memory: fewer rows at once need less, --device_batch_size)")
+        before = comparable(old["settings"], self.directory)
+        changed = differences(before, defining)
+        changed += differences(old["inputs"], inputs)
+        if changed:
+            common.fail(f"{self.name} was started with other settings or inputs in "
+                        f"{self.directory}: {', '.join(changed)} (--start_over=True keeps the old "
+                        "state aside and starts again)")
+
+    def _no_checkpoint(self):
+        found = checkpoint.newest(self.directory)
+        return "there is no whole checkpoint" if found is None else None
+
+    def _put_aside(self):
+        if holder := living_holder(self.directory):
+            common.fail(f"{self.directory} is being written by {holder_name(holder)}; "
+                        "stop it first")
+        aside = f"{self.directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.directory.rename(self.directory.with_name(aside))
+        common.print0(f"starting over; the old state is kept in {self.directory.parent / aside}")
+
+    def update_record(self, **facts):
+        """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk."""
+        self.record.update(facts, updated=time.time())
+        if self.lock:
+            common.atomic_write(self.directory / "phase.json", json.dumps(self.record, indent=1))
+
+    def check_lock(self):
+        """Failure with code 1 where another process has taken the folder over: this one is an old
+        attempt that has woken up, and must not write over the new one."""
+        if self.lock and not self.lock.mine():
+            common.fail(f"lost the lock of {self.directory} to another process; stopping without "
+                        "writing", code=1)
+
+    # ---------------------------------------------------------------------------------------------
+    # stopping
+
+    def set_deadline(self, time_limit=None):
+        """From here on it also stops when `time_limit` minutes have passed, and in time before the
+        end of the Slurm job."""
+        if time_limit is not None:
+            self.limit = self.now() + 60.0 * time_limit
+        end = slurm.end_time() if self.ranks.rank == 0 else None
+        if end is not None:
+            self.job_end, self.job_left = end, end - self.now()
+
+    def deadline(self):
+        """When to stop; infinity for never. Before the end of a Slurm job: three of the longest
+        saves and half a minute, or two minutes while none was measured, but never more than a
+        quarter of what the job had left (short jobs must get on, too)."""
+        save = self.longest_save
+        margin = min(120.0 if save is None else 30.0, max(0.0, self.job_left) / 4)
+        return min(self.limit, self.job_end - margin - 3 * (save or 0.0))
+
+    def stop_reason(self):
+        """Why this process should stop ("signal SIGTERM", "deadline"), or None. Not collective."""
+        if self.lock and self.lock.lost:
+            self.check_lock()
+        if self.stop is None and self.now() >= self.deadline():
+            self.stop = "deadline"
+        if self.try_out and self.clock and len(self.clock.steps) == TRY_OUT_STEPS:
+            self.stop = self.stop or TRIED_OUT
+        return self.stop
+
+    def should_stop(self):
+        """Why all ranks should stop, or None. Collective."""
+        mine = self.stop_reason()
+        if self.ranks.all_reduce_max(mine is not None):
+            return mine or "another rank was asked"
+        return None
+
+    def should_save(self):
+        """Whether the save interval is over on any rank. Collective. At once where the save in
+        flight has failed, so that it is said."""
+        due = self.clock.save_due() or self.save_error is not None
+        return bool(self.ranks.all_reduce_max(due))
+
+    # ---------------------------------------------------------------------------------------------
+    # saving
+
+    def save(self, step, model, optimizer, meta, keep=1, wait=True):
+        """
+        Saves the checkpoint of `step`; collective, since the optimizer's shards are gathered. All
+        is copied at once, for the loop goes on changing it; a thread writes while the training goes
+        on, and only one save is ever in flight. wait=True waits until it is on disk.
+        meta: JSON-able. Failure (code 1) where this or the last save could not be written.
+        """
+        began = time.monotonic()
+        if step != self.saved_step:
+            self.finish_save()
+            optim_state = optimizer.state_dict()
+            if self.ranks.rank == 0:
+                weights = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
+                kept = ("settings", "inputs", "chosen", "train_files")
+                meta["record"] = {k: self.record[k] for k in kept if k in self.record}
+                work = (step, weights, optim_state, meta, keep, began)
+                self.saving = threading.Thread(target=self._write, args=work, name=f"save {step}")
+                self.saving.start()
+            self.saved_step = step
+        if wait:
+            self.finish_save()
+        self.clock.saved(since=began)
+
+    def _write(self, step, weights, optim_state, meta, keep, began):
+        try:
+            os.fsync(self.metrics.fileno())  # the steps before this one will not run again
+            checkpoint.save(self.directory, step, weights, optim_state, meta, keep, self.lock.mine)
+            self.longest_save = max(self.longest_save or 0.0, time.monotonic() - began)
+        except Exception as e:  # noqa: BLE001  (the main thread tells it: see finish_save)
+            self.save_error = e
+
+    def finish_save(self):
+        """Waits for the save in flight. Failure (code 1) if it could not be written; what was good
+        before stays."""
+        if self.saving:
+            self.saving.join()
+            self.saving = None
+        error, self.save_error = self.save_error, None
+        if error is None:
+            return
+        self.check_lock()
+        checkpoint.sweep(self.directory)
+        free = shutil.disk_usage(self.directory).free / 1e9
+        common.fail(f"could not save step {self.saved_step} in {self.directory}: {error} "
+                    f"({free:.1f} GB free); {self.last_good()}; make room or make it writable and "
+                    "run the same command again", code=1)
+
+    def last_good(self):
+        """example: "the last good checkpoint is that of step 400 in .../d4" """
+        saved = checkpoint.steps(self.directory)
+        if not saved:
+            return f"nothing was saved before in {self.directory}"
+        return f"the last good checkpoint is that of step {saved[0]} in {self.directory}"
+
+    # ---------------------------------------------------------------------------------------------
+    # the loop
+
+    def begin_loop(self, step, num_steps, seconds, flops_per_token=0.0, peak_flops=None):
+        """
+        The training loop begins at `step` of num_steps, after `seconds` of training in earlier
+        attempts. Metrics of steps that will run again are dropped. peak_flops: FLOP/s of a device.
+        """
+        free = self.record["free"]
+        self.set_deadline(free["time_limit"])
+        self.saved_step = step if checkpoint.steps(self.directory)[:1] == [step] else None
+        self.clock = Clock(num_steps, seconds, 60.0 * free["save_minutes"], flops_per_token,
+                           peak_flops and peak_flops * self.ranks.world)
+        if self.ranks.rank == 0:
+            # always a new file: a line that an old attempt still writes goes to the old one
+            path = self.directory / "metrics.jsonl"
+            kept = [r for r in common.read_json_lines(path) if r["step"] < step]
+            common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
+            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+
+    def log(self, **line):
+        """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""
+        if self.ranks.rank == 0:
+            try:
+                self.metrics.write(json.dumps(line) + "\n")
+            except OSError as e:
+                common.fail(f"could not write to {self.metrics.name}: {e}; what is saved is "
+                            "untouched, make room or make it writable and run the same command "
+                            "again", code=1)
+
+    def log_step(self, step, shown, tokens, /, **metrics):
+        """A training step has ended, `step` of them are done: logs it, shows progress and time
+        left. shown: what to show besides; tokens: how many it has trained on."""
+        reading = self.clock.tick(tokens)
+        self.log(kind="train", step=step - 1, **metrics, clock=reading)
+        if len(self.clock.steps) == 10 and self.deadline() < math.inf:
+            left = (self.clock.num_steps - step) * self.clock.step_seconds()
+            common.print0(budget(self.name, left, self.deadline(), self.now()))
+        self.clock.show(step, shown, reading)
+
+    # ---------------------------------------------------------------------------------------------
+    # the end
+
+    def exit_done(self, **facts):
+        """Marks the phase as done, with facts for the report, and ends the process with 0."""
+        self.record.update(facts)
+        self.leave(0, "done")
+
+    def exit_interrupted(self, reason):
+        """Marks the phase as saved and stopped, and ends the process with 75."""
+        if self.clock:  # it trains
+            self.finish_save()
+            if reason == TRIED_OUT:
+                self.exit_tried_out()
+            reason = f"{reason}: saved at step {self.saved_step} of {self.clock.num_steps}"
+        common.print0(f"stopped: {reason}; run the same command again")
+        self.leave(75, reason)
+
+    def exit_tried_out(self):
+        """Loads back what was saved, says what the first steps needed, ends the process with 0."""
+        free, num_steps = self.record["free"], self.clock.num_steps
+        evals = 1 + (math.ceil(num_steps / free["eval_every"]) if free["eval_every"] else 0)
+        facts = {"seconds": self.clock.step_seconds(), "num_steps": num_steps, "evals": evals,
+                 "eval_seconds": self.eval_seconds, "keep": free["keep"]}
+        if self.ranks.rank == 0:
+            began = time.monotonic()
+            damage = self._no_checkpoint()  # reads and hashes all of it
+            common.check(damage is None, f"{damage} in {self.directory} after a save")
+            checkpoint.load(self.directory, self.saved_step)
+            sizes = checkpoint.files(self.directory, self.saved_step).values()
+            facts["bytes"] = sum(size for size, _ in sizes)
+            common.print0(
+                f"tried out: {facts['seconds']:.3f} s a step, {self.eval_seconds:.1f} s a "
+                f"measurement; a checkpoint has {facts['bytes'] / 1e9:.2f} GB, is written in "
+                f"{self.longest_save:.1f} s and read in {time.monotonic() - began:.1f} s")
+        self.leave(0, TRIED_OUT, facts)
+
+    def leave(self, code, reason, facts=None):
+        """Ends the process; under torchrun with 0, since it starts a worker again that says 75."""
+        self.close(code, reason, facts=facts)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            # told once more while Python winds up, when its handlers are gone, it would die of it
+            signal.signal(number, signal.SIG_IGN)
+        self.ranks.leave()
+        raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else code)
+
+    def close(self, code, reason, next_command=None, facts=None):
+        """Records how the run ends and gives the lock back, after the save in flight has ended."""
+        if self.saving:
+            self.saving.join()
+        try:
+            if self.partial and code != 0:
+                with open(self.partial, "a") as f:
+                    f.write(json.dumps({"code": code, "reason": reason}) + "\n")
+            if self.lock and self.lock.mine():
+                status = {0: "done", 75: "interrupted"}.get(code, "failed")
+                following = None if code == 0 else next_command or self.command
+                self.update_record(status=status, code=code, reason=reason, next=following)
+                self.lock.release()
+        except OSError as e:  # a full disk: the message and the exit code still have to get out
+            print(f"the record could not be written: {e}", file=sys.stderr, flush=True)
+        if self.ranks.rank == 0 or code == 1:
+            common.leave_outcome(code, reason, next_command or self.command, **(facts or {}))
+
+    def explained(self, error):
+        """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory
+        is out, a Failure (code 1) that says what to try instead."""
+        text = str(error)
+        kind = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+        if not (kind or "out of memory" in text or "not enough memory" in text):
+            return error
+        rows = ("device_batch_size", "rollout_rows", "rows")
+        fewer = [f"--{key}={max(1, self.settings[key] // 2)}" for key in rows
+                 if key in (self.settings or {})]
+        failure = common.Failure(
+            f"ran out of memory in {self.name} ({text.splitlines()[0][:150]}); run the same "
+            f"command with {' '.join(fewer)}: the result stays the same to rounding, and what is "
+            "saved goes on", code=1)
+        failure.facts["retry_with"] = fewer  # the launcher does so once
+        return failure
+
+    def end_process(self, kind, value, trace):
+        """sys.excepthook: what nobody has caught ends the run."""
+        failure = common.show_uncaught(kind, self.explained(value), trace)
+        reason = failure.message
+        lost = "DistBackendError" in kind.__name__ or "onnection" in str(value)
+        if lost and self.ranks.world > 1:
+            reason = f"another rank died or cannot be reached ({str(value)[-150:]})"
+        if failure.code == 75:
+            self.leave(75, reason)
+        self.close(failure.code, reason, failure.next_command, failure.facts)
+        raise SystemExit(failure.code)

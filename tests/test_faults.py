@@ -1,0 +1,184 @@
+"""What a training does when memory is out, gradients are not finite or the loss explodes, and what
+--try_out=True says before it begins. The faults are put into the model by a few lines in front of
+the script."""
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import training
+from conftest import alone, script
+from records import load_record
+
+BASE = ["--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--threads=1",
+        "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--compile=False",
+        "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--save_minutes=0.0"]
+CHAT = ["--data=toy", "--tag=d1", "--device=cpu", "--dtype=float32", "--threads=1",
+        "--compile=False", "--eval_every=0"]
+FINETUNE = [*CHAT, "--mixture=gsm8k:100", "--held_out=smoltalk:20", "--total_batch_size=512",
+            "--device_batch_size=8", "--eval_tokens=500"]
+RL = [*CHAT, "--num_steps=9", "--max_new_tokens=16", "--problems_per_step=2", "--samples=4",
+      "--eval_problems=4", "--eval_samples=2", "--rollout_rows=8"]
+FAULT = """
+import os, runpy, sys
+sys.path.insert(0, ".")
+import torch, gpt, training, checkpoint
+real, calls = gpt.GPT.forward, [0]
+def forward(self, idx, *args, **kwargs):
+    calls[0] += 1
+    return fault(real(self, idx, *args, **kwargs), len(idx), calls[0])
+gpt.GPT.forward = forward
+def out_of_memory(rows, limit):
+    if rows > limit:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+"""
+
+def faulty(state, name, args, fault, more="", env=None):
+    """Runs the script with a model whose forward(loss, rows, number of the call) is `fault`, an
+    expression."""
+    code = (f"{FAULT}\nfault = lambda loss, rows, call: {fault}\n{more}\n"
+            f"sys.argv = {[name, *args]!r}\nrunpy.run_path({name!r}, run_name='__main__')")
+    return script(state, "-c", code, timeout=120, env=env)
+
+@pytest.fixture
+def folder(prepared):
+    for name in ("base_checkpoints", "mid_checkpoints", "try_out"):
+        shutil.rmtree(prepared / "toy" / name, ignore_errors=True)
+    return prepared / "toy/base_checkpoints/d1"
+
+# ---- trying out
+
+def tried_out(out):
+    """What --try_out=True has printed."""
+    found = re.search(r"tried out: ([\d.]+) s a step, ([\d.]+) s a measurement; a checkpoint has "
+                      r"([\d.]+) GB, is written in [\d.]+ s and read in [\d.]+ s", out.stdout)
+    assert out.returncode == 0 and found, out.stdout + out.stderr
+    return float(found[1])
+
+def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared, folder, tmp_path):
+    outcome = tmp_path / "outcome"
+
+    def left():
+        found = json.loads(outcome.read_text())
+        outcome.unlink()
+        return found
+    env = {"NANOCHAT_OUTCOME": str(outcome)}
+    out = script(prepared, "base_train.py", *BASE, "--num_steps=50", "--try_out=True", env=env)
+    tried_out(out)
+    facts = left()
+    assert facts["code"] == 0 and facts["num_steps"] == 50 and facts["evals"] == 1
+    assert facts["bytes"] > 1_000_000 and facts["keep"] == 1 and facts["seconds"] > 0
+    assert "8 rows a rank and step" in out.stdout and not folder.exists()
+    assert not list((prepared / "toy/tokens").glob("*/train_*.json")), "random tokens will do"
+
+    out = script(prepared, "mid_train.py", *FINETUNE, "--try_out=True", env=env)
+    tried_out(out)
+    steps = int(re.search(r"(\d+) steps of 512 tokens", out.stdout)[1])
+    assert left()["num_steps"] == steps and steps > 10, "the real number of its steps"
+    tried_out(script(prepared, "chat_sft.py", *FINETUNE, "--try_out=True"))
+    out = script(prepared, "chat_rl.py", *RL, "--try_out=True", env=env)
+    tried_out(out)
+    assert left()["eval_seconds"] > 0
+    out = script(prepared, "chat_eval.py", "--data=toy", "--tag=d1", "--source=mid", "--rows=8",
+                 "--max_new_tokens=16", "--threads=1", "--try_out=True")
+    assert out.returncode == 0 and "tried out: 8 answers at once" in out.stdout, out.stderr
+    assert {p.name for p in (prepared / "toy").iterdir()} >= {"try_out", "tokens"}
+    assert not any((prepared / "toy" / f"{name}_checkpoints").exists()
+                   for name in ("base", "mid", "chatsft", "chatrl"))
+
+def test_it_leaves_the_run_that_is_there_alone(prepared, folder):
+    assert script(prepared, "base_train.py", *BASE, "--num_steps=3").returncode == 0
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    tried_out(script(prepared, "base_train.py", *BASE, "--num_steps=7", "--try_out=True"))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+def test_out_of_memory_says_what_to_try_to_the_launcher_too(prepared, folder, tmp_path):
+    outcome = tmp_path / "outcome"
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=2", "--try_out=True"],
+                 "out_of_memory(rows, 4) or loss", env={"NANOCHAT_OUTCOME": str(outcome)})
+    assert out.returncode == 1 and out.stderr.count("\n") == 1
+    assert "ran out of memory in base_train" in out.stderr and "--device_batch_size=4" in out.stderr
+    assert json.loads(outcome.read_text())["retry_with"] == ["--device_batch_size=4"]
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=2", "--device_batch_size=4"],
+                 "out_of_memory(rows, 4) or loss")
+    assert out.returncode == 0 and "2 x 4 rows a rank" in out.stdout
+    assert "2 steps of 512 tokens" in out.stdout, "the batch of a step stays"
+
+def test_out_of_memory_on_the_second_of_two_ranks_is_the_outcome(prepared, folder, tmp_path):
+    fault = 'out_of_memory(rows, 2 if os.environ["RANK"] == "1" else 99) or loss'
+    args = ["base_train.py", *BASE, "--num_steps=4"]
+    (tmp_path / "faulty.py").write_text(
+        f"{FAULT}\nfault = lambda loss, rows, call: {fault}\nsys.argv = {args!r}\n"
+        "runpy.run_path('base_train.py', run_name='__main__')")
+    outcome = tmp_path / "outcome"
+    out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 tmp_path / "faulty.py", timeout=200, env={"NANOCHAT_OUTCOME": str(outcome)})
+    assert out.returncode != 0 and "error: rank 1: ran out of memory in base_train" in out.stderr
+    assert json.loads(outcome.read_text())["retry_with"] == ["--device_batch_size=4"]
+
+def test_a_try_out_that_is_asked_to_stop_does(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=9", "--try_out=True"],
+                 "os.kill(os.getpid(), signal.SIGTERM) or loss", "import signal")
+    assert out.returncode == 75 and "signal SIGTERM" in out.stdout and "tried" not in out.stdout
+
+# ---- training
+
+def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=6"],
+                 "out_of_memory(call, 4) or loss")
+    assert out.returncode == 1 and "ran out of memory in base_train" in out.stderr, out.stderr
+    assert "--device_batch_size=4" in out.stderr and "Traceback" not in out.stderr
+    record = load_record(folder)
+    assert record["status"] == "failed" and "--device_batch_size=4" in record["reason"]
+    assert checkpoint.newest(folder) >= 2
+    again = script(prepared, "base_train.py", *BASE, "--num_steps=6", "--device_batch_size=4")
+    assert again.returncode == 0
+
+def finite(state):
+    return all(torch.isfinite(tensor).all() for tensor in state.values() if torch.is_tensor(tensor))
+
+def test_a_step_without_a_finite_gradient_is_skipped(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=6"],
+                 "loss * math.nan if call == 4 else loss", "import math")
+    assert out.returncode == 0 and "this step was skipped (1 in a row)" in out.stdout, out.stderr
+    model, state, meta = checkpoint.load(folder, 6)
+    assert finite(model) and all(map(finite, state.values()))
+    assert {s["step"] for s in state.values()} == {5} and meta["skipped"] == 0
+
+def test_too_many_such_steps_end_the_phase_and_name_the_last_good_checkpoint(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60", "--max_skipped=3"],
+                 "loss * math.nan if call >= 6 else loss", "import math")
+    assert out.returncode == 1 and f"in {folder}" in out.stderr, out.stderr
+    assert "4 steps in a row had no finite gradient" in out.stderr
+    step = checkpoint.newest(folder)
+    assert f"that of step {step} " in out.stderr and step >= 4
+    model, state, _ = checkpoint.load(folder, step)
+    assert finite(model) and next(iter(state.values()))["step"] <= 5
+
+def test_a_loss_that_explodes_ends_the_phase_and_spares_the_good_checkpoint(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60"],
+                 "loss * 3 if call > 12 else loss", "training.EXPLODED = 8")
+    assert out.returncode == 1 and "the loss has exploded" in out.stderr, out.stdout + out.stderr
+    assert "nothing is saved meanwhile" in out.stdout
+    step = checkpoint.newest(folder)
+    assert f"that of step {step} " in out.stderr and 1 <= step <= 12
+    lines = common.read_json_lines(folder / "metrics.jsonl")
+    assert max(line["step"] for line in lines) >= 18, "it must have gone on for a while"
+
+def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=30"],
+                 "loss * 3 if 10 < call < 15 else loss", "training.EXPLODED = 8")
+    assert out.returncode == 0 and "far above its level" in out.stdout
+    assert checkpoint.newest(folder) == 30
+
+def test_an_easy_first_batch_sets_no_level(capsys):
+    level = training.LossLevel()
+    for loss in [0.01, *[3.0] * 60]:
+        training.check_divergence(alone(), level, loss)
+        assert not level.exploding()
+    training.check_divergence(alone(), level, 9.0)
+    assert level.exploding() and "above its level of 3" in capsys.readouterr().out

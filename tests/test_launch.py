@@ -1,0 +1,397 @@
+"""launch.py: which phases run and how, signals, exit codes, retries; with processes that only
+pretend, and a few real ones."""
+import json
+import signal
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+import common
+import launch
+import pipeline
+import trial
+from conftest import REPO, ends, environment, script, wait_for
+
+def given(*flags, data="toy", depth="4", phases=None):
+    """A Plan of all phases, as speedrun.sh lists them."""
+    words = [data, depth]
+    for phase in pipeline.PHASES:
+        words += ["--run", phase.name, phase.script, f"--data={data}"]
+    return launch.make_plan([*words, "--given", *flags])
+
+class FakeProcess:
+    """A process that takes `ticks` waits until it ends with `code`; signals are noted."""
+    pid = 4711
+
+    def __init__(self, code=0, ticks=0, at_tick=None):
+        self.code, self.ticks, self.at_tick, self.signals = code, ticks, at_tick, []
+
+    def wait(self, timeout):
+        if self.ticks == 0:
+            return self.code
+        self.ticks -= 1
+        if self.at_tick:
+            self.at_tick(self)
+        raise subprocess.TimeoutExpired("fake", timeout)
+
+    def send_signal(self, signum):
+        self.signals.append(signum)
+
+@pytest.fixture
+def supervise(tmp_path):
+    """supervise(codes or FakeProcesses) -> a Supervisor whose processes these are, in turn;
+    .commands are those that it was asked to start. A process may leave an outcome."""
+    def make(*processes):
+        supervisor = launch.Supervisor(tmp_path / "outcome")
+        supervisor.commands = []
+        left = [p if isinstance(p, FakeProcess) else FakeProcess(p) for p in processes]
+
+        def popen(command, **more):
+            supervisor.commands.append(command)
+            return left.pop(0)
+        supervisor.popen = popen
+        return supervisor
+    return make
+
+def leaves(outcome):
+    """What a FakeProcess does at its first tick: it leaves an outcome."""
+    def at_tick(process):
+        path = leaves.path
+        path.write_text(json.dumps(outcome))
+    return at_tick
+
+# ---- what is run
+
+def test_flags_choose_the_phases():
+    assert list(given().lines) == [p.name for p in pipeline.PHASES]
+    assert list(given("--from=sft", "--skip-rl-eval").lines) == ["sft", "sft-eval", "rl", "report"]
+    assert list(given("--only=base,tok").lines) == ["tok", "base"]
+    assert not given("--skip-trial").trial and given().trial
+
+@pytest.mark.parametrize("flags,says", [
+    (["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"),
+    (["--only=base,x"], "no such phase"), (["--depht=4"], "unknown flag"),
+    (["--nproc=0"], "--nproc takes"), (["--nproc=99999999999999999999"], "--nproc takes"),
+    (["--from=mid", "--only=tok"], "nothing to run"),
+    (["--", "--rll.num_steps=4"], "no phase 'rll'"), (["--", "--rl.num_stepz=4"], "--num_steps"),
+    (["--", "--depth=6"], "--depth cannot stand behind"),
+    (["--", "--base.tag=wide"], "--tag cannot stand behind"),
+    (["--", "--num_stepz=4"], "--num_steps"),
+    (["--", "--base.samples=4"], "the phase base has no setting 'samples'"),
+    (["--", "--rl.num_steps=x"], "--rl.num_steps takes a whole number"),
+    (["--", "--matrix_lr=fast"], "--matrix_lr takes a number"), (["--", "--top_k=4"], "no phase has"),
+    (["--", "--sft.max_steps=-5"], "max_steps"), (["--", "seed=4"], "--key=value")])
+def test_what_makes_no_sense_is_one_line(flags, says, capsys):
+    with ends() as end:
+        given(*flags)
+    said = capsys.readouterr().err
+    assert end.code == 2 and says in said and said.count("\n") == 1
+
+@pytest.mark.parametrize("depth", ["0", "100", "x", ""])
+def test_depth_has_a_range(depth):
+    with ends() as end:
+        given(depth=depth)
+    assert end.code == 2
+
+def test_settings_go_to_the_phases_that_have_them_those_for_one_phase_last():
+    plan = given("--", "--num_steps=9", "--rl.num-steps=5", "--mixture=gsm8k",
+                 "--sft.mixture=gsm8k,arc_easy*2", "--mid-eval.max_items=7")
+    assert plan.words("base")[-1] == "--num_steps=9" and "mixture" not in str(plan.words("base"))
+    assert plan.words("rl")[-2:] == ["--num_steps=9", "--num_steps=5"]
+    assert plan.words("sft")[-2:] == ["--mixture=gsm8k", "--mixture=gsm8k,arc_easy*2"]
+    assert plan.words("data")[-3:] == ["--rl.num_steps=5", "--sft.mixture=gsm8k,arc_easy*2",
+                                       "--mid-eval.max_items=7"], "it brings what they read"
+    assert plan.words("mid-eval")[-1] == "--max_items=7" and plan.words("rl-eval")[-1] != "--max_items=7"
+
+def test_one_process_several_ranks():
+    one, two = given("--nproc=1"), given("--nproc=2")
+    assert launch.command_for(one, "base", ["x.py"]) == ["python", "x.py"]
+    command = launch.command_for(two, "base", ["x.py"])
+    assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]
+    assert launch.command_for(two, "tok", ["x.py"]) == ["python", "x.py"]
+
+# ---- one command
+
+def test_exit_codes(supervise):
+    supervisor = supervise(0, 2, 75, -9, -15, -10, 139)
+    codes = [supervisor.run(["python", "x.py"])[0] for _ in range(7)]
+    assert codes == [0, 2, 75, 137, 75, 75, 139], "killed by TERM or USR1: it had not begun"
+
+def test_what_the_phase_has_said_counts_more_than_its_exit_code(supervise, tmp_path):
+    leaves.path = tmp_path / "outcome"
+    process = FakeProcess(code=1, ticks=1, at_tick=leaves({"code": 75, "reason": "deadline"}))
+    supervisor = supervise(process, 1)
+    assert supervisor.run(["torchrun", "x.py"]) == (75, {"code": 75, "reason": "deadline"})
+    assert supervisor.run(["torchrun", "x.py"]) == (1, {}), "the next one does not inherit it"
+
+def test_a_signal_is_passed_on_again_and_again_until_the_phase_has_ended(supervise):
+    def at_tick(process):
+        if process.ticks == 3:
+            supervisor.on_signal(signal.SIGUSR1, None)
+    process = FakeProcess(ticks=5, at_tick=at_tick)
+    supervisor = supervise(process)
+    code, _ = supervisor.run(["python", "x.py"])
+    assert code == 75 and process.signals == [signal.SIGTERM] * 5
+    assert supervisor.asked and not supervisor.told_to_end
+
+def test_a_signal_before_the_phase_stood_reaches_it(supervise):
+    process = FakeProcess(ticks=1)
+    supervisor = supervise(process)
+    supervisor.on_signal(signal.SIGTERM, None)
+    supervisor.run(["srun", "x.py"])
+    assert process.signals == [signal.SIGUSR1] * 2, "srun passes USR1 on to all processes"
+    assert supervisor.told_to_end
+
+def test_torchrun_does_not_hear_of_signals_its_workers_do(supervise, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, **more: asked.append(command))
+    process = FakeProcess(ticks=1)
+    supervisor = supervise(process)
+    supervisor.on_signal(signal.SIGTERM, None)
+    supervisor.run(["torchrun", "x.py"])
+    assert not process.signals and asked == [["pkill", "-TERM", "-P", "4711"]] * 2
+
+def test_out_of_memory_is_tried_once_more_with_fewer_rows(supervise, tmp_path):
+    leaves.path = tmp_path / "outcome"
+    retry = {"code": 1, "reason": "ran out of memory", "retry_with": ["--device_batch_size=4"]}
+    plan = given("--nproc=1")
+    supervisor = supervise(FakeProcess(1, 1, leaves(retry)), 0)
+    code, fewer, _ = launch.run_phase(plan, supervisor, "base", ["base_train.py"])
+    assert (code, fewer) == (0, ["--device_batch_size=4"])
+    assert supervisor.commands[1][-1] == "--device_batch_size=4"
+    supervisor = supervise(*[FakeProcess(1, 1, leaves(retry)) for _ in range(3)])
+    code, _, _ = launch.run_phase(plan, supervisor, "base", ["base_train.py"])
+    assert code == 1 and len(supervisor.commands) == 2, "once"
+
+def test_a_phase_that_was_killed_is_named_as_probably_out_of_memory(supervise, capsys):
+    launch.run_phase(given("--nproc=1"), supervise(-9), "base", ["base_train.py"])
+    assert "killed (SIGKILL), probably because the host ran out of memory" in capsys.readouterr().err
+
+# ---- all of them
+
+@pytest.fixture
+def run_all(supervise, state, monkeypatch):
+    """run_all({phase: exit code}, *flags) -> (exit code, last line, phases that were started)"""
+    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 0)
+
+    def run(codes, *flags):
+        plan = given("--nproc=1", "--skip-trial", *flags)
+        started = []
+
+        def popen(command, **more):
+            started.append(command[1])
+            named = {p.script: p.name for p in pipeline.PHASES if p.kind != "evaluation"}
+            named["base_eval.py"] = "base-eval"
+            return FakeProcess(codes.get(named.get(command[1]), 0))
+        supervisor = supervise()
+        supervisor.popen = popen
+        code, line = launch.run_all(plan, supervisor)
+        return code, line, started
+    return run
+
+def test_all_done(run_all):
+    code, line, started = run_all({})
+    assert code == 0 and line.startswith("all done") and len(started) == 11
+
+@pytest.mark.parametrize("failure", [1, 2])
+def test_an_evaluation_that_fails_does_not_stop_the_run_and_the_code_still_says_so(run_all, failure):
+    code, line, started = run_all({"base-eval": failure})
+    assert code == 1 and "these failed: base-eval;" in line
+    assert started[-4:] == ["chat_eval.py", "chat_rl.py", "chat_eval.py", "report.py"]
+
+@pytest.mark.parametrize("failure", [2, 3, 139])
+def test_a_training_that_fails_does_stop_it_and_the_report_is_written(run_all, failure):
+    code, line, started = run_all({"mid": failure})
+    assert code == failure and line.startswith(f"mid failed with code {failure};")
+    assert started[-2:] == ["mid_train.py", "report.py"]
+    assert run_all({"mid": failure}, "--skip-report")[2][-1] == "mid_train.py"
+
+def test_what_is_interrupted_ends_the_run_with_75(run_all):
+    code, line, started = run_all({"mid": 75})
+    assert code == 75 and started[-1] == "mid_train.py"
+    assert line == "stopped in mid with everything saved: run the same command again"
+
+def test_nothing_more_is_started_in_nodes_that_slurm_has_given_to_the_next_attempt(
+        run_all, monkeypatch):
+    for name, value in {"SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.slurm, "given_up", lambda: True)
+    monkeypatch.setattr(launch, "check_nodes", lambda plan, supervisor: 0)
+    code, line, started = run_all({}, "--slurm")
+    assert code is None and "going no further" in line and not started
+
+# ---- done already, starting over, the process of a killed launcher
+
+@pytest.fixture
+def record(state):
+    def write(name="base", **facts):
+        folder = pipeline.state_path(name, "toy", "d4")
+        usual = {"settings": {}, "inputs": {}, "free": {}, "status": "done"}
+        common.atomic_write(folder / "phase.json", json.dumps({**usual, **facts}))
+        return folder
+    return write
+
+def test_a_done_phase_says_so_in_one_process(supervise, record):
+    record()
+    supervisor = supervise(0, 75)
+    two = given("--nproc=2")
+    assert launch.said_done_already(two, supervisor, "base", ["base_train.py"])
+    assert supervisor.commands == [["python", "base_train.py", "--time_limit=0"]]
+    assert not launch.said_done_already(two, supervisor, "base", ["base_train.py"]), "it was not"
+    assert not launch.said_done_already(two, supervisor, "mid", ["mid_train.py"])
+    assert len(supervisor.commands) == 2, "without a record nobody is asked"
+    assert not launch.said_done_already(given("--nproc=1"), supervisor, "base", ["base_train.py"])
+
+def test_starting_over_holds_for_one_beginning(record):
+    plan, words = given(), ["base_train.py", "--data=toy", "--start_over=True", "--seed=1"]
+    kept = ["base_train.py", "--data=toy", "--seed=1"]
+    assert launch.without_start_over(plan, "base", words) == words
+    began = {"command": "python base_train.py --data=toy --seed=1", "free": {"start_over": True}}
+    record(**began)
+    assert launch.without_start_over(plan, "base", words) == kept
+    for other in ({"status": "interrupted"}, {"free": {"start_over": False}},
+                  {"command": "python base_train.py --data=toy --seed=2"}):
+        record(**{**began, **other})
+        assert launch.without_start_over(plan, "base", words) == words, other
+
+def test_the_process_of_a_killed_launcher_is_given_time_to_save(monkeypatch, capsys):
+    holders = [{"pid": 1, "host": "here"}] * 5 + [None]
+    monkeypatch.setattr(launch, "living_holder", lambda folder: holders.pop(0))
+    slept = []
+    launch.wait_for_holder(given(), "base", slept.append)
+    assert len(slept) == 4 and "waiting for process 1 on here" in capsys.readouterr().out
+    monkeypatch.setattr(launch, "living_holder", lambda folder: {"pid": 1, "host": "here"})
+    launch.wait_for_holder(given(), "base", slept.append)
+    assert sum(slept) <= 2 + launch.PATIENCE, "but not for ever"
+
+# ---- trying out
+
+def outcome(**changes):
+    return {"code": 0, "reason": "tried out", "seconds": 2.0, "num_steps": 100, "evals": 5,
+            "eval_seconds": 10.0, "keep": 1, "bytes": 1000, **changes}
+
+@pytest.fixture
+def try_out(state, monkeypatch):
+    """try_out(outcomes, *flags) -> (result of trial.try_out, phases that were tried)"""
+    (state / "toy/try_out").mkdir(parents=True)
+    monkeypatch.setattr(trial, "gpu_names", lambda: [])
+
+    def run(outcomes, *flags):
+        plan, tried = given("--nproc=1", *flags), []
+
+        def run_phase(name, words):
+            assert words[-1] == "--try_out=True"
+            tried.append(name)
+            found = outcomes.get(name, outcome())
+            return found.get("code", 0), found.get("fewer", []), found
+        return trial.try_out(plan, run_phase), tried
+    return run
+
+def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(try_out, state, record, capsys):
+    record("base")
+    fits = {"mid": outcome(fewer=["--device_batch_size=4"]), "mid-eval": {"reason": "tried out"}}
+    (code, fewer), tried = try_out(fits)
+    assert code == 0 and tried == ["mid", "sft", "rl", "mid-eval"], "base is done"
+    assert fewer["mid"] == ["--device_batch_size=4"] and fewer["sft"] == []
+    said = capsys.readouterr().out
+    assert "the trainings left take about 12m30s (mid 4m10s, sft 4m10s, rl at most 4m10s)" in said
+    assert not (state / "toy/try_out").exists()
+    assert try_out(fits) == ((code, fewer), [])
+    assert "12m30s" in capsys.readouterr().out
+    assert try_out({}, "--", "--seed=2")[1] == tried, "with other settings it is tried anew"
+
+def test_the_time_left_follows_from_what_is_saved(try_out, record, capsys):
+    folder = record("base", status="interrupted")
+    (folder / "manifest_000075.json").write_text("{}")
+    try_out({}, "--only=base")
+    assert "the trainings left take about 1m02s (base 1m02s)" in capsys.readouterr().out
+
+def test_it_is_held_against_the_time_of_the_job(try_out, monkeypatch, capsys):
+    monkeypatch.setattr(trial.slurm, "end_time", lambda: trial.time.time() + 60)
+    try_out({}, "--only=base")
+    assert "it will stop with everything saved and continue" in capsys.readouterr().out
+
+def test_what_does_not_fit_ends_the_run(try_out, state):
+    (code, fewer), tried = try_out({"mid": outcome(code=1)})
+    assert code == 1 and tried == ["base", "mid"] and not (state / "toy/trial_d4.json").exists()
+
+@pytest.mark.parametrize("free,files,says", [(10 ** 9, 11, "11 files free"), (3, 10 ** 6, "make room")])
+def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsys, free, files, says):
+    stat = SimpleNamespace(f_bavail=free, f_frsize=1, f_files=10 ** 6, f_favail=files)
+    monkeypatch.setattr(trial.os, "statvfs", lambda path: stat)
+    with ends() as end:
+        try_out({}, "--only=base,mid")
+    said = capsys.readouterr().err
+    assert end.code == 2 and says in said and "and 12 files: make room" in said
+
+# ---- real processes
+
+def copy_with_phases(tmp_path, text):
+    """A repository whose phases are one Python script of this text."""
+    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt", *(
+            p.name for p in REPO.glob("*.py") if p.name not in {q.script for q in pipeline.PHASES})):
+        (tmp_path / name).symlink_to(REPO / name)
+    for phase in pipeline.PHASES:
+        kept = (REPO / phase.script).read_text()  # its settings are read by the launcher
+        (tmp_path / phase.script).write_text(f"{text}\nraise SystemExit\n{kept}")
+    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+
+PHASE = """
+import os, signal, subprocess, sys, time
+def told(signum, frame):
+    print("the phase was told", flush=True)
+    helper.wait()
+    os._exit(75)
+signal.signal(signal.SIGTERM, told)
+helper = subprocess.Popen(["bash", "-c",
+    'trap "echo the helper was told" TERM; touch listening; while [ ! -f over ]; do sleep 0.05; done'])
+time.sleep(100)
+"""
+
+def test_a_signal_to_speedrun_reaches_the_phase_and_not_what_the_phase_has_started(tmp_path):
+    copy_with_phases(tmp_path, PHASE)
+    process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=environment(tmp_path / "state"))
+    wait_for((tmp_path / "listening").exists, process)
+    process.terminate()  # the launcher has taken the place of the shell
+    (tmp_path / "over").touch()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out
+    assert "stopped in data with everything saved" in out
+
+def test_a_phase_is_told_where_the_launcher_is_killed_outright(tmp_path):
+    copy_with_phases(tmp_path, PHASE.replace('print("the phase was told", flush=True)',
+                                             'open("told", "w").close()'))
+    process = subprocess.Popen(["bash", "speedrun.sh", "--only=data"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, env=environment(tmp_path / "state"))
+    wait_for((tmp_path / "listening").exists, process)
+    process.kill()
+    process.wait()
+    helper = subprocess.Popen(["sleep", "100"])  # only to wait beside
+    wait_for((tmp_path / "told").exists, helper, 20)
+    (tmp_path / "over").touch()
+    helper.kill()
+    helper.wait()
+
+def test_the_list_of_speedrun_is_the_table():
+    out = subprocess.run(["bash", "speedrun.sh", "--dry-run", "--nproc=1"], cwd=REPO, text=True,
+                         capture_output=True, check=True, env=environment("/nowhere"))
+    listed = [next(word for word in line.split() if word.endswith(".py"))
+              for line in out.stdout.splitlines()]
+    assert listed == [phase.script for phase in pipeline.PHASES]
+    for line, phase in zip(out.stdout.splitlines(), pipeline.PHASES):
+        assert ("--source" in line) == (phase.script == "chat_eval.py")
+        if "--source" in line:
+            assert f"--source={phase.parent} " in line + " "
+
+@pytest.mark.parametrize("config", sorted((REPO / "config").glob("*.py")))
+def test_every_recipe_is_a_file_of_assignments_that_its_script_takes(tmp_path, config):
+    name = config.stem.removeprefix("toy_")
+    scripts = {"tok": "tok_train.py", "base": "base_train.py", "base_eval": "base_eval.py",
+               "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py",
+               "chat_eval": "chat_eval.py"}
+    out = script(tmp_path / "state", scripts[name], config)
+    assert out.returncode == 2 and "prepare_data.py" in out.stderr or "there is no" in out.stderr
+    assert "unknown setting" not in out.stderr and out.stderr.count("\n") == 1, out.stderr

@@ -1,0 +1,160 @@
+"""lock.py: who counts as alive, on this machine, on others, and in a Slurm job."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import common
+import lock
+from conftest import REPO, ends
+
+HOLD = f"""
+import sys, time
+sys.path.insert(0, {str(REPO)!r})
+import lock
+held = lock.take_lock(sys.argv[1])
+print("held", flush=True)
+time.sleep(100)
+"""
+
+def hold(folder, *before, **environment):
+    """A process that holds the lock of `folder`."""
+    process = subprocess.Popen([*before, sys.executable, "-c", HOLD, str(folder)], text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, **environment})
+    assert process.stdout.readline() in ("held\n", "taking over the lock"), "it has it"
+    return process
+
+def write_lock(folder, **changes):
+    """A lock.json that nobody here holds, of a process on another host by default."""
+    holder = {"token": "x", "host": "elsewhere", "boot": "b", "pid": 1, "job": None,
+              "restart": "0", **changes}
+    (folder / "lock.json").write_text(json.dumps(holder))
+
+def alive(folder, after=0.0):
+    """Whether the holder counts as alive `after` seconds from its last heartbeat."""
+    now = (folder / "lock.json").stat().st_mtime + after
+    return lock.living_holder(folder, now=lambda: now) is not None
+
+@pytest.fixture
+def outside_of_jobs(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path, capsys):
+    assert lock.living_holder(tmp_path) is None
+    process = hold(tmp_path)
+    assert lock.living_holder(tmp_path)["pid"] == process.pid
+    with ends() as end:
+        lock.take_lock(tmp_path)
+    said = capsys.readouterr().err
+    assert end.code == 2 and f"process {process.pid}" in said and said.count("\n") == 1
+    assert alive(tmp_path, after=1e6), "the kernel knows better than a heart that was stopped"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead now, and a zombie
+    assert open(f"/proc/{process.pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+    assert not alive(tmp_path)
+    mine = lock.take_lock(tmp_path)
+    assert mine.mine() and "which is dead" in capsys.readouterr().out
+    mine.release()
+    assert not (tmp_path / "lock.json").exists()
+    process.wait()
+
+def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path):
+    """As in another container on this host: nobody here sees the number of its process."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if os.geteuid():
+        unshare.append("--map-root-user")
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+    process = hold(tmp_path, *unshare)
+    assert common.read_json(tmp_path / "lock.json")["pid"] == 1
+    assert alive(tmp_path)
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while alive(tmp_path) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive(tmp_path)
+
+def test_another_host_lives_as_long_as_its_heart_beats(tmp_path, outside_of_jobs):
+    write_lock(tmp_path)
+    assert alive(tmp_path, after=lock.PATIENCE - 1) and not alive(tmp_path, after=lock.PATIENCE + 1)
+    (tmp_path / "lock.json").write_text("[1]")
+    assert lock.living_holder(tmp_path) is None, "rubbish holds nothing"
+
+def test_where_the_file_system_has_no_flock_the_heartbeat_counts_on_this_host_too(
+        tmp_path, monkeypatch, outside_of_jobs):
+    def unknown(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    mine = lock.take_lock(tmp_path)
+    assert mine.mine() and common.read_json(tmp_path / "lock.json")["kernel"] is False
+    assert alive(tmp_path, after=lock.PATIENCE_HERE - 1)
+    assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)
+    mine.release()
+
+def test_the_heart_beats_and_notices_that_the_lock_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    mine = lock.take_lock(tmp_path)
+    os.utime(tmp_path / "lock.json", (0, 0))
+    deadline = time.time() + 20
+    while (tmp_path / "lock.json").stat().st_mtime == 0 and time.time() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / "lock.json").stat().st_mtime > 0 and not mine.lost
+    write_lock(tmp_path)
+    while not mine.lost and time.time() < deadline:
+        time.sleep(0.01)
+    assert mine.lost
+    mine.release()
+    assert (tmp_path / "lock.json").exists(), "what another process has taken is left alone"
+
+def test_an_earlier_attempt_of_the_same_slurm_job_is_over_and_its_stray_process_is_ended(
+        tmp_path, monkeypatch, capsys):
+    stray = hold(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert lock.living_holder(tmp_path) is None, "whatever its process does"
+    mine = lock.take_lock(tmp_path)
+    said = capsys.readouterr().out
+    assert stray.wait(10) == -signal.SIGKILL and "an attempt that Slurm has ended: killed" in said
+    assert mine.mine() and lock.held_in_kernel(tmp_path / "lock.json")
+    mine.release()
+
+@pytest.mark.parametrize("answer,over", [
+    ("echo 'JobId=7 JobName=x JobState=RUNNING Restarts=0'", False),
+    ("echo 'JobId=7 JobName=x JobState=COMPLETING Restarts=0'", False),
+    ("echo 'JobId=7 JobName=x JobState=RUNNING Restarts=1'", True),
+    ("echo 'JobId=7 JobName=x JobState=PENDING Restarts=1'", True),
+    ("echo 'JobId=7 JobName=x JobState=TIMEOUT Restarts=0'", True),
+    ("echo 'JobId=9 ArrayJobId=7 JobState=RUNNING Restarts=0'; "
+     "echo 'JobId=7 ArrayJobId=7 JobState=FAILED Restarts=0'", True),
+    ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+    ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None)])
+def test_slurm_is_asked_whether_the_holder_is_over(tmp_path, monkeypatch, outside_of_jobs, answer,
+                                                   over):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/bash\n{answer}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert lock.slurm.attempt_over("7", "0") is over
+    write_lock(tmp_path, job="7")
+    assert alive(tmp_path, after=1.0) is (not over)
+    assert not alive(tmp_path, after=lock.PATIENCE + 1)
+
+def test_two_that_start_at_once_do_not_both_get_it(tmp_path):
+    code = HOLD.replace("time.sleep(100)", "time.sleep(3)")
+    start = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for _ in range(6)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert sum("held" in out for out, _ in said) == 1, said
+    assert sum("is being written by" in err for _, err in said) == 5, said
+
+def test_a_lock_of_an_older_version_has_no_mark_of_the_kernel(tmp_path, outside_of_jobs):
+    write_lock(tmp_path, host=lock.socket.gethostname(), boot=lock.boot_id(), start="77", pid=1)
+    assert alive(tmp_path, after=lock.PATIENCE_HERE - 1)
+    assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)

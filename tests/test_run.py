@@ -1,0 +1,395 @@
+"""run.py and common.py: records, starting over, stopping, deadlines, metrics, how a process ends."""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import clock
+import common
+import models
+import report
+import status
+from configurator import Settings
+from conftest import REPO, alone, exit_code, script
+from ranks import Ranks
+from records import load_record
+from run import Run
+
+def settings(start_over=False, rows=8, **defining):
+    found = Settings(start_over=start_over, **defining)
+    found.defining = defining or {"depth": 4}
+    found.free = {"rows": rows, "start_over": start_over, "save_minutes": 3.0, "eval_every": 0,
+                  "time_limit": None, "keep": 1}
+    return found
+
+@pytest.fixture
+def folder(state):
+    return state / "toy/base_checkpoints/d4"
+
+def start(folder, asked=None, inputs=None, damage=lambda: None):
+    """A Run of base_train that has opened the folder."""
+    run = alone("base_train")
+    run.command = "python base_train.py --depth=4"
+    run.open_or_exit(folder, asked or settings(), inputs or {"data": "abc"}, damage)
+    return run
+
+def save(run, step, keep=1, wait=True):
+    if run.clock is None:
+        run.begin_loop(0, 9, 0.0)
+    state = {"w": torch.full((1000,), float(step))}
+    holder = SimpleNamespace(state_dict=lambda: state)
+    optimizer = SimpleNamespace(state_dict=lambda: {"w": dict(state)})
+    run.save(step, holder, optimizer, {"loss": 1.0, "num_steps": 9}, keep, wait)
+
+# ---- the record
+
+def test_done_half_done_changed(folder, capsys):
+    run = start(folder)
+    save(run, 9)
+    assert exit_code(run.exit_done, val_bpb=1.0) == 0
+    assert load_record(folder)["status"] == "done" and load_record(folder)["val_bpb"] == 1.0
+    assert exit_code(start, folder) == 0 and "done already" in capsys.readouterr().out
+    assert exit_code(start, folder, settings(depth=5)) == 2
+    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert exit_code(start, folder, inputs={"data": "other"}) == 2
+    assert "data: abc -> other" in capsys.readouterr().err
+    run = start(folder, settings(rows=2), damage=lambda: "damaged")
+    assert run.record["status"] == "running" and run.record["val_bpb"] == 1.0
+    assert "rows: 8 -> 2" in capsys.readouterr().out, "what does not define the result is logged"
+    run.close(1, "over")
+
+def test_starting_over_keeps_the_old(folder):
+    run = start(folder)
+    save(run, 3)
+    run.close(75, "stopped")
+    start(folder, settings(start_over=True)).close(75, "stopped")
+    assert checkpoint.steps(folder) == []
+    old, = folder.parent.glob("d4.old-*")
+    assert checkpoint.steps(old) == [3]
+
+def test_starting_over_is_refused_while_another_process_writes(folder, capsys):
+    run = start(folder)
+    assert exit_code(start, folder, settings(start_over=True)) == 2
+    assert "stop it first" in capsys.readouterr().err and run.lock.mine()
+    run.close(75, "stopped")
+
+def test_starting_over_holds_for_one_beginning(folder):
+    def over(depth=4, **more):
+        return start(folder, settings(start_over=True, depth=depth, tag=""), **more)
+    run = over()
+    save(run, 3)
+    run.close(75, "stopped")
+    run = over()
+    assert run.record["settings"] == {"depth": 4, "tag": "d4"} and checkpoint.steps(folder) == [3]
+    assert not list(folder.parent.glob("d4.old-*")), "the same command goes on"
+    run.close(75, "stopped")
+    assert load_record(folder)["next"] == "python base_train.py --depth=4"
+    over(inputs={"data": "other"}).close(75, "stopped")
+    assert checkpoint.steps(folder) == [], "another run begins"
+    run = over(inputs={"data": "other"})
+    assert exit_code(run.exit_done) == 0
+    time.sleep(1)  # the folders put aside have names by the second
+    run = over(inputs={"data": "other"})
+    assert len(list(folder.parent.glob("d4.old-*"))) == 2, "a done one is begun anew"
+    run.close(75, "stopped")
+
+def test_an_empty_tag_and_the_one_it_stands_for_are_the_same(folder):
+    for first, second in (("", "d4"), ("d4", "")):
+        start(folder, settings(tag=first)).close(75, "stopped")
+        run = start(folder, settings(tag=second))
+        assert len(run.record["starts"]) == 2
+        run.close(75, "stopped")
+        folder.rename(folder.parent / f"kept{first}")
+
+@pytest.mark.parametrize("damage", [
+    lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-20]),
+    lambda p: p.write_text(p.read_text().replace('"inputs"', '"inpuds"'))])
+def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damage):
+    run = start(folder)
+    run.update_record(chosen={"dtype": "float32"})
+    save(run, 3)
+    run.close(75, "stopped")
+    damage(folder / "phase.json")
+    assert exit_code(start, folder, settings(depth=5)) == 2
+    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert exit_code(start, folder, inputs={"data": "other"}) == 2
+    assert exit_code(models.find_model, "base", "toy", "d4") == 2
+    assert "only half trained (step 3" in capsys.readouterr().err
+    run = start(folder)
+    assert run.record["chosen"] == {"dtype": "float32"}
+    assert load_record(folder)["status"] == "running"
+    said = capsys.readouterr().out
+    assert "phase.json is gone or damaged" in said and "setting changed" not in said
+    run.close(75, "stopped")
+
+def test_a_start_that_ended_without_a_word_is_named_at_the_next(folder, capsys):
+    run = start(folder)
+    run.lock.release()  # as the kernel does it for a process that is killed
+    start(folder).close(75, "stopped")
+    said = capsys.readouterr().out
+    assert "ended without a word" in said and "--device_batch_size" in said
+    start(folder).close(75, "stopped")
+    assert "without a word" not in capsys.readouterr().out
+
+def test_a_folder_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys):
+    def refuse(directory):
+        raise OSError(30, "Read-only file system", str(directory))
+    monkeypatch.setattr("run.take_lock", refuse)
+    assert exit_code(start, folder) == 2
+    said = capsys.readouterr().err
+    assert "Read-only" in said and "make it writable" in said and said.count("\n") == 1
+
+def test_an_old_attempt_does_not_write_when_it_wakes_up(folder, capsys):
+    run = start(folder)
+    save(run, 1)
+    holder = common.read_json(folder / "lock.json")
+    common.atomic_write(folder / "lock.json", json.dumps({**holder, "token": "the new one's"}))
+    before = sorted(p.name for p in folder.iterdir())
+    record = (folder / "phase.json").read_text()
+    assert exit_code(save, run, 2) == 1 and "lost the lock" in capsys.readouterr().err
+    run.close(1, "lost")
+    assert checkpoint.steps(folder) == [1] and checkpoint.problem(folder, 1) is None
+    assert (folder / "phase.json").read_text() == record
+    assert sorted(p.name for p in folder.iterdir() if ".tmp" not in p.name) == before
+    run.lock.lost = True
+    assert exit_code(run.stop_reason) == 1, "and it notices at its next step"
+
+def test_what_an_old_attempt_still_logs_does_not_reach_the_new_ones_metrics(folder):
+    old = start(folder)
+    old.begin_loop(0, 9, 0.0)
+    old.log(step=0)
+    (folder / "lock.json").unlink()  # as if taken over
+    new = start(folder)
+    new.begin_loop(1, 9, 0.0)
+    old.log(step=1, old=True)
+    new.log(step=1)
+    assert common.read_json_lines(folder / "metrics.jsonl") == [{"step": 0}, {"step": 1}]
+    new.close(75, "stopped")
+
+# ---- metrics
+
+def test_metrics_survive_a_torn_line_and_a_resume(folder):
+    run = start(folder)
+    run.begin_loop(0, 9, 0.0)
+    for step in range(5):
+        run.log(step=step, loss=step)
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    run.begin_loop(3, 9, 0.0)
+    run.log(step=3, loss=3)
+    assert [r["step"] for r in common.read_json_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    run.close(75, "stopped")
+
+def test_metrics_on_a_full_disk(capsys):
+    run = alone()
+    run.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    assert exit_code(run.log, step=1) == 1 and "No space left" in capsys.readouterr().err
+    with pytest.raises(OSError):
+        run.metrics.close()
+
+# ---- stopping
+
+START = f"""
+import sys, os, signal, time
+sys.path.insert(0, {str(REPO)!r})
+from run import Run
+run = Run.start("test")
+"""
+
+def python(code, **more):
+    return subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True,
+                          check=False, env={**os.environ, **more})
+
+def test_signals_and_time_limits_ask_for_a_stop():
+    out = python("print(run.stop_reason()); os.kill(os.getpid(), signal.SIGUSR1); "
+                 "print(run.should_stop())")
+    assert out.stdout == "None\nsignal SIGUSR1\n"
+    out = python("run.set_deadline(60); print(run.stop_reason()); run.set_deadline(0.0); "
+                 "print(run.stop_reason())")
+    assert out.stdout == "None\ndeadline\n"
+    twice = "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"
+    out = python(twice)
+    assert out.returncode == 130 and out.stdout == ""
+    out = python(twice, TORCHELASTIC_RUN_ID="x")
+    assert out.stdout == "still here\n", "under torchrun it goes on saving"
+
+def test_a_process_that_leaves_does_not_die_of_being_told_once_more():
+    code = """
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 10), kill(pid, 15)
+sys.last = Last()
+run.leave(75, "stopped")
+"""
+    assert python(code).returncode == 75
+
+@pytest.mark.parametrize("code,says", [(1, "error: rank "), (2, "error: "), (75, "stopped: ")])
+def test_a_failure_is_one_line_and_its_exit_code_without_a_run_too(code, says):
+    fails = f"import common; common.fail('what and where', {code}, 'python x.py')"
+    for text in (fails, f"import sys; sys.path.insert(0, {str(REPO)!r}); {fails}"):
+        out = python(text)
+        assert out.returncode == code and out.stderr.count("\n") == 1
+        assert out.stderr.endswith("what and where; run: python x.py\n")
+        assert out.stderr.startswith(says.replace("rank ", ""))
+
+def test_any_other_exception_keeps_its_traceback_and_is_recorded(folder):
+    out = python(f"""
+from types import SimpleNamespace
+import pathlib
+from configurator import Settings
+asked = Settings(start_over=False)
+asked.defining, asked.free = {{"depth": 4}}, {{"start_over": False}}
+run.open_or_exit(pathlib.Path({str(folder)!r}), asked, {{}}, lambda: None)
+raise ValueError("the reason why")
+""")
+    record = load_record(folder)
+    assert out.returncode == 1 and "Traceback" in out.stderr
+    assert record["status"] == "failed" and record["reason"] == "ValueError: the reason why"
+    assert not (folder / "lock.json").exists()
+
+def test_a_stop_while_the_others_wait_for_rank_0_is_no_failure_to_torchrun(monkeypatch):
+    run = Run("test", Ranks(1, 1, 2))
+    for failure, code in ((common.Failure("stopped", 75), 0), (common.Failure("bad", 2), 2)):
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list",
+                            lambda box, failure=failure, **more: box.__setitem__(1, failure))
+        assert exit_code(run.ranks.on_rank0, len) == code  # else it would start the workers again
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert exit_code(Ranks(0, 0, 2).join) == 2
+    assert "2 processes were asked for on this machine and it has 1 GPUs" in capsys.readouterr().err
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    from compute import choose_compute
+    asked = {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}
+    assert exit_code(choose_compute, alone().ranks, asked) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+# ---- the clock
+
+NOON = time.mktime(time.strptime("2026-11-24T12:00:00", "%Y-%m-%dT%H:%M:%S"))
+
+def test_the_margin_before_the_end_of_a_job_follows_from_the_longest_save(monkeypatch):
+    def run_of(seconds, time_limit=None):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(NOON + seconds)))
+        run = alone()
+        run.now = lambda: now[0]
+        run.set_deadline(time_limit)
+        return run
+    now = [NOON]
+    run = run_of(12 * 3600)
+    assert NOON + 12 * 3600 - run.deadline() == 120, "no save is measured yet"
+    run.longest_save = 40.0
+    assert NOON + 12 * 3600 - run.deadline() == 30 + 3 * 40
+    assert NOON + 60 - run_of(60).deadline() == 15, "a short job must get on, too"
+    run = run_of(12 * 3600, time_limit=60)
+    assert run.deadline() == NOON + 3600
+    now[0] = NOON + 3599
+    assert run.stop_reason() is None
+    now[0] = NOON + 3600
+    assert run.stop_reason() == "deadline"
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    run = alone()
+    run.set_deadline()
+    assert run.deadline() == math.inf and run.stop_reason() is None
+
+def test_the_budget_is_said_in_words():
+    def line(left, until_end):
+        return clock.budget("base_train", left, NOON + until_end, NOON)
+    assert line(7.1 * 3600, 4.9 * 3600) == (
+        "base_train needs 7h06m more, this job has 4h54m left: it will stop at 16:54 with "
+        "everything saved and continue in its next attempt")
+    assert line(1800, 4.9 * 3600) == "base_train needs 30m00s more, this job has 4h54m left"
+
+def test_the_budget_is_said_once_seconds_per_step_are_known(folder, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    run = start(folder)
+    run.begin_loop(0, 10_000, 0.0)
+    for step in range(1, 21):
+        now[0] += 5
+        run.log_step(step, "loss 1", 8)
+        assert ("more, this job has" in capsys.readouterr().out) is (step == 10)
+    run.close(75, "stopped")
+
+def test_a_clock_that_is_set_back_does_not_put_off_a_save(monkeypatch):
+    wall, running = [5000.0], [100.0]  # neither depends on this machine's pace
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "monotonic", lambda: running[0])
+    loop = clock.Clock(num_steps=10, seconds_before=5.0, save_interval=60.0)
+    wall[0] -= 3600
+    running[0] += 59
+    assert not loop.save_due() and loop.seconds() == 64.0
+    running[0] += 2
+    assert loop.save_due() and loop.seconds() == 66.0
+    loop.saved(since=running[0] - 1)
+    assert not loop.save_due() and 0.0 < loop.save_share() < 1.0
+
+def test_a_step_takes_the_median_of_the_last_ones(monkeypatch):
+    running = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: running[0])
+    loop = clock.Clock(10, 0.0, 60.0, flops_per_token=6.0, peak_flops=1200.0)
+    for seconds in (50, 2, 2, 2, 9):  # the first compiles, at the last it was measured, too
+        running[0] += seconds
+        reading = loop.tick(tokens=100)
+    assert reading == {"seconds": 65.0, "tokens_per_second": 50, "mfu": 0.25}
+
+# ---- files
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError("full")
+    common.atomic_write(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        common.atomic_write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+def test_the_first_ranks_word_is_the_outcome(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_OUTCOME", str(tmp_path / "outcome"))
+    common.leave_outcome(1, "out of memory", retry_with=["--rows=4"])
+    common.leave_outcome(1, "another rank died")
+    assert common.read_json(tmp_path / "outcome")["retry_with"] == ["--rows=4"]
+
+# ---- what others make of it
+
+def test_status_and_report_over_what_is_not_whole(state, folder):
+    assert script(state, "status.py").stdout.startswith("nothing in")
+    out = script(state, "report.py")
+    text = (state / "toy/report/report.md").read_text()
+    assert out.returncode == 0 and "Never ran" in text
+
+    run = start(folder)
+    save(run, 3)
+    for step in range(3):
+        run.log(kind="train", step=step, loss=3.0 - step)
+    run.metrics.write('{"kind": "tr')
+    run.close(1, "the loss became nan", "python base_train.py --matrix_lr=0.01")
+    out = script(state, "status.py").stdout
+    assert "failed, saved at step 3 of 9" in out and "the loss became nan" in out
+    assert "next: python base_train.py --matrix_lr=0.01" in out
+    out = script(state, "report.py")
+    text = (state / "toy/report/report.md").read_text()
+    assert out.returncode == 0 and "**Failed**: the loss became nan, step 3 of 9" in text
+    assert (state / "toy/report/base_loss.svg").read_text().startswith("<svg")
+    record = {**load_record(folder), "status": "running", "pid": 10 ** 8}
+    common.atomic_write(folder / "phase.json", json.dumps(record))
+    assert "died without a word" in script(state, "status.py").stdout
+
+def test_the_report_judges_the_goals():
+    names = ("gsm8k", "arc_easy", "arc_challenge", "mmlu", "facts", "spellingbee")
+    sft = {"results": {name: {"accuracy": 0.65} for name in names}}
+    rl = {"results": {"gsm8k": {"accuracy": 0.71}}}
+    assert [row[2] for row in report.goals(sft, rl)] == ["NO", "yes", "yes", "NO", "yes"]
+    assert status.describe(REPO / "nowhere")[0] == "absent"

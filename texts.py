@@ -1,0 +1,181 @@
+"""
+A user's texts: which files of a folder are read, which of them are held out, what a document is,
+and what happens to lines that cannot be read. A data set is a folder of .parquet, .jsonl, .jsonl.gz
+or .txt files; a line of a .jsonl file, and a row of a .parquet file, has a field `text`.
+"""
+import gzip
+import json
+import zlib
+from itertools import islice
+
+import common
+import pipeline
+
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+# the validation split of the known data sets, fixed by name: the last of all their shards
+VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
+HOLD_OUT = 20  # of a data set in a single file every 20th document is held out
+
+# -------------------------------------------------------------------------------------------------
+# files
+
+def text_files(data):
+    """The files of a data set that are not empty, sorted by name. Failure where there is none."""
+    folder = pipeline.base_data_dir(data)
+    own = pipeline.is_folder_data(data)
+    command = None if own else f"python prepare_data.py --data={data}"
+    common.check(not folder.is_file(), f"{folder} is a file: --data takes the folder that holds it")
+    common.check(folder.is_dir(), f"the data folder {folder} does not exist", command)
+    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(ENDINGS)
+             and not p.name.startswith(".") and p.stat().st_size > 0]
+    common.check(files, f"the data folder {folder} holds no text: it has no file of "
+                 f"{', '.join(ENDINGS)} that is not empty", command)
+    return files
+
+def dataset_files(data, names=None):
+    """
+    names: of the training files to take, where a run has begun with these; None: all
+    -> (train files, validation files), lists of Path sorted by name. The validation file is the
+    last by name (of known data sets a fixed name). A single file is in both lists: HOLD_OUT splits
+    its documents. Failure where the folder is missing or empty, or a parquet file does not open or
+    has no string column `text`.
+    """
+    files = text_files(data)
+    for path in files:
+        if path.name.endswith(".parquet"):
+            why = parquet_problem(path, "text")
+            common.check(why is None, why)
+    if data in VAL_SHARD:
+        val = [p for p in files if p.name == VAL_SHARD[data]]
+        common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in "
+                     f"{files[0].parent}", f"python prepare_data.py --data={data}")
+        train = [p for p in files if p not in val]
+    else:
+        train, val = files[:-1] or files, files[-1:]
+    return [p for p in train if names is None or p.name in names] or train, val
+
+def parquet_problem(path, column):
+    """None, or why the parquet file cannot be read: its footer has to name this column of text."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        schema = pyarrow.parquet.ParquetFile(path).schema_arrow
+    except (pyarrow.ArrowException, OSError) as e:
+        return f"{path} is no readable parquet file: {str(e).splitlines()[0][:120]}"
+    if column not in schema.names:
+        return f"{path} has no column `{column}` (it has {', '.join(schema.names)})"
+    kind = str(schema.field(column).type)
+    if not kind.startswith(("string", "large_string", "dictionary<values=string")):
+        return f"{path}: its column `{column}` is no text but {kind}"
+    return None
+
+def read_lines(path):
+    """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes). ValueError
+    where the file is damaged."""
+    number = 0
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
+
+def good_rows(path, numbered, convert, say=common.print0):
+    """
+    convert(x) for each (number, x) of `numbered`. What convert refuses is named as path:number and
+    left out. Failure where that is more than 1 % (and more than 5), or the file is damaged.
+    """
+    broken, total, first = 0, 0, ""
+
+    def too_many():
+        return broken > 5 and broken > total / 100
+
+    try:
+        for number, x in numbered:
+            total += 1
+            try:
+                value = convert(x)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError,
+                    RecursionError) as e:
+                broken += 1
+                why = f"{path}:{number} ({type(e).__name__}: {str(e)[:80]})"
+                first = first or why
+                if broken <= 20:
+                    say(f"left out, broken: {why}")
+                if broken >= 100 and too_many():
+                    break
+            else:
+                yield value
+    except ValueError as e:
+        common.fail(f"{e}; remove it and prepare the data again")
+    common.check(not too_many(), f"{path} has {broken} broken lines or rows among {total}, the "
+                 f"first: {first}")
+    if broken > 20:
+        say(f"{path}: {broken} broken lines or rows were left out in all")
+
+def problem(path, numbered, convert, enough=None):
+    """None, or why good_rows() would end the run; looks at all, or until `enough` are good."""
+    good = 0
+    try:
+        for _ in islice(good_rows(path, numbered, convert, say=lambda line: None), enough):
+            good += 1
+    except common.Failure as e:
+        return e.message
+    return None if good else f"{path} holds no rows that can be read"
+
+def text_of(line):
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError("text is no string")
+    return text
+
+# -------------------------------------------------------------------------------------------------
+# documents
+
+def read_documents(path):
+    """All documents of one file, in order, as str; of broken lines see good_rows."""
+    if path.name.endswith(".parquet"):
+        yield from read_parquet(path)
+    elif path.name.endswith(".txt"):
+        yield from read_paragraphs(path)
+    else:
+        yield from (text for text in good_rows(path, read_lines(path), text_of) if text)
+
+def read_parquet(path):
+    import pyarrow.parquet
+    parquet = pyarrow.parquet.ParquetFile(path)
+    for group in range(parquet.num_row_groups):
+        try:
+            texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
+        except Exception as e:  # noqa: BLE001  (pyarrow raises many kinds for a damaged page)
+            common.fail(f"{path} is damaged in row group {group}: "
+                        f"{str(e).splitlines()[0][:120]}; remove it and prepare the data again")
+        yield from (text for text in texts if text)
+
+def read_paragraphs(path):
+    """Paragraphs of a .txt file (split at blank lines), gathered to documents of about 10,000
+    characters."""
+    gathered, size = [], 0
+    for paragraph in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+        gathered.append(paragraph)
+        size += len(paragraph)
+        if size >= 10_000:
+            yield "\n\n".join(gathered)
+            gathered, size = [], 0
+    if "".join(gathered).strip():
+        yield "\n\n".join(gathered)
+
+def documents(path, split, alone):
+    """The documents of `path` that belong to `split`; alone: the file is the whole data set, so
+    HOLD_OUT decides."""
+    for i, text in enumerate(read_documents(path)):
+        held_out = i % HOLD_OUT == HOLD_OUT - 1
+        if not alone or held_out == (split == "val"):
+            yield text
+
+def iter_texts(data, split="train", names=None):
+    """All documents of a split, file by file. names: as dataset_files has it"""
+    train, val = dataset_files(data, names)
+    for path in train if split == "train" else val:
+        yield from documents(path, split, train == val)
