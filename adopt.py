@@ -49,8 +49,8 @@ def adopt_tokenizer(directory):
     except OSError as e:
         common.fail(f"cannot keep {path} as plain data: {e}; make the folder writable or copy it")
     except Exception as e:  # noqa: BLE001  (a broken pickle can raise nearly anything)
-        common.fail(f"{path} is not a tokenizer that can be used: {e}",
-                    next_command=tok.command_for(directory))
+        common.fail(f"{path} is not a tokenizer that can be used: {e}; move it away and train one "
+                    "(tok_train.py)")
     print(f"adopted nanochat's tokenizer in {directory}: ranks.txt, tokenizer.json")
 
 def adopt_model(directory, step):
@@ -92,7 +92,7 @@ def main():
     common.check(stage in ("", *pipeline.STAGES), f"--stage is one of "
                  f"{', '.join(pipeline.STAGES)}, not {stage!r}")
     directory = pipeline.tokenizer_dir(data)
-    if (directory / "tokenizer.pkl").exists() and not (directory / "tokenizer.json").exists():
+    if (directory / "tokenizer.pkl").exists() and tok.damage(directory) is not None:
         adopt_tokenizer(directory)
     for name in [stage] if stage else pipeline.STAGES:
         for directory in pipeline.state_path(name, data, "x").parent.glob("*"):

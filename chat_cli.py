@@ -57,7 +57,7 @@ def find_models():
         for stage in STAGES:
             for tag in models.tags(stage, data or name):
                 folder = pipeline.state_path(stage, data or name, tag)
-                when = max(path.stat().st_mtime for path in folder.glob("m*_*"))
+                when = models.saved_at(folder)
                 state = status.describe(folder)[0]
                 if not checkpoint.steps(folder):
                     state = "nanochat's"

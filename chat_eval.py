@@ -98,7 +98,7 @@ if run.ranks.all_reduce_max(not (sandbox or unsafe_exec)):  # on any node
 inputs = {"weights": checkpoint.fingerprint(folder, step),
           "tasks": task_list.fingerprint(asked, "test", data),
           "settings": {**settings.defining, "tag": folder.name}}
-path = pipeline.state_path(f"{source}-eval", data, folder.name)
+path = pipeline.report_dir(data) / f"chat_{source}_{folder.name}.json"
 
 def has_all_tasks(result):
     """What was left out then may be possible now."""

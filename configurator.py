@@ -18,6 +18,7 @@ import difflib
 import os
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import common
@@ -157,7 +158,8 @@ def configure(module_globals, short=None, of_phases=False):
         elif argument.endswith(".py") and not argument.startswith("-"):
             common.check(os.path.exists(argument), f"no such settings file: {argument}")
             for name, value in runpy.run_path(argument).items():
-                if not name.startswith("_") and type(value) in KINDS:
+                helper = callable(value) or isinstance(value, types.ModuleType)
+                if not (name.startswith("_") or helper):
                     assign(name, value, argument)
         else:
             part, key, value = split(argument)

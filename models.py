@@ -22,17 +22,20 @@ def is_depth(stage, tag):
     """Whether it is base_train.py's own tag, which follows from the depth."""
     return stage == "base" and tag[:1] == "d" and tag[1:].isdigit()
 
+def saved_at(folder):
+    """When the newest checkpoint of a folder was saved, ours or nanochat's, in seconds since the
+    epoch; None where it holds none."""
+    saved = list(folder.glob("manifest_*.json"))
+    if not saved and checkpoint.made_by_nanochat(folder) is not None:
+        saved = folder.glob("model_*.pt")
+    return max((path.stat().st_mtime for path in saved), default=None)
+
 def tags(stage, data):
-    """The runs of a stage that hold a checkpoint, ours or nanochat's, the one saved last at the
-    end.  example: ["d12", "d4"]"""
-    found = []
-    for folder in pipeline.state_path(stage, data, "x").parent.glob("*"):
-        saved = list(folder.glob("manifest_*.json"))
-        if checkpoint.made_by_nanochat(folder) is not None:
-            saved += folder.glob("model_*.pt")
-        if saved and ".old-" not in folder.name:
-            found.append((max(path.stat().st_mtime for path in saved), folder.name))
-    return [tag for _, tag in sorted(found)]
+    """The runs of a stage that hold a checkpoint, the one saved last at the end.
+    example: ["d12", "d4"]"""
+    folders = pipeline.state_path(stage, data, "x").parent.glob("*")
+    found = {f.name: saved_at(f) for f in folders if ".old-" not in f.name}
+    return sorted((tag for tag in found if found[tag]), key=found.get)
 
 def what_exists(data):
     """Lines that name what has been trained: ["base d4: step 400, loss 1.234, 3m12s old"]"""

@@ -4,6 +4,7 @@ called collective must be called by all of them, or they wait for each other.
 """
 import datetime
 import os
+import sys
 from dataclasses import dataclass
 
 import common
@@ -38,9 +39,11 @@ class Ranks:
         # one node: each node's torchrun counts its own restarts, and the names would differ.
         alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        end_process = sys.excepthook
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=self.rank,
                                 store=dist.PrefixStore(f"attempt_{attempt}", store),
                                 world_size=self.world, timeout=patience)
+        sys.excepthook = end_process  # torch's own would swallow what ours prints
         self.patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
     def leave(self):

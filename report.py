@@ -148,7 +148,16 @@ class Stage:
     speeds: list        # tokens per second
     status: tuple       # (state, words)
     eval_status: tuple
-    result: dict        # of the evaluation; {} where it is not done, or of weights that are gone
+    core: dict          # results of base_eval.py and chat_eval.py; {} where they are not done, or
+    chat: dict          # of weights that are gone
+
+def result_of(kind, name, run):
+    """The result of an evaluation; {} where it is not done, or of weights that are gone."""
+    path = pipeline.report_dir(data) / f"{kind}_{name}_{run}.json"
+    state, _ = status.describe_eval(path, pipeline.state_path(name, data, run))
+    result = status.read(path) if state == "done" else {}
+    tasks = result.get("results") or {}
+    return result if all(isinstance(r, dict) for r in tasks.values()) else {}
 
 def gather(name, run):
     directory = pipeline.state_path(name, data, run)
@@ -159,13 +168,10 @@ def gather(name, run):
     clocks = [m["clock"] for m in metrics if isinstance(m.get("clock"), dict)]
     seconds = [number(x.get("seconds")) or 0.0 for x in (record, meta, *clocks[-1:])]
     speeds = [number(clock.get("tokens_per_second")) for clock in clocks]
-    path = pipeline.state_path(f"{name}-eval", data, run)
-    eval_status = status.describe_eval(path, directory)
-    result = status.read(path) if eval_status[0] == "done" else {}
-    if not all(isinstance(r, dict) for r in (result.get("results") or {}).values()):
-        result = {}
+    evaluated = status.describe_eval(pipeline.state_path(f"{name}-eval", data, run), directory)
     return Stage(name, record, meta, metrics, max(seconds), [s for s in speeds if s],
-                 status.describe(directory), eval_status, result)
+                 status.describe(directory), evaluated, result_of("core", name, run),
+                 result_of("chat", name, run))
 
 def machine():
     """The machine that writes this.  example: "Linux, 2 cores (...), 8 GB of memory, no GPU" """
@@ -296,7 +302,7 @@ def cell(value, half, digits):
 def table(stages):
     """The rows of the final table, its head first: [name, BASE, MID, SFT, RL] as texts"""
     prefix = "toy-" if data == "toy" else ""
-    core, chats = stages[0].result, [stage.result for stage in stages[1:]]
+    core, chats = stages[0].core, [stage.chat for stage in stages]
     tasks = core.get("tasks") or {}
     in_part = bool(core) and (core.get("core") is None or bool(scores.parts(data, tasks)))
     value = core.get("mean_centred" if in_part else "core")
@@ -313,14 +319,14 @@ def table(stages):
         # of an accuracy the interval is not centred
         cells = [cell(result.get("accuracy"), interval([{**result, "chance": 0}]), 3)
                  for result in found]
-        rows.append([title, "-", *cells])
+        rows.append([title, *cells])
     cells, in_part = [], False
     for chat in chats:
         results = chat.get("results") or {}
         in_part = in_part or bool(scores.parts(data, results))
         parts = [r for name, r in results.items() if name in SCORES and name != "facts"]
         cells.append(cell(chat.get("chatcore"), interval(parts), 4))
-    rows.append([f"{prefix}ChatCORE" + " in part" * in_part, "-", *cells])
+    rows.append([f"{prefix}ChatCORE" + " in part" * in_part, *cells])
     return rows
 
 def goals(sft, rl):
@@ -354,25 +360,26 @@ def main():
     folder, runs = pipeline.report_dir(data), status.tags(root)
     run = tag or (runs or ["no model yet"])[-1]
     stages = [gather(name, run) for name in pipeline.STAGES]
-    evaluated = [number(stage.result.get("seconds")) or 0 for stage in stages]
-    total = sum(stage.seconds for stage in stages) + sum(evaluated)
+    results = [result for stage in stages for result in (stage.core, stage.chat)]
+    total = sum(stage.seconds for stage in stages)
+    total += sum(number(result.get("seconds")) or 0 for result in results)
 
     lines = [f"# Report: {data}, {run}", "", *guarded(head, stages, total)]
     for stage in stages:
         lines += guarded(section, stage, folder)
         if stage.name == "base":
-            lines += guarded(core_section, stage.result)
+            lines += guarded(core_section, stage.core)
     states = status.phases_of(root, data, run)
     left = [f"{name}: {words}" for name, (state, words, _) in states.items() if state != "done"]
     if left:
         command = status.next_command(states, data, run)
         lines += ["## Not done", "", *(f"- {x}" for x in left), "", f"Next: `{command}`", ""]
 
-    core = stages[0].result
+    core = stages[0].core
     short = ", ".join(f"{task} {n} items"
                       for task, n in scores.parts(data, core.get("tasks") or {}).items())
-    notes = [f"{stage.name}: no ChatCORE, since {', '.join(stage.result['missing'])} was not "
-             "measured" for stage in stages[1:] if stage.result.get("missing")]
+    notes = [f"{stage.name}: no ChatCORE, since {', '.join(stage.chat['missing'])} was not "
+             "measured" for stage in stages if stage.chat.get("missing")]
     if core and (core.get("reason") or short):
         notes.append(f"CORE in part: {core.get('reason') or short}")
     if len(runs) > 1:
@@ -386,7 +393,7 @@ def main():
               f"Total time: {common.duration(total)}", ""]
     if data == "toy":
         judged = [["goal", "SFT", "reached", "RL", "reached"],
-                  *goals(stages[2].result, stages[3].result)]
+                  *goals(stages[2].chat, stages[3].chat)]
         lines += ["## Goals", "", *markdown(judged)]
         shown += "\n\n" + aligned(judged)
     try:

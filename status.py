@@ -54,7 +54,8 @@ def describe(directory):
     """-> (state, words) of a phase; state is done, running, half, failed or absent.
     example: ("half", "half done, saved at step 120 of 400, 3m10s ago (signal SIGTERM: ...)")"""
     record, (step, meta) = read(directory / "phase.json"), saved(directory)
-    where = "" if step is None else f"step {step:,} of {meta.get('num_steps', 0):,}"
+    total = f"{meta['num_steps']:,}" if "num_steps" in meta else "?"
+    where = "" if step is None else f"step {step:,} of {total}"
     half = "nothing saved yet"
     if where:
         half = f"saved at {where}, {ago(directory / checkpoint.manifest_name(step))}"

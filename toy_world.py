@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections import namedtuple
+from itertools import chain
 
 import pyarrow.parquet
 
@@ -30,7 +31,7 @@ CAUSES = TABLES["causes"]  # [{"cause": what happens, "effect": what follows, "n
 KINDS = {kind: LISTS[name] for kind, name in TABLES["kinds"].items()}  # {"a town": [...], ...}
 PERSON = [a for a in ATTRIBUTES if ATTRIBUTES[a]["kind"] == "person"]
 VALUES = {**LISTS, **TABLES["animal_values"]}  # of attributes
-WORDS = list(dict.fromkeys(sum(LISTS.values(), []) + list(ANIMALS)))
+WORDS = list(dict.fromkeys(chain(*LISTS.values(), ANIMALS)))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # A fact and its wordings. about says he or she, gaps leave the value out, test_questions are for
@@ -245,7 +246,7 @@ def choice_row(draw, half, sort):
     elif sort == "kinds":  # what sort of thing a word is
         words["kind"] = pick(draw, list(KINDS))
         right = pick(draw, half.kinds[words["kind"]])
-        wrong = [w for w in sum(half.kinds.values(), []) if w not in KINDS[words["kind"]]]
+        wrong = [w for w in chain(*half.kinds.values()) if w not in KINDS[words["kind"]]]
     elif sort == "causes":
         words = pick(draw, half.causes)
         right, wrong = words["effect"], [cause["effect"] for cause in half.causes]
@@ -261,7 +262,8 @@ def choice_row(draw, half, sort):
         wrong = values if len(values) >= 4 else fact.values
     question = pick(draw, wordings).format(word=right, **words)
     options, place = choices(draw, right, wrong)
-    return dict(question=question, subject=f"toy_{subject}", choices=options, answer=place)
+    return {"question": question, "subject": f"toy_{subject}", "choices": options,
+            "answer": place}
 
 def arc_rows(rows):
     """The same in ARC's form."""
@@ -397,7 +399,8 @@ def generate(root, seed=1337, size=1.0):
         "smoltalk_test": unique(900, talk, draw, world.train),
         "identity_train": unique(600 * size, talk, draw, world.train, TABLES["identity"], 1)}
     documents = unique(60000 * size, document, draw, world, tries=3)
-    core_tasks = "toy_people toy_things toy_causes toy_who toy_facts toy_copying".split()
+    core_tasks = [f"toy_{name}" for name in
+                  ("people", "things", "causes", "who", "facts", "copying")]
     core = {name: unique(500, test_row, draw, world, name) for name in core_tasks}
     programs = enumerate(files["humaneval_test"])
     files["humaneval_test"] = [{"task_id": f"Toy/{i}", **row} for i, row in programs]

@@ -7,21 +7,30 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import checkpoint
 import common
-import pipeline
 import core_eval
 import data as dataset
-import phase
+import pipeline
 import tokenizer as tok
 import training
-from conftest import BYTES, REPO, SHARED, ends, nanochats_own, needs_nanochat, random_model, script
+from conftest import (
+    BYTES,
+    REPO,
+    SHARED,
+    alone,
+    ends,
+    environment,
+    nanochats_own,
+    needs_nanochat,
+    random_model,
+    save_model,
+    script,
+    wait_for,
+)
 
 torch.set_num_threads(1)
 BUNDLE = SHARED / "eval_bundle"
@@ -279,8 +288,8 @@ def test_batched_answers_equal_those_of_one_at_a_time(longest):
         assert core_eval.evaluate(model, BYTES, task, numbers, longest, 1e9) == expected
         few_rows = core_eval.evaluate(model, BYTES, task, numbers, longest, 2e5)
         assert few_rows == expected, "in batches of a few rows"
-        alone = [core_eval.evaluate(model, BYTES, task, [n], longest, 1e9)[0] for n in numbers]
-        assert alone == expected
+        each = [core_eval.evaluate(model, BYTES, task, [n], longest, 1e9)[0] for n in numbers]
+        assert each == expected
         if (task["kind"], task["shots"]) != ("language_modeling", 2):
             assert len(set(expected)) == 2, "both outcomes occur"
 
@@ -326,7 +335,7 @@ def test_outcomes_equal_nanochats_own(tmp_path):
     tokenizer, model = nanochats_own(tmp_path)
     expected = json.loads((SHARED / "nanochat_checkpoint/core_expected.json").read_text())
     # of 12 items a task; all of them take about a minute
-    count = int(os.environ.get("NANOCHAT_TEST_CORE_ITEMS", 2))
+    count = int(os.environ.get("NANOCHAT_TEST_CORE_ITEMS", "2"))
     for task in core_eval.read_bundle(BUNDLE)[0]:
         one = expected["tasks"][task["label"]]
         assert len(task["items"]) == one["rows"]
@@ -339,7 +348,10 @@ def test_outcomes_equal_nanochats_own(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # bits per byte
 
-COMPUTE = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+def measure(model, plan, tokenizer, rows):
+    """Bits per byte of all of a plan, so many rows at once."""
+    cpu = torch.device("cpu")
+    return training.bits_per_byte(alone(), model, plan, tokenizer, 10 ** 9, rows, cpu)
 
 class EightBits:
     """Gives every token 8 bits for each of its bytes, and anything at all to tokens that stand for
@@ -363,8 +375,7 @@ def test_bits_per_byte_do_not_depend_on_tokenizer_or_batch(tmp_path):
         model = EightBits(tokenizer)
         plan = plan_of(tmp_path / name, tokenizer, 17)
         for rows in (1, 3, 100):
-            bpb = training.bits_per_byte(model, plan, tokenizer, 10 ** 9, rows, COMPUTE)
-            assert bpb == pytest.approx(8.0, abs=1e-6)
+            assert measure(model, plan, tokenizer, rows) == pytest.approx(8.0, abs=1e-6)
 
 def test_bits_per_byte_by_hand(tmp_path):
     model = small()
@@ -376,15 +387,15 @@ def test_bits_per_byte_by_hand(tmp_path):
             for at, token in enumerate(row[1:]):
                 if token < 256:  # not bos
                     nats, count = nats - math.log(probabilities[at, token]), count + 1
+    by_hand = nats / count / math.log(2)
     for rows in (1, 2, 50):
-        bpb = training.bits_per_byte(model, plan, BYTES, 10 ** 9, rows, COMPUTE)
-        assert bpb == pytest.approx(nats / count / math.log(2), abs=1e-5)
+        assert measure(model, plan, BYTES, rows) == pytest.approx(by_hand, abs=1e-5)
 
 # --------------------------------------------------------------------------------------------------
 # the script
 
 @pytest.fixture
-def ready(state, tmp_path, monkeypatch):
+def ready(state, tmp_path):
     """A state folder with a (random) base model of a folder of text and a bundle -> the data
     argument"""
     folder = tmp_path / "books"
@@ -394,18 +405,12 @@ def ready(state, tmp_path, monkeypatch):
         (folder / name).write_text("\n\n".join(words(rng, 60) for _ in range(20)))
     data = str(folder)
     tok.save_tokenizer(pipeline.tokenizer_dir(data), BYTES.ranks)
-    directory = pipeline.state_path("base", data, "d2")
-    directory.mkdir(parents=True)
-    phase.take_lock(directory)
-    model = small()
-    meta = {"model": {**vars(model.config)}, "tokenizer": BYTES.fingerprint, "loss": None}
-    checkpoint.save(directory, 7, model.state_dict(), {}, meta)
-    phase.release(directory)
+    save_model("base", data, "d2", small(), BYTES)
     mc = [{"query": words(rng, 30), "choices": [words(rng, 2) for _ in range(4)],
            "gold": rng.randrange(4)} for _ in range(1500)]
     lm = [{"context": words(rng, 30), "continuation": "a"} for _ in range(500)]
-    write_bundle(pipeline.eval_bundle_dir(data), {"choose": ("multiple_choice", 2, mc),
-                                                "go_on": ("language_modeling", 0, lm)})
+    tasks = {"choose": ("multiple_choice", 2, mc), "go_on": ("language_modeling", 0, lm)}
+    write_bundle(pipeline.eval_bundle_dir(data), tasks)
     return data
 
 def result(data):
@@ -426,25 +431,28 @@ def test_an_interrupted_evaluation_continues(state, ready):
     path = pipeline.state_path("base-eval", ready, "d2")
     partial = path.with_suffix(".partial.jsonl")
     path.unlink()
-    process = subprocess.Popen(
-        [sys.executable, *args], cwd=REPO, env={**os.environ, "NANOCHAT_BASE_DIR": str(state)},
-        stdout=subprocess.PIPE, text=True)
-    patience = time.time() + 120
-    while (not partial.exists() or partial.read_text().count("\n") < 7) and time.time() < patience:
-        time.sleep(0.005)
+    process = subprocess.Popen([sys.executable, *args], cwd=REPO, env=environment(state),
+                               stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: partial.exists() and partial.read_text().count("\n") >= 7, process)
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 75, out
     kept = partial.read_text().count("\n")
     assert 7 <= kept < 1 + 3 + 24 + 8, "the signal must have come in the middle"
     assert not path.exists(), "the signal must have come in the middle"
-    with open(partial, "a") as f:
-        f.write('{"piece": "choose 1408", "val')  # as a death in the middle of a line leaves it
+    lines = common.read_json_lines(partial)
+    block = next(line["value"] for line in lines if line.get("piece") == "choose 0")
+    block.reverse()  # another value, of which all scores are the same: not measured again
+    torn = '{"piece": "choose 1408", "val'  # as a death in the middle of a line leaves it
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     resumed = script(state, *args)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"{kept - 2} pieces are there already" in resumed.stdout, resumed.stdout
     second = result(ready)
     assert not partial.exists()
+    outcomes = first["tasks"]["choose"]["outcomes"]
+    assert block == outcomes[:64][::-1] != outcomes[:64]
+    outcomes[:64] = block
     assert {**second, "seconds": None} == {**first, "seconds": None}
 
 def test_parts_missing_tasks_and_stale_pieces(state, ready):

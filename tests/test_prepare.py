@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,29 +20,27 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from conftest import REPO, ends, environment, script, wait_for
 
-import common
-import pipeline
 import configurator
-import data
 import download
+import gpt
+import pipeline
 import tasks
-from conftest import REPO, ends, script, wait_for
+import texts
 
 TEXTS = [f"Document {i}: " + "some words of it " * (i % 7 + 1) for i in range(2000)]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
 
 def parquet(rows):
     out = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, row_group_size=256)
     return out.getvalue()
 
-
 SHARD = parquet([{"text": t} for t in TEXTS])
 # many times what is read at once, so that a part of it stays
 BIG = parquet([{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(30_000)])
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -111,7 +108,6 @@ class Handler(BaseHTTPRequestHandler):
         if do in ("cut", "claims more", "claims less", "no length", "stall"):
             self.close_connection = True
 
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "BACKOFF", 0.005)
@@ -132,23 +128,18 @@ def server(monkeypatch):
     server.shutdown()
     server.server_close()
 
-
 def opens(path):
-    return data.parquet_problem(path, ["text"])
-
+    return texts.parquet_problem(path, "text")
 
 def never():
     return None
-
 
 def get(server, folder, names=("shard.parquet",), should_stop=never, **more):
     jobs = [(f"{server.url}/{name}", folder / name, opens, 1000) for name in names]
     download.fetch_all(jobs, "the command", should_stop, **more)
 
-
 def get_one(url, path):
     download.fetch_all([(url, path, opens, 1000)], "the command", never)
-
 
 def failure(capsys, function, *args, **more):
     """Calls the function, which has to fail with one line -> (exit code, that line)"""
@@ -158,15 +149,12 @@ def failure(capsys, function, *args, **more):
     assert err.count("\n") == 1, err
     return stopped.code, err
 
-
 def asked_for(server, path):
     """-> the Range header of each request for this path, None where it had none"""
     return [wanted for seen, _, wanted in server.seen if seen == path]
 
-
 def left_behind(folder):
     return [p.name for p in folder.rglob("*") if p.name.startswith(".")]
-
 
 @pytest.mark.parametrize("plan", [
     ["cut"], ["cut"] * 5, ["429:0"], ["503", "503:0"], ["408", "425", "500", "502"],
@@ -179,7 +167,6 @@ def test_a_file_arrives_whole_whatever_the_server_does_first(server, tmp_path, p
     assert (tmp_path / "shard.parquet").read_bytes() == BIG and not left_behind(tmp_path)
     assert [do for _, do, _ in server.seen][:len(plan)] == plan, "every fault happened"
 
-
 def test_a_cut_connection_is_continued_where_it_was(server, tmp_path):
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, ["cut", "cut"]
     get(server, tmp_path)
@@ -187,13 +174,11 @@ def test_a_cut_connection_is_continued_where_it_was(server, tmp_path):
     starts = [int(wanted[6:-1]) for wanted in asked_for(server, "/shard.parquet")[1:]]
     assert len(starts) == 2 and len(BIG) / 4 < starts[0] < starts[1]
 
-
 def test_a_server_that_cannot_continue_still_gets_there(server, tmp_path):
     server.manners.add("no range")
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = SHARD, ["cut"] * 3
     get(server, tmp_path)
     assert (tmp_path / "shard.parquet").read_bytes() == SHARD
-
 
 def test_a_hopeless_file_is_given_up_and_a_missing_one_asked_for_once(server, tmp_path, capsys):
     server.bodies |= dict.fromkeys(["/hopeless.parquet", "/fine.parquet", "/busy.parquet"], SHARD)
@@ -209,19 +194,16 @@ def test_a_hopeless_file_is_given_up_and_a_missing_one_asked_for_once(server, tm
     assert len(asked_for(server, "/hopeless.parquet")) == download.RETRIES
     assert len(asked_for(server, "/busy.parquet")) == download.RETRIES
 
-
 def test_a_file_of_which_each_attempt_brings_something_is_not_given_up(server, tmp_path):
     plan = ["cut"] * (download.RETRIES + 3)
     server.bodies["/shard.parquet"], server.plan["/shard.parquet"] = BIG, list(plan)
     get(server, tmp_path)
     assert (tmp_path / "shard.parquet").read_bytes() == BIG and len(server.seen) == len(plan) + 1
 
-
 def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, capsys):
     names = [f"{i}.parquet" for i in range(200)]
     code, err = failure(capsys, get, server, tmp_path, names, workers=4)
     assert code == 1 and "200 files could not be had" in err and 1 <= len(server.seen) <= 8
-
 
 def test_a_silent_server_is_asked_again_and_progress_is_shown(
         server, tmp_path, monkeypatch, capsys):
@@ -236,13 +218,11 @@ def test_a_silent_server_is_asked_again_and_progress_is_shown(
     half = [total for have, total in shown if float(have) > len(BIG) / 4e6]
     assert round(len(BIG) / 1e6, 1) in map(float, half), shown
 
-
 def test_a_proxy_is_honoured(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
     server.bodies["http://hub.invalid/shard.parquet"] = SHARD
     get_one("http://hub.invalid/shard.parquet", tmp_path / "shard.parquet")
     assert (tmp_path / "shard.parquet").read_bytes() == SHARD
-
 
 def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
     server.bodies["/shard.parquet"] = SHARD
@@ -252,7 +232,6 @@ def test_the_stated_checksum_is_compared(server, tmp_path, capsys):
     server.digests["/shard.parquet"] = "0" * 64
     code, err = failure(capsys, get, server, tmp_path)
     assert code == 1 and "checksum" in err and not (tmp_path / "shard.parquet").exists()
-
 
 def test_size_and_checksum_of_a_redirection_are_compared_and_it_is_continued_through_it(
         server, tmp_path, capsys):
@@ -266,7 +245,6 @@ def test_size_and_checksum_of_a_redirection_are_compared_and_it_is_continued_thr
     server.moved["/shard.parquet"] = "/content", len(BIG), "0" * 64
     code, err = failure(capsys, get, server, tmp_path)
     assert code == 1 and "checksum" in err and not (tmp_path / "shard.parquet").exists()
-
 
 @pytest.mark.parametrize("there, requests", [(SHARD[:1000], 1), (SHARD, 1), (SHARD + b"more", 2)])
 @pytest.mark.parametrize("moved", [False, True])
@@ -283,7 +261,6 @@ def test_the_part_that_is_there_is_used_even_where_it_is_all_or_too_much(
     wanted = asked_for(server, address)
     assert len(wanted) == requests and wanted[0] == f"bytes={len(there)}-"
 
-
 def test_retry_after_is_honoured(server, tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
@@ -294,7 +271,6 @@ def test_retry_after_is_honoured(server, tmp_path, monkeypatch):
     assert (tmp_path / "shard.parquet").read_bytes() == SHARD and len(server.seen) == len(plan) + 1
     assert slept[:2] == [7, 600] and 25 < slept[2] < 31
     assert len(slept) == 4 and 0 < slept[3] < 1, "what cannot be read leaves the usual backoff"
-
 
 def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkeypatch, capsys):
     def free(bytes):
@@ -309,7 +285,6 @@ def test_too_small_a_disk_is_said_before_the_first_byte(server, tmp_path, monkey
     assert code == 2 and not server.seen
     get(server, tmp_path)
 
-
 def test_a_disk_that_fills_up_is_not_tried_again(server, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -318,7 +293,6 @@ def test_a_disk_that_fills_up_is_not_tried_again(server, tmp_path, monkeypatch, 
     code, err = failure(capsys, get, server, tmp_path)
     assert code == 1 and len(server.seen) == 1
     assert "No space left" in err and "the command" in err
-
 
 def test_a_mirror_that_is_no_address_is_not_tried_again(tmp_path, server, monkeypatch, capsys):
     tried, sent = [], download.attempt
@@ -331,14 +305,21 @@ def test_a_mirror_that_is_no_address_is_not_tried_again(tmp_path, server, monkey
     code, err = failure(capsys, get_one, address, tmp_path / "shard.parquet")
     assert code == 1 and len(tried) == 1 and "mirror.invalid" in err
 
-
 STOPPED = """
-import sys, common, download
-common.install_stop_handlers()
-job = (sys.argv[1], common.Path(sys.argv[2]), lambda path: None, 1000)
-download.fetch_all([job], "the command", common.stop_requested)
-"""
+import fcntl
+import sys
+from pathlib import Path
+import download
+from run import Run
 
+def say_and_lock(*args, lock=fcntl.flock):
+    print("locks", flush=True)
+    lock(*args)
+fcntl.flock = say_and_lock
+run = Run.start("prepare_data")
+job = (sys.argv[1], Path(sys.argv[2]), lambda path: None, 1000)
+download.fetch_all([job], "the command", run.stop_reason)
+"""
 
 @pytest.mark.parametrize("slow", ["stall", "503:600", "another process"])
 def test_a_stop_waits_for_nothing(server, tmp_path, slow):
@@ -353,9 +334,8 @@ def test_a_stop_waits_for_nothing(server, tmp_path, slow):
         process = subprocess.Popen([sys.executable, "-c", STOPPED, address, path], cwd=REPO,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout.readline().startswith("downloading 1 files")
-        if slow == "another process":
-            time.sleep(0.5)
-        else:
+        assert process.stdout.readline() == "locks\n"
+        if slow != "another process":
             wait_for(lambda: server.seen and part.stat().st_size >= here, process)
         process.send_signal(signal.SIGTERM)
         started = time.time()
@@ -365,7 +345,6 @@ def test_a_stop_waits_for_nothing(server, tmp_path, slow):
     assert "Traceback" not in err and part.stat().st_size >= here
     assert len(server.seen) == (slow != "another process")
 
-
 @pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
 def test_offline_means_no_attempt_at_all(server, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setenv(name, "1")
@@ -373,15 +352,13 @@ def test_offline_means_no_attempt_at_all(server, tmp_path, monkeypatch, capsys, 
     code, err = failure(capsys, get, server, tmp_path)
     assert code == 2 and not server.seen and "shard.parquet" in err and "the command" in err
 
-
 def test_only_download_py_speaks_to_the_internet():
     names = "requests|urllib3?|http|socketserver|ftplib|huggingface_hub|datasets"
     words = re.compile(rf"^\s*(?:import|from)\s+({names})\b", re.MULTILINE)
     speaking = [p.name for p in REPO.glob("*.py") if words.search(p.read_text())]
     assert speaking == ["download.py"]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole of prepare_data.py, with small stand-ins for the public files
+# ---- the whole of prepare_data.py, with small stand-ins for the public files
 
 START = """
 import sys, runpy, download
@@ -395,200 +372,279 @@ sys.argv = ["prepare_data.py", *sys.argv[1:]]
 runpy.run_path("prepare_data.py", run_name="__main__")
 """
 
+CORE = """icl_tasks:
+-
+  label: t
+  dataset_uri: a/t.jsonl
+  num_fewshot: [0]
+  icl_task_type: language_modeling
+"""
+CORE_ITEM = '{"context": "a", "continuation": "b"}\n'
+FINEWEB = ["--data=fineweb_edu", "--shards=1"]
 
 def choice(form, i):
     if form == "mmlu":
         return {"question": f"q{i}", "subject": "s", "choices": list("abcd"), "answer": i % 4}
-    return {"id": str(i), "question": f"q{i}", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "ABCD"[i % 4]}
+    choices = {"text": list("abcd"), "label": list("ABCD")}
+    return {"id": str(i), "question": f"q{i}", "choices": choices, "answerKey": "ABCD"[i % 4]}
 
-
-def bundle(broken=False):
+def bundle():
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
-        z.writestr("eval_bundle/core.yaml", "icl_tasks:\n-\n  label: t\n  dataset_uri: a/t.jsonl\n  num_fewshot: [0]\n  icl_task_type: language_modeling\n")
+        z.writestr("eval_bundle/core.yaml", CORE)
         z.writestr("eval_bundle/eval_meta_data.csv", "Eval Task,Random baseline\nt,0\n")
-        z.writestr("eval_bundle/eval_data/a/t.jsonl", '{"context": "a", "continuation": "b"}\n' * 20)
+        z.writestr("eval_bundle/eval_data/a/t.jsonl", CORE_ITEM * 20)
     return out.getvalue()
-
 
 @pytest.fixture
 def hub(server):
     """The server with a body for every address."""
-    rows = {"smoltalk": [{"messages": TALK}] * 30, "mmlu": [choice("mmlu", i) for i in range(30)], "arc": [choice("arc", i) for i in range(30)],
-            "gsm8k": [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(30)],
-            "humaneval": [{"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n", "test": "def check(c): pass"}]}
+    letters = "abcdefghijklmnopqrst"
+    words = "\r\n".join(f"word{a}{b}" for a in letters for b in letters)
+    rows = {
+        "smoltalk": [{"messages": TALK}] * 30,
+        "mmlu": [choice("mmlu", i) for i in range(30)],
+        "arc": [choice("arc", i) for i in range(30)],
+        "gsm8k": [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(30)],
+        "humaneval": [{"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f",
+                       "canonical_solution": "    return 1\n", "test": "def check(c): pass"}]}
+    not_parquet = {"words_alpha": words.encode(), "eval_bundle": bundle()}
     for name, (address, many, _) in download.ADDRESSES.items():
-        body = {"words_alpha": "\r\n".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(20) for j in range(20)).encode(), "eval_bundle": bundle()}.get(name)
-        if body:
-            server.bodies[f"/{address.rsplit('/', 1)[1]}"] = body
-        for i in range(many if not body else 0):
-            server.bodies[address.format(i).removeprefix("https://huggingface.co")] = SHARD if many > 1000 else parquet(rows[name.split("_")[0]])
+        if name in not_parquet:
+            server.bodies["/" + address.rpartition("/")[2]] = not_parquet[name]
+            continue
+        body = SHARD if many > 1000 else parquet(rows[name.split("_")[0]])
+        for i in range(many):
+            server.bodies[address.format(i).removeprefix(download.HUB)] = body
     return server
 
+def fineweb_path(hub, name):
+    return next(p for p in hub.bodies if p.endswith(name) and "fineweb" in p)
 
 def prepare(hub, state, *args, env=None):
-    return script(state, "-c", START, hub.url, *args, env={"HF_ENDPOINT": hub.url + "/", **(env or {})})
+    env = {"HF_ENDPOINT": hub.url + "/", **(env or {})}
+    return script(state, "-c", START, hub.url, *args, env=env)
 
+def begin(hub, state, *args):
+    """The same as a process that runs on."""
+    return subprocess.Popen([sys.executable, "-c", START, hub.url, *args], cwd=REPO, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**environment(state), "HF_ENDPOINT": hub.url})
 
 def digests(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*")
-            if p.is_file() and not p.name.startswith(".lock") and p.name not in ("phase.json", "lock.json")}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")
+            and p.name not in ("phase.json", "lock.json")}
 
-
-def test_everything_is_downloaded_then_nothing_needs_the_network_and_damage_is_found_and_mended(hub, state):
+def test_everything_is_downloaded_and_then_nothing_needs_the_network(hub, state):
     args = ["--data=fineweb_edu", "--shards=2"]
-    check = lambda **env: prepare(hub, state, *args, "--check=True", env=env)
-    out = check()
-    assert out.returncode == 2 and not hub.seen and not state.exists() and re.search(r"missing +text +0 of 3", out.stdout), out.stdout
-    assert re.search(r"missing +smoltalk_train +0 of 4 .*mid sft .*python prepare_data.py --data=fineweb_edu .*smoltalk_train.jsonl", out.stdout)
-    hub.plan[next(p for p in hub.bodies if p.endswith("shard_00001.parquet") and "fineweb" in p)] = ["503", "cut", "garbage"]
+    out = prepare(hub, state, *args, "--check=True")
+    assert out.returncode == 2 and not hub.seen and not state.exists()
+    assert re.search(r"missing +text +0 of 3", out.stdout), out.stdout
+    assert re.search(r"missing +smoltalk_train +0 of 4 .*mid sft .*python prepare_data.py "
+                     r"--data=fineweb_edu .*smoltalk_train.jsonl", out.stdout)
+    hub.plan[fineweb_path(hub, "shard_00001.parquet")] = ["503", "cut", "garbage"]
     hub.plan["/eval_bundle.zip"] = ["cut", "429:0"]
     out = prepare(hub, state, *args)
     assert out.returncode == 0, out.stdout + out.stderr
-    assert {p.name for p in (state / "base_data").glob("*.parquet")} == {"shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"}
-    assert not [n for n in digests(state) if "/.part" in n] and (state / "eval_bundle/eval_data/a/t.jsonl").exists() and not (state / "eval_bundle.zip").exists()
-    for task, (split, count) in {"smoltalk": ("train", 120), "mmlu_aux": ("train", 30), "arc_easy": ("test", 30), "humaneval": ("test", 1), "identity": ("train", 1000)}.items():
-        assert len(tasks.load(task, split, "fineweb_edu")) == count
+    assert {p.name for p in (state / "base_data").glob("*.parquet")} == {
+        "shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"}
+    assert (state / "eval_bundle/eval_data/a/t.jsonl").exists()
+    assert not (state / "eval_bundle.zip").exists()
     before, asked = digests(state), len(hub.seen)
-    assert check(NANOCHAT_OFFLINE="1").returncode == 0
-    again = prepare(hub, state, *args, env={"SLURM_JOB_ID": "1"})
-    assert again.returncode == 0 and "done already" in again.stdout and len(hub.seen) == asked and digests(state) == before
+    assert not [name for name in before if "/.part" in name]
+    for task, split, count in (("smoltalk", "train", 120), ("mmlu_aux", "train", 30),
+                               ("arc_easy", "test", 30), ("humaneval", "test", 1),
+                               ("identity", "train", 1000)):
+        assert len(tasks.load(task, split, "fineweb_edu")) == count
+    out = prepare(hub, state, *args, "--check=True", env={"NANOCHAT_OFFLINE": "1"})
+    assert out.returncode == 0
+    out = prepare(hub, state, *args, env={"SLURM_JOB_ID": "1"})
+    assert out.returncode == 0 and "done already" in out.stdout
+    assert len(hub.seen) == asked and digests(state) == before
 
+def test_damage_is_found_and_mended(hub, state):
+    args = ["--data=fineweb_edu", "--shards=2"]
+    assert prepare(hub, state, *args).returncode == 0
+    before, asked = digests(state), len(hub.seen)
     (state / "base_data/shard_00001.parquet").write_bytes(SHARD[:5000])
-    (state / "base_data/shard_00007.parquet").write_bytes(SHARD[:5000])  # not asked for, but a phase would read it
-    (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" + '{"context": "a", "continuation": "b"}\n' * 19)  # one is enough: base_eval.py takes no broken item
+    # not asked for, but a phase would read it
+    (state / "base_data/shard_00007.parquet").write_bytes(SHARD[:5000])
+    # one broken item is enough: base_eval.py takes none
+    (state / "eval_bundle/eval_data/a/t.jsonl").write_text("{broken\n" + CORE_ITEM * 19)
     (state / "task_data/gsm8k_test.parquet").write_bytes(b"<html>")
     (state / "task_data/humaneval_test.parquet").unlink()
     (state / "task_data/words_alpha.txt").write_bytes(b"\xff\xfe" * 500 + b"\n" * 3)
-    out = check()
+    out = prepare(hub, state, *args, "--check=True")
     assert out.returncode == 2 and len(hub.seen) == asked
-    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1 ", r"damaged +gsm8k_test .*rl mid-eval sft-eval rl-eval", r"missing +humaneval_test ", r"damaged +words_alpha ", r"have +arc_easy_test "):
+    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1 ",
+                 r"damaged +gsm8k_test .* mid-eval sft-eval rl rl-eval ",
+                 r"missing +humaneval_test ", r"damaged +words_alpha ", r"have +arc_easy_test "):
         assert re.search(line, out.stdout), line + out.stdout
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
-    assert out.returncode == 2 and len(hub.seen) == asked and "run: python prepare_data.py --data=fineweb_edu --shards=2" in out.stderr
+    assert out.returncode == 2 and len(hub.seen) == asked
+    assert "run: python prepare_data.py --data=fineweb_edu --shards=2" in out.stderr
     assert prepare(hub, state, *args).returncode == 0 and len(hub.seen) == asked + 6
     (state / "base_data/shard_00007.parquet").unlink()
     assert digests(state) == before
-    own = (state / "eval_bundle").rename(state.parent / "own")  # the user's, linked: it is not written to
+
+def test_a_linked_bundle_is_the_users_own_and_not_written_to(hub, state):
+    assert prepare(hub, state, *FINEWEB).returncode == 0
+    asked = len(hub.seen)
+    own = (state / "eval_bundle").rename(state.parent / "own")
     (state / "eval_bundle").symlink_to(own)
     (own / "eval_data/a/t.jsonl").unlink()
-    out = prepare(hub, state, *args)
-    assert out.returncode == 2 and "by hand" in out.stderr and len(hub.seen) == asked + 6 and not (own / "eval_data/a/t.jsonl").exists()
+    out = prepare(hub, state, *FINEWEB)
+    assert out.returncode == 2 and "by hand" in out.stderr and len(hub.seen) == asked
+    assert not (own / "eval_data/a/t.jsonl").exists()
 
+def required(hub, state, *args):
+    """-> {what has to be there: [phases that read it]}"""
+    out = prepare(hub, state, *FINEWEB, "--check=True", *args).stdout
+    rows = re.findall(r"^(?:missing|have) +(\S+) .*?\.\d   ((?:\S+ )+)", out, re.MULTILINE)
+    names = [phase.name for phase in pipeline.PHASES]
+    return {what: [word for word in read_by.split() if word in names] for what, read_by in rows}
 
 def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
-    table = lambda *args: dict(re.findall(r"^(?:missing|have) +(\S+) .*?\.\d   ((?:\S+ )+)", prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", *args).stdout, re.MULTILINE))
-    everything = table()
-    for name, path in {"mid": "mid_train.py", "sft": "chat_sft.py"}.items():
-        for spec in configurator.defaults(REPO / path)["mixture"]:
-            assert name in everything[tasks.TASKS[tasks.parse(spec)[0]]["train"]].split()
-    for name in configurator.defaults(REPO / "chat_eval.py")["tasks"]:
-        assert "sft-eval" in everything[tasks.TASKS[name]["test"]].split()
-    assert set(table("--phases=tok,base", "--mixture=gsm8k")) == {"text"} and set(table("--phases=base-eval", "--core_items=0")) == {"text"}
-    assert {"gsm8k_train", "identity_train"} == set(table("--phases=mid", "--mixture=gsm8k*2,identity", "--held_out=gsm8k")) - {"gsm8k_test"} - {n for n in everything if everything[n] == "- "}
-    alone = table("--phases=mid,sft,base-eval", "--mixture=gsm8k", "--held_out=gsm8k", "--sft.mixture=gsm8k,arc_easy", "--rl.task=spellingbee", "--base-eval.core_items=0")
-    assert alone["gsm8k_train"].split() == ["mid", "sft"] and alone["arc_easy_train"].split() == ["sft"] and not {"words_alpha", "CORE"} & set(alone)
-    out = prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--check=True", "--phases=mid", "--mixture=mmlu")
+    everything = required(hub, state)
+    for name, path in (("mid", "mid_train.py"), ("sft", "chat_sft.py")):
+        for spec in configurator.defaults(path)["mixture"]:
+            assert name in everything[tasks.TASKS[tasks.parse(spec)[0]]["train"]]
+    for name in configurator.defaults("chat_eval.py")["tasks"]:
+        assert "sft-eval" in everything[tasks.TASKS[name]["test"]]
+    assert set(required(hub, state, "--phases=tok,base", "--mixture=gsm8k")) == {"text"}
+    assert set(required(hub, state, "--phases=base-eval", "--core_items=0")) == {"text"}
+    found = required(hub, state, "--phases=mid", "--mixture=gsm8k*2,identity", "--held_out=gsm8k")
+    read = {what for what, phases in found.items() if phases}
+    assert read == {"gsm8k_train", "identity_train", "gsm8k_test"}
+    assert set(found) - read == {what for what, phases in everything.items() if not phases}
+    found = required(hub, state, "--phases=mid,sft,base-eval", "--mixture=gsm8k",
+                     "--held_out=gsm8k", "--sft.mixture=gsm8k,arc_easy", "--rl.task=spellingbee",
+                     "--base-eval.core_items=0")
+    assert found["gsm8k_train"] == ["mid", "sft"] and found["arc_easy_train"] == ["sft"]
+    assert not {"words_alpha", "CORE"} & set(found)
+    out = prepare(hub, state, *FINEWEB, "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
 
-
 def test_phases_read_tasks_only_through_settings_that_declare_them():
-    """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere would not be prepared."""
-    reads = ast.literal_eval(re.search(r"^READS = ({.*?})", (REPO / "prepare_data.py").read_text(), re.MULTILINE)[1])
+    """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere
+    would not be prepared."""
+    source = (REPO / "prepare_data.py").read_text()
+    reads = ast.literal_eval(re.search(r"^READS = ({.*?})", source, re.MULTILINE | re.DOTALL)[1])
+    reading = re.compile(r"(tasks|task_list)\.(load|mixture|fingerprint|find|read)")
     found = 0
-    for path in [p for p in REPO.glob("*.py") if p.name not in ("tasks.py", "prepare_data.py")]:
-        for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and re.fullmatch(r"(tasks|task_list)\.(load|mixture|fingerprint|find|read)", ast.unparse(call.func)):
-                found += 1
-                names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(call.args[0]) if isinstance(n, ast.Attribute)}
-                literals = [n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-                assert ((names | set(literals)) & set(reads) or names == {"name"}) and not set(literals) & set(tasks.TASKS), f"{path.name}:{call.lineno} {ast.unparse(call)}"
+    for path in {*REPO.glob("*.py")} - {REPO / "tasks.py", REPO / "prepare_data.py"}:
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+                 and reading.fullmatch(ast.unparse(node.func))]
+        assigned = {node.targets[0].id: node.value for node in tree.body
+                    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+        for call in calls:
+            found += 1
+            nodes = list(ast.walk(call.args[0]))
+            names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            for name in (names - set(reads)) & set(assigned):  # a variable made of settings
+                nodes += ast.walk(assigned[name])
+            mentioned = {node.id for node in nodes if isinstance(node, ast.Name)}
+            literals = {node.value for node in nodes if isinstance(node, ast.Constant)}
+            where = f"{path.name}:{call.lineno} {ast.unparse(call)}"
+            assert mentioned & set(reads) or names == {"name"}, where
+            assert not literals & set(tasks.TASKS), where
     assert found >= 8
 
-
 def test_speedrun_requires_what_its_phases_read_and_data_alone_prepares_everything():
-    dry = lambda *args: subprocess.run(["bash", "speedrun.sh", "--dry-run", *args], cwd=REPO, capture_output=True, text=True).stdout.splitlines()[0]
-    assert dry("--data=fineweb_edu", "--depth=6", "--only=data,tok,base").endswith("prepare_data.py --data=fineweb_edu --depth=6 --phases=data,tok,base")
-    assert dry("--data=fineweb_edu", "--only=data").endswith("prepare_data.py --data=fineweb_edu --depth=20 --phases=")
-
+    def first(*args):
+        out = subprocess.run(["bash", "speedrun.sh", "--dry-run", *args], cwd=REPO, text=True,
+                             capture_output=True, check=True, env=environment("/nowhere"))
+        return out.stdout.splitlines()[0]
+    command = "python prepare_data.py --data=fineweb_edu"
+    assert first("--data=fineweb_edu", "--depth=6", "--only=data,tok,base") == (
+        f"{command} --depth=6 --phases=data,tok,base")
+    assert first("--data=fineweb_edu", "--only=data") == f"{command} --depth=20 --phases="
 
 def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
-    import torch
-    import gpt
-    shards = lambda *args: int(re.search(r"text +0 of (\d+)", prepare(hub, state, "--data=fineweb_edu", "--check=True", "--phases=tok", *args).stdout)[1])
-    base = configurator.defaults(REPO / "base_train.py")
+    def shards(*args):
+        args = ["--data=fineweb_edu", "--check=True", "--phases=tok", *args]
+        return int(re.search(r"text +0 of (\d+)", prepare(hub, state, *args).stdout)[1])
+    base = configurator.defaults("base_train.py")
     for depth in (4, 20):
+        config = gpt.config_from_depth(depth, 32768, base["max_seq_len"], base["arch"])
         with torch.device("meta"):
-            model = gpt.GPT(gpt.config_from_depth(depth, 32768, base["max_seq_len"], base["arch"]))
-        parameters = sum(p.numel() for n, p in model.named_parameters() if "transformer.h" in n or "lm_head" in n)  # as base_train.py counts them
+            model = gpt.GPT(config)
+        # as base_train.py counts them
+        parameters = sum(p.numel() for name, p in model.named_parameters()
+                         if "transformer.h" in name or "lm_head" in name)
         wanted = base["tokens_per_param"] * parameters / 50e6
         assert wanted + 1 <= shards(f"--depth={depth}") <= 1.1 * wanted + 4
-    assert abs(shards("--depth=20", "--tokens_per_param=24") - 2 * wanted) < 15 and shards("--num_steps=100", "--total_batch_size=1000000") == 4
-    assert shards("--num_steps=9000", "--base.num_steps=100", "--total_batch_size=1000000", "--rl.num_steps=9000") == 4
+    assert abs(shards("--depth=20", "--tokens_per_param=24") - 2 * wanted) < 15
+    assert shards("--num_steps=100", "--total_batch_size=1000000") == 4
+    assert shards("--num_steps=9000", "--base.num_steps=100", "--total_batch_size=1000000",
+                  "--rl.num_steps=9000") == 4
     assert shards("--depth=100") == 1823 and shards("--shards=0") == 1
 
-
 def test_two_processes_at_once_on_one_folder(hub, state):
-    """fineweb_edu and climbmix share the tasks. A slow server keeps both busy with the same file at the same time."""
+    """fineweb_edu and climbmix share the tasks. A slow server keeps both busy with the same file
+    at the same time."""
     path = next(p for p in hub.bodies if p.endswith("train-00002-of-00004.parquet"))
     hub.plan[path] = ["stall"]
-    start = lambda name: subprocess.Popen([sys.executable, "-c", START, hub.url, f"--data={name}", "--shards=1"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                          env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "HF_ENDPOINT": hub.url})
-    first = start("fineweb_edu")
+    first = begin(hub, state, *FINEWEB)
     assert hub.stalled.wait(60)
-    second = start("climbmix")
-    while not any("climbmix" in p for p, _, _ in hub.seen) and second.poll() is None:
-        time.sleep(0.05)
+    second = begin(hub, state, "--data=climbmix", "--shards=1")
+    wait_for(lambda: any("climbmix" in p for p, _, _ in hub.seen), second)
     third = prepare(hub, state, "--data=climbmix", "--shards=1")
     assert third.returncode == 2 and "is being written by process" in third.stderr, third.stderr
     hub.go.set()
-    said = [p.communicate(timeout=100)[0] for p in (first, second)]
+    said = [process.communicate(timeout=100) for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), said
-    assert [do for p, do, _ in hub.seen if p == path] == ["stall", "whole"], "the file was brought once, with one continuation"
-    assert len(tasks.load("smoltalk", "train", "climbmix")) == 120 and not [n for n in digests(state) if ".part" in n]
+    asked = [do for p, do, _ in hub.seen if p == path]
+    assert asked == ["stall", "whole"], "the file was brought once, with one continuation"
+    assert len(tasks.load("smoltalk", "train", "climbmix")) == 120
+    assert not [name for name in digests(state) if ".part" in name]
     assert (state / "base_data_climbmix/shard_06542.parquet").exists()
     shutil.rmtree(state / "base_data")
     assert re.search(r"climbmix .*\n  data +done", script(state, "status.py").stdout)
 
-
 def test_a_stop_keeps_what_came_and_the_same_command_goes_on(hub, state):
-    path = next(p for p in hub.bodies if p.endswith("shard_00000.parquet") and "fineweb" in p)
-    hub.bodies[path] = big = BIG
-    hub.plan[path] = ["stall"]
-    command = [sys.executable, "-c", START, hub.url, "--data=fineweb_edu", "--shards=1", "--phases=tok"]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "HF_ENDPOINT": hub.url})
+    path = fineweb_path(hub, "shard_00000.parquet")
+    hub.bodies[path], hub.plan[path] = BIG, ["stall"]
+    process = begin(hub, state, *FINEWEB, "--phases=tok")
     assert hub.stalled.wait(60)
     part = state / "base_data/.part-shard_00000.parquet"
-    while not part.exists() or part.stat().st_size < len(big) // 4:
-        time.sleep(0.02)
+    wait_for(lambda: part.exists() and part.stat().st_size >= len(BIG) // 4, process)
     process.send_signal(signal.SIGTERM)
-    t0 = time.time()
+    started = time.time()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 75 and time.time() - t0 < 20 and "same command" in err and "Traceback" not in err
-    assert json.loads((state / "base_data/phase.json").read_text())["status"] == "interrupted" and part.stat().st_size > len(big) // 4
+    assert process.returncode == 75 and time.time() - started < 20
+    assert "same command" in err and "Traceback" not in err
+    record = json.loads((state / "base_data/phase.json").read_text())
     kept = part.stat().st_size
-    assert prepare(hub, state, "--data=fineweb_edu", "--shards=1", "--phases=tok").returncode == 0
-    assert [r for p, _, r in hub.seen if p == path] == [None, f"bytes={kept}-"] and (state / "base_data/shard_00000.parquet").read_bytes() == big
-
+    assert record["status"] == "interrupted" and kept > len(BIG) // 4
+    assert prepare(hub, state, *FINEWEB, "--phases=tok").returncode == 0
+    assert asked_for(hub, path) == [None, f"bytes={kept}-"]
+    assert (state / "base_data/shard_00000.parquet").read_bytes() == BIG
 
 def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state, tmp_path):
     own = tmp_path / "texts"
     own.mkdir()
     for i in range(2):
         with gzip.open(own / f"{i}.jsonl.gz", "wt") as f:
-            f.write("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:50]))
+            f.write("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:50]))
     talks = tmp_path / "talks.jsonl"
     talks.write_text((json.dumps({"messages": TALK}) + "\n") * 3)
     pipeline.task_dir(str(own)).mkdir(parents=True)
     (pipeline.task_dir(str(own)) / "smoltalk_test.jsonl").symlink_to(talks)
-    args = [f"--data={own}", "--phases=tok,base,mid", f"--extra_conversations={talks}", "--mixture=identity"]
+    args = [f"--data={own}", "--phases=tok,base,mid", f"--extra_conversations={talks}",
+            "--mixture=identity"]
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
-    assert out.returncode == 0 and not hub.seen and "1 files to train on and 1 to validate" in out.stdout, out.stdout + out.stderr
-    assert prepare(hub, state, *args, "--check=True").returncode == 0 and sorted(p.name for p in own.iterdir()) == ["0.jsonl.gz", "1.jsonl.gz"]
+    assert out.returncode == 0 and not hub.seen, out.stdout + out.stderr
+    assert "1 files to train on and 1 to validate" in out.stdout
+    assert prepare(hub, state, *args, "--check=True").returncode == 0
+    assert sorted(p.name for p in own.iterdir()) == ["0.jsonl.gz", "1.jsonl.gz"]
     (own / "1.jsonl.gz").write_bytes((own / "1.jsonl.gz").read_bytes()[:-20])
     talks.write_text("{broken\n" * 30)
     out = prepare(hub, state, *args, "--check=True")
-    assert out.returncode == 2 and re.search("damaged +text +1 of 2", out.stdout) and "1.jsonl.gz is damaged behind line" in out.stdout and "talks.jsonl:1 " in out.stdout
+    assert out.returncode == 2 and re.search("damaged +text +1 of 2", out.stdout)
+    assert "1.jsonl.gz is damaged behind line" in out.stdout and "talks.jsonl:1 " in out.stdout
     out = prepare(hub, state, *args)
     assert out.returncode == 2 and not hub.seen and "by hand" in out.stderr
     talks.unlink()
@@ -596,52 +652,66 @@ def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state
     assert out.returncode == 2 and re.search("missing +conversations +0 of 1", out.stdout)
     assert "there is no phase bse" in prepare(hub, state, *args, "--phases=bse").stderr
 
-
 def test_the_toy_world_is_checked_file_by_file(state):
-    check = lambda: script(state, "prepare_data.py", "--data=toy", "--check=True")
+    def check(*args):
+        return script(state, "prepare_data.py", "--data=toy", *args, "--check=True")
+    made = ["prepare_data.py", "--data=toy", "--size=0.01"]
     assert check().returncode == 2
-    assert script(state, "prepare_data.py", "--data=toy", "--size=0.01").returncode == 0
+    assert script(state, *made).returncode == 0
     out = check()
     assert out.returncode == 0 and re.search(r"have +smoltalk_train +1 of 1 .*mid sft", out.stdout)
-    talks = state / "talks.jsonl"  # one's own conversations are looked at here too, and before the world is made anew
-    for extra, text in ((f"--extra_conversations={talks}", None), (f"--mid.mixture=gsm8k,{talks}", "{broken\n" * 30), (f"--held_out={talks}", json.dumps(TALK) + "\n")):
+    # one's own conversations are looked at here too, and before the world is made anew
+    talks = state / "talks.jsonl"
+    for extra, text, code in ((f"--extra_conversations={talks}", None, 2),
+                              (f"--mid.mixture=gsm8k,{talks}", "{broken\n" * 30, 2),
+                              (f"--held_out={talks}", json.dumps(TALK) + "\n", 0)):
         if text:
             talks.write_text(text)
-        looked, made = (script(state, "prepare_data.py", "--data=toy", "--size=0.01", extra, *more) for more in (["--check=True"], []))
-        assert looked.returncode == made.returncode == (0 if text and TALK[0]["role"] in text else 2), looked.stdout + made.stdout
-        assert "talks.jsonl" in made.stderr or "done already" in made.stdout, made.stderr
+        looked, again = check("--size=0.01", extra), script(state, *made, extra)
+        assert looked.returncode == again.returncode == code, looked.stdout + again.stdout
+        assert ("done already" in again.stdout) == (code == 0), again.stdout
+        assert ("talks.jsonl" in again.stderr) == (code == 2), again.stderr
     path = state / "toy/task_data/gsm8k_test.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
     out = check()
-    assert out.returncode == 2 and re.search(r"damaged +gsm8k_test .*python prepare_data.py --data=toy", out.stdout)
-
+    assert out.returncode == 2
+    assert re.search(r"damaged +gsm8k_test .*python prepare_data.py --data=toy", out.stdout)
 
 def test_in_a_network_namespace_without_interface(hub, state):
     unshare = ["unshare", "-rn"]
-    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], check=False,
+                                                         capture_output=True).returncode:
         pytest.skip("unshare -rn is not allowed here")
-    assert prepare(hub, state, "--data=fineweb_edu", "--shards=1").returncode == 0
-    run = lambda *args: subprocess.run([*unshare, sys.executable, *args], cwd=REPO, capture_output=True, text=True, timeout=200,
-                                       env={**{k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT", "SLURM"))}, "NANOCHAT_BASE_DIR": str(state)})
-    assert run("-c", "import socket; socket.create_connection(('127.0.0.1', 9))").returncode != 0
-    for command in (["prepare_data.py", "--data=fineweb_edu", "--shards=1", "--check=True"], ["prepare_data.py", "--data=fineweb_edu", "--shards=1"],
+
+    def run(*args):
+        return subprocess.run([*unshare, sys.executable, *args], cwd=REPO, text=True, check=False,
+                              capture_output=True, timeout=200, env=environment(state))
+    assert prepare(hub, state, *FINEWEB).returncode == 0
+    reach = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    out = run("-c", reach)
+    assert out.returncode != 0 and "unreachable" in out.stderr, "there is a network"
+    for command in (["prepare_data.py", *FINEWEB, "--check=True"], ["prepare_data.py", *FINEWEB],
                     ["tok_train.py", "--data=fineweb_edu", "--vocab_size=300", "--workers=1"]):
         out = run(*command)
         assert out.returncode == 0, out.stdout + out.stderr
     (state / "task_data/gsm8k_test.parquet").unlink()
-    out = run("prepare_data.py", "--data=fineweb_edu", "--shards=1", "--check=True")
+    out = run("prepare_data.py", *FINEWEB, "--check=True")
     assert out.returncode == 2 and "missing  gsm8k_test" in out.stdout
 
-
 def test_identity_conversations_are_the_same_each_time_and_well_formed(hub, state):
-    assert prepare(hub, state, "--data=fineweb_edu", "--shards=0", "--phases=mid", "--mixture=identity", "--held_out=identity").returncode == 2  # no test split
-    runs = []
+    out = prepare(hub, state, "--data=fineweb_edu", "--shards=0", "--phases=mid",
+                  "--mixture=identity", "--held_out=identity")
+    assert out.returncode == 2, "it has no test split"
+    args = ["--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk"]
+    written = []
     for name in ("fineweb_edu", "climbmix"):
         path = pipeline.task_dir(name) / "identity_train.jsonl"
         path.unlink(missing_ok=True)
-        assert prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk").returncode == 0
-        runs.append(path.read_bytes())
-    assert runs[0] == runs[1] and len(set(runs[0].splitlines())) > 900
+        assert prepare(hub, state, f"--data={name}", *args).returncode == 0
+        written.append(path.read_bytes())
+        assert len(tasks.load("identity", "train", name)) == 1000
+    assert written[0] == written[1] and len(set(written[0].splitlines())) > 900
     path.write_text("{broken\n" * 30)
-    out = prepare(hub, state, f"--data={name}", "--shards=0", "--phases=sft", "--mixture=identity", "--held_out=smoltalk")
-    assert out.returncode == 2 and "identity_train.jsonl" in out.stderr and "by hand" in out.stderr and path.read_text() == "{broken\n" * 30, "it may be the user's own"
+    out = prepare(hub, state, f"--data={name}", *args)
+    assert out.returncode == 2 and "identity_train.jsonl" in out.stderr and "by hand" in out.stderr
+    assert path.read_text() == "{broken\n" * 30, "it may be the user's own"

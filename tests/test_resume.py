@@ -1,62 +1,69 @@
 """
-SIGKILL at any instant of base, mid, SFT and RL, and the same command again: the final files are bit for bit those of a run
-that nobody disturbed (CPU, one rank, float32). The instants are found by watching the files that the phase writes, so that
-some kills land in the middle of a save; that they landed is asserted. SIGTERM ends with 75 and everything saved.
+SIGKILL at any instant of base, mid, SFT and RL, and the same command again: the final files are bit
+for bit those of a run that nobody disturbed (CPU, one rank, float32). The instants are found by
+watching the files that the phase writes, so that some kills land in the middle of a save; that they
+landed is asserted. SIGTERM ends with 75 and everything saved.
 """
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
 from conftest import REPO, environment, script
 
-COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu"]
-TRAIN = ["--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
-PHASES = {
-    "base": ["base_train.py", *COMMON, *TRAIN, "--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=12", "--eval_tokens=4000", "--sample_every=0"],
-    "mid": ["mid_train.py", *COMMON, *TRAIN, "--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000"],
-    "sft": ["chat_sft.py", *COMMON, *TRAIN, "--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000"],
-    "rl": ["chat_rl.py", *COMMON, *TRAIN, "--num_steps=8", "--problems_per_step=2", "--samples=4", "--max_new_tokens=12", "--eval_problems=4", "--eval_samples=2", "--matrix_lr=0.1"],
-}
-FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+import checkpoint
+import common
+import pipeline
+from records import load_record
 
+COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu",
+          "--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
+BASE = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=12",
+        "--eval_tokens=4000", "--sample_every=0"]
+CHAT = ["--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000"]
+RL = ["--num_steps=8", "--problems_per_step=2", "--samples=4", "--max_new_tokens=12",
+      "--eval_problems=4", "--eval_samples=2", "--matrix_lr=0.1"]
+PHASES = {"base": ["base_train.py", *COMMON, *BASE], "mid": ["mid_train.py", *COMMON, *CHAT],
+          "sft": ["chat_sft.py", *COMMON, *CHAT], "rl": ["chat_rl.py", *COMMON, *RL]}
 
 def directory(state, name):
-    return Path(state) / "toy" / FOLDERS[name] / "d1"
+    return state / "toy" / pipeline.find_phase(name).state.format(tag="d1")
 
+def weights(folder, step):
+    """{name: [size, sha256]} of a checkpoint's weights and optimizer"""
+    listed = checkpoint.files(folder, step)
+    return {name: facts for name, facts in listed.items() if not name.startswith("meta")}
+
+def metrics(folder):
+    """All lines, but what the clock says."""
+    lines = common.read_json_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "clock"} for line in lines]
 
 def result(state, name):
-    """What has to be equal: checksums of weights and optimizer of the last checkpoint, and all metrics but the clock's."""
+    """What has to be equal: weights and optimizer of the only checkpoint, and all metrics."""
     folder = directory(state, name)
-    manifest, = folder.glob("manifest_*.json")
-    files = {k: v for k, v in json.loads(manifest.read_text())["files"].items() if not k.startswith("meta")}
-    metrics = [{k: v for k, v in json.loads(line).items() if k != "clock"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return files, metrics
-
+    step, = checkpoint.steps(folder)
+    return weights(folder, step), metrics(folder)
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """All phases without a disturbance; the state folder."""
     state = tmp_path_factory.mktemp("straight")
-    for command in (["prepare_data.py", "--data=toy", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"], *PHASES.values()):
+    for command in (["prepare_data.py", "--data=toy", "--size=0.02"],
+                    ["tok_train.py", "--data=toy", "--vocab_size=512"], *PHASES.values()):
         out = script(state, *command)
         assert out.returncode == 0, out.stdout + out.stderr
     return state
-
 
 def start(state, command):
     return subprocess.Popen([sys.executable, *command], cwd=REPO, env=environment(state),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-
 def kill_when(state, command, condition, signum=signal.SIGKILL):
-    """Starts the command and sends the signal at the first moment at which condition() is true -> (exit code, output)"""
+    """Starts the command and sends the signal at the first moment at which condition() is true.
+    -> (exit code, output)"""
     process = start(state, command)
     deadline = time.time() + 120
     while process.poll() is None and not condition():
@@ -65,7 +72,6 @@ def kill_when(state, command, condition, signum=signal.SIGKILL):
     out, _ = process.communicate(timeout=120)
     return process.returncode, out
 
-
 @pytest.mark.parametrize("name", list(PHASES))
 def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(straight, tmp_path, name):
     state = tmp_path / "state"
@@ -73,45 +79,53 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(straight, tmp_path,
     for later in list(PHASES)[list(PHASES).index(name):]:
         shutil.rmtree(directory(state, later))
     folder = directory(state, name)
-    saving = lambda: any(folder.glob(".model_*.tmp*")) or any(folder.glob(".optim_*.tmp*"))
-    reached = lambda n: lambda: any(int(p.stem.split("_")[1]) >= n for p in folder.glob("manifest_*.json"))
+
+    def saving():
+        return any(folder.glob(".model_*.tmp*")) or any(folder.glob(".optim_*.tmp*"))
+
+    def reached(step):
+        return lambda: checkpoint.steps(folder)[:1] >= [step]
+
+    def saving_from(step):
+        return lambda: reached(step)() and saving()
 
     in_a_save = 0
-    for attempt, condition in enumerate([lambda: (folder / "phase.json").exists(), reached(2), lambda: reached(3)() and saving(), reached(5), lambda: reached(6)() and saving()]):
-        code, out = kill_when(state, PHASES[name], condition)
-        assert code == -signal.SIGKILL, f"kill {attempt} did not land: {out}"
+    for instant in ((folder / "phase.json").exists, reached(2), saving_from(3), reached(5),
+                    saving_from(6)):
+        code, out = kill_when(state, PHASES[name], instant)
+        assert code == -signal.SIGKILL, f"a kill did not land: {out}"
         in_a_save += saving()
-        assert json.loads((folder / "phase.json").read_text())["status"] == "running"
+        assert load_record(folder)["status"] == "running"
     assert in_a_save >= 1, "no kill landed in the middle of a save"
     code, out = kill_when(state, PHASES[name], reached(7), signal.SIGTERM)
     assert code == 75 and "run the same command again" in out, out
-    assert json.loads((folder / "phase.json").read_text())["status"] == "interrupted"
+    assert load_record(folder)["status"] == "interrupted"
 
     out = script(state, *PHASES[name])
-    assert out.returncode == 0 and "continuing at step" in out.stdout and "; saving took " in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "continuing at step" in out.stdout and "; saving took " in out.stdout
     assert result(state, name) == result(straight, name)
-    steps = [m["step"] for m in result(state, name)[1] if m["kind"] == "train"]
-    assert steps == list(range(len(steps))) and len(steps) == (8 if name == "rl" else 12)
+    steps = [line["step"] for line in metrics(folder) if line["kind"] == "train"]
+    assert steps == list(range(8 if name == "rl" else 12))
     assert not list(folder.glob(".*tmp*")), "temporary files are swept"
 
     again = script(state, *PHASES[name], timeout=60)
     assert again.returncode == 0 and "done already" in again.stdout
-
 
 def test_a_changed_setting_or_input_refuses_and_starting_over_keeps_the_old(straight, tmp_path):
     state = tmp_path / "state"
     shutil.copytree(straight, state)
     before = result(state, "base")
     out = script(state, *PHASES["base"], "--num_steps=13")
-    assert out.returncode == 2 and "num_steps: 12 -> 13" in out.stderr and "--start_over=True" in out.stderr and out.stderr.count("\n") == 1
+    assert out.returncode == 2 and "num_steps: 12 -> 13" in out.stderr
+    assert "--start_over=True" in out.stderr and out.stderr.count("\n") == 1
     assert result(state, "base") == before
     out = script(state, *PHASES["base"], "--num_steps=2", "--start_over=True")
     assert out.returncode == 0, out.stderr
-    old, = (state / "toy" / "base_checkpoints").glob("d1.old-*")
+    old, = (state / "toy/base_checkpoints").glob("d1.old-*")
     assert (old / "phase.json").exists()
     out = script(state, *PHASES["mid"])  # its parent is another one now
     assert out.returncode == 2 and "base:" in out.stderr
-
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straight, tmp_path):
     state = tmp_path / "state"
@@ -119,17 +133,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straigh
     folder = directory(state, "base")
     shutil.rmtree(folder)
     command = [*PHASES["base"], "--keep=3"]
-    kill_when(state, command, lambda: (folder / "manifest_000006.json").exists())
+    kill_when(state, command, (folder / checkpoint.manifest_name(6)).exists)
     newest = max(folder.glob("model_*.pt"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
 
     process = start(state, command)
-    while process.poll() is None and "taking over" not in (line := process.stdout.readline()):
+    while process.poll() is None and "taking over" not in process.stdout.readline():
         pass
     second = script(state, *command)
     assert second.returncode == 2 and f"process {process.pid}" in second.stderr, second.stderr
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "does not match its checksum" in out, out
-    assert result(straight, "base")[0] == {k: v for k, v in json.loads((folder / "manifest_000012.json").read_text())["files"].items() if not k.startswith("meta")}
+    assert weights(folder, 12) == weights(directory(straight, "base"), 12)

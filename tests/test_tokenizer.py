@@ -2,27 +2,25 @@
 masks, damaged and hostile files, bad settings, interruption."""
 import gzip
 import json
-import os
 import pickle
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import regex
 import tiktoken
+from conftest import BYTES, REPO, ends, environment, script
 
-import common
 import pipeline
 import tok_train
 import tokenizer as tok
-from conftest import BYTES, REPO, ends, script
 
-WORDS = ("the cat sat on a mat and the other cats sang; thinking, singing rings 12 345 don't "
-         "it's\n").split(" ")
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "other", "cats", "sang;", "thinking,",
+         "singing", "rings", "12", "345", "don't", "it's\n"]
 CHARS = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
 EDGES = list(" \n\r\t\v\f\0\x1c\x85\xa0\u2028\u3000") + [
     "  ", "\n\n", " \n", "\n ", "\r\n", "'s", "'Ll", "ſ", "ab", "A", "1", "٣", ".", "…", "é",
@@ -39,7 +37,7 @@ def slow_bpe(words, n_tokens):
     while len(tokens) < n_tokens:
         pairs = Counter()
         for ids, n in words:
-            for pair in zip(ids, ids[1:]):
+            for pair in pairwise(ids):
                 pairs[pair] += n
         if not pairs:
             break
@@ -224,46 +222,39 @@ def test_damaged_or_missing_says_so(trained, tmp_path, capsys, harm):
     assert e.code == 2 and str(tmp_path) in said and said.count("\n") == 1
     assert "python tok_train.py --data=" in said
 
-def test_a_nanochat_pickle_is_converted_once(trained, tmp_path, capsys):
+@pytest.fixture
+def pickled(trained, state):
+    """nanochat's tokenizer where that of the toy world would be, with a pattern of its own."""
+    where = pipeline.tokenizer_dir("toy")
+    where.mkdir(parents=True)
     pattern = tok.PATTERN.replace("1,2", "1,3")
     encoding = tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=trained.ranks,
                                  special_tokens=trained.special_tokens)
-    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
-    first = tok.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.pkl").unlink()
-    again = tok.load_tokenizer(tmp_path)
-    assert first.fingerprint == again.fingerprint and again.pattern == pattern != tok.PATTERN
+    (where / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    return where
+
+def adopts(state):
+    """Whether adopt.py has converted a tokenizer there."""
+    out = script(state, "adopt.py", "--data=toy")
+    assert out.returncode == 0, out.stderr
+    return "adopted nanochat's tokenizer" in out.stdout
+
+def test_a_nanochat_pickle_is_converted_once(trained, pickled, state):
+    assert adopts(state) and not adopts(state)
+    first = tok.load_tokenizer(pickled)
+    (pickled / "tokenizer.pkl").unlink()
+    again = tok.load_tokenizer(pickled)
+    assert first.fingerprint == again.fingerprint
+    assert again.pattern == tok.PATTERN.replace("1,2", "1,3") != tok.PATTERN
     assert again.ranks == trained.ranks and again.special_tokens == trained.special_tokens
-    assert capsys.readouterr().out.count("plain data") == 1
 
-class Harm:
-    def __init__(self, *call):
-        self.call = call
-    def __reduce__(self):
-        return self.call
-
-@pytest.mark.parametrize("call", [
-    (os.system, ("touch {}",)), (eval, ("open('{}', 'w')",)), (tiktoken.get_encoding, ("gpt2",))])
-def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, call):
-    mark = tmp_path / "it-ran"
-    function, args = call
-    harm = Harm(function, tuple(a.format(mark) for a in args))
-    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(harm))
-    with ends() as e:
-        tok.load_tokenizer(tmp_path)
-    assert e.code == 2 and not mark.exists()
-    assert "nothing of it was run" in capsys.readouterr().err
-    if "touch" in args[0]:  # and the pickle would have done it
-        pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
-        assert mark.exists()
-
-@pytest.mark.parametrize("content", [
-    b"", b"\x80\x04.", pickle.dumps({"a": 1}), pickle.dumps([1] * 100)[:50]])
-def test_a_broken_pickle_is_no_traceback(tmp_path, capsys, content):
-    (tmp_path / "tokenizer.pkl").write_bytes(content)
-    with ends() as e:
-        tok.load_tokenizer(tmp_path)
-    assert e.code == 2 and capsys.readouterr().err.count("\n") == 1
+def test_a_damaged_one_is_converted_again_by_the_command_that_is_named(pickled, state, capsys):
+    assert adopts(state)
+    damage_bytes(pickled)
+    with ends():
+        tok.load_tokenizer(pickled)
+    assert "run: python adopt.py --data=toy" in capsys.readouterr().err
+    assert adopts(state) and tok.damage(pickled) is None
 
 # ---- the phase
 
@@ -348,17 +339,13 @@ def test_interrupted_leaves_no_tokenizer_and_runs_again(state, tmp_path, number,
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 12)))
                   for _ in range(100_000)]
     for name in ("a.jsonl", "b.jsonl"):
-        with open(big / name, "w") as f:
-            for _ in range(1200):
-                f.write(json.dumps({"text": " ".join(rng.choices(vocabulary, k=1000))}) + "\n")
+        texts = [" ".join(rng.choices(vocabulary, k=1000)) for _ in range(1200)]
+        (big / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, "tok_train.py", f"--data={big}", "--vocab_size=60000"]
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(state)}
-    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=REPO, env=environment(state), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while "different words" not in process.stdout.readline():  # it is past counting, in the merges
-        assert process.poll() is None
-    time.sleep(0.3)
-    assert process.poll() is None, "it finished before the signal"
+        assert process.poll() is None, "it finished before the signal"
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == code, rest

@@ -1,6 +1,6 @@
 """
-Real jobs on the Slurm of start.sh, started by tests/slurm.sh: every fault is asserted to have happened (Slurm's accounting, the log), and
-that the same command goes on after it to the same end.
+Real jobs on the Slurm of start.sh, started by tests/slurm.sh: every fault is asserted to have
+happened (Slurm's accounting, the log), and that the same command goes on after it to the same end.
 """
 import json
 import os
@@ -16,14 +16,19 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
 FOLDER = Path(os.environ.get("SLURM_TEST_FOLDER", "/tmp/speedrun-slurm"))
-SECONDS = int(os.environ.get("SLURM_TEST_SECONDS", 450))  # of base and rl together in the long job, which has about 75 s for them in each of its runs
-SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024", "--max_items=20", "--core_items=8", "--compile=False", "--dtype=float32", "--threads=1",
-         "--device=cpu", "--save_minutes=0.02", "--eval_every=0", "--sample_every=0", "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2", "--samples=4", "--max_new_tokens=16"]
+# of base and rl together in the long job, which has about 75 s for them in each of its attempts
+SECONDS = int(os.environ.get("SLURM_TEST_SECONDS", "450"))
+SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024",
+         "--max_items=20", "--core_items=8", "--compile=False", "--dtype=float32", "--threads=1",
+         "--device=cpu", "--save_minutes=0.02", "--eval_every=0", "--sample_every=0",
+         "--eval_tokens=4000", "--eval_problems=8", "--eval_samples=2", "--problems_per_step=2",
+         "--samples=4", "--max_new_tokens=16"]
 QUICK = [*SMALL, "--num_steps=60", "--max_steps=10"]
-
+BASE = ["--depth=1", "--only=base", "--skip-trial", "--", *SMALL, "--num_steps=300"]
 
 def run(*command, **more):
-    return subprocess.run([str(c) for c in command], cwd=REPO, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run([str(c) for c in command], cwd=REPO, capture_output=True, text=True,
+                          timeout=120, check=False, **more)
 
 def wait_for(what, condition, seconds):
     end = time.time() + seconds
@@ -33,61 +38,89 @@ def wait_for(what, condition, seconds):
     return found
 
 class Job:
-    """A submitted job: its number, its log, and what Slurm says of each of its runs."""
-    def __init__(self, state, *words, environment=None):
+    """A submitted job: its number, its log, and what Slurm says of each of its attempts."""
+    def __init__(self, state, *words):
         """words: sbatch's flags, the file, speedrun.sh's flags"""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_JOB", "NANOCHAT_"))} | {"NANOCHAT_BASE_DIR": str(state), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_JOB", "NANOCHAT_"))}
+        own = {"NANOCHAT_BASE_DIR": str(state), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         self.state, self.logs = state, state.parent / "logs"
         self.logs.mkdir(exist_ok=True)
-        out = run("sbatch", "--parsable", f"--output={self.logs}/%j.log", *words, env=environment)
+        out = run("sbatch", "--parsable", f"--output={self.logs}/%j.log", *words, env=kept | own)
         assert out.returncode == 0, out.stderr
         self.id = out.stdout.strip()
-    def log(self):
-        path = self.logs / f"{self.id}.log"
+
+    def log(self, name=None):
+        path = self.logs / f"{name or self.id}.log"
         return path.read_text() if path.exists() else ""
-    def runs(self):
-        """["PREEMPTED", "RUNNING"]: one word for each of its runs, "CANCELLED by 0" as CANCELLED"""
-        return [line.split()[0] for line in run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.splitlines() if line.strip()]
+
+    def attempts(self):
+        """["PREEMPTED", "RUNNING"]: one word for each, "CANCELLED by 0" as CANCELLED"""
+        said = run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout
+        return [line.split()[0] for line in said.splitlines() if line.strip()]
+
     def show(self, key):
-        return next(iter(re.findall(rf"\b{key}=(\S+)", run("scontrol", "show", "job", "-o", self.id).stdout)), "")
+        said = run("scontrol", "show", "job", "-o", self.id).stdout
+        return next(iter(re.findall(rf"\b{key}=(\S+)", said)), "")
+
     def wait_for(self, what, condition, seconds=180):
         try:
             return wait_for(what, condition, seconds)
         except AssertionError:
             print(self.log()[-6000:])
             raise
+
+    def end(self):
+        """Its last state, once Slurm's accounting knows it, too; "" before."""
+        state = self.show("JobState")
+        over = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return state if over and self.attempts()[-1:] == [state] else ""
+
     def ended(self, seconds=180):
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.wait_for("the end of the job", lambda: (s := self.show("JobState")) in over and (r := self.runs()) and r[-1] == s and s, seconds)
+        return self.wait_for("the end of the job", self.end, seconds)
 
 def step(state):
     """The newest saved step of base, -1 for none"""
-    return max((int(p.stem.split("_")[1]) for p in (state / "toy/base_checkpoints/d1").glob("manifest_*.json")), default=-1)
+    saved = (state / "toy/base_checkpoints/d1").glob("manifest_*.json")
+    return max((int(p.stem.split("_")[1]) for p in saved), default=-1)
 
 def a_later_step(job, number=1):
-    """Waits for a save of base in its run of that number"""
-    job.wait_for(f"run {number}", lambda: f"run {number} of it" in job.log())
-    before = step(job.state)  # no earlier run saves any more
+    """Waits for a save of base in its attempt of that number"""
+    job.wait_for(f"attempt {number}", lambda: f"attempt {number} of it" in job.log())
+    before = step(job.state)  # no earlier attempt saves any more
     job.wait_for(f"a save after step {before}", lambda: step(job.state) > before)
 
-def rank_processes(state):
-    """Numbers of the processes that train with this state folder"""
+def processes(script, *environment):
+    """Numbers of the processes of a script that have these words in their environment"""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command, environment = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            theirs = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(c.endswith(b"base_train.py") for c in command[:4]) and f"NANOCHAT_BASE_DIR={state}".encode() in environment and any(e.startswith(b"RANK=") for e in environment):
-            found.append(int(folder.name))
+        ours = any(word.endswith(script.encode()) for word in command[:4])
+        if ours and {word.encode() for word in environment} <= {*theirs}:
+            found.append((int(folder.name), theirs))
     return found
+
+def rank_processes(state):
+    """Numbers of the processes that train with this state folder"""
+    found = processes("base_train.py", f"NANOCHAT_BASE_DIR={state}")
+    return [pid for pid, words in found if any(word.startswith(b"RANK=") for word in words)]
+
+def batch_process(job):
+    """The number of the launcher, which has taken the place of the batch script"""
+    (pid, _), = processes("launch.py", f"SLURM_JOB_ID={job.id}")
+    return pid
 
 def kill_node(node):
     """SIGKILL for the slurmd of a node and its step daemons; the processes of the job live on"""
     daemons = [int((FOLDER / f"run/slurmd.{node}.pid").read_text())]
     for comm in Path("/proc").glob("[0-9]*/comm"):
         try:
-            if comm.read_text().strip() == "slurmstepd" and any(os.readlink(fd).endswith(f"slurmd.{node}.log") for fd in (comm.parent / "fd").iterdir()):
+            files = [os.readlink(fd) for fd in (comm.parent / "fd").iterdir()]
+            theirs = any(name.endswith(f"slurmd.{node}.log") for name in files)
+            if comm.read_text().strip() == "slurmstepd" and theirs:
                 daemons.append(int(comm.parent.name))
         except OSError:
             continue
@@ -95,9 +128,13 @@ def kill_node(node):
     for pid in daemons:
         os.kill(pid, signal.SIGKILL)
 
-def metrics_steps(state, folder):
-    return [m["step"] for m in map(json.loads, (state / f"toy/{folder}/d1/metrics.jsonl").read_text().splitlines()) if m["kind"] == "train"]
+def trained(state, folder):
+    """The lines of metrics.jsonl of the training steps."""
+    lines = (state / f"toy/{folder}/d1/metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "train"]
 
+def steps(state, folder):
+    return [line["step"] for line in trained(state, folder)]
 
 @pytest.fixture
 def state(tmp_path):
@@ -106,112 +143,136 @@ def state(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     state = tmp_path_factory.mktemp("prepared") / "state"
-    for command in (["prepare_data.py", "--data=toy", "--depth=1", "--size=0.02"], ["tok_train.py", "--data=toy", "--vocab_size=512"]):
-        out = run(sys.executable, *command, env={**os.environ, "NANOCHAT_BASE_DIR": str(state)})
+    for command in (["prepare_data.py", "--data=toy", "--depth=1", "--size=0.02"],
+                    ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(state)}
+        out = run(sys.executable, *command, env=environment)
         assert out.returncode == 0, out.stderr
     return state
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 def test_a_job_whose_data_is_missing_fails_in_its_first_minute(state):
-    job = Job(state, "--gpus-per-node=1", "slurm_speedrun.sbatch", "--data=fineweb_edu", "--depth=4")
+    job = Job(state, "--gpus-per-node=1", "slurm_speedrun.sbatch", "--data=fineweb_edu",
+              "--depth=4")
     assert job.ended(100) == "FAILED" and job.show("ExitCode") == "2:0"
     minutes, seconds = map(int, job.show("RunTime").split(":")[1:])
     assert minutes == 0, f"after {minutes}:{seconds:02d}"
-    assert "error: " in job.log() and "prepare_data.py --data=fineweb_edu" in job.log(), job.log()
-    assert "GPUs per node: 1" in job.log() and "commit: " in job.log()
-
+    log = job.log()
+    assert "error: " in log and "prepare_data.py --data=fineweb_edu" in log, log
+    assert "GPUs per node: 1" in log and "commit: " in log, log
 
 def test_the_line_of_the_readme(state):
-    line = next(line for line in (REPO / "README.md").read_text().splitlines() if line.startswith("    sbatch") and "--data" not in line).split()
-    job = Job(state, *line[1:], "--depth=1", "--", *QUICK)
+    lines = (REPO / "README.md").read_text().splitlines()
+    line = next(s for s in lines if s.startswith("    sbatch") and "--data" not in s)
+    job = Job(state, *line.split()[1:], "--depth=1", "--", *QUICK)
     assert job.ended(400) == "COMPLETED" and "all done" in job.log(), job.log()[-3000:]
     assert (state / "toy/report/report.md").exists()
 
-
 def test_deaths_of_a_rank_of_the_batch_script_and_by_scancel(state, prepared):
     shutil.copytree(prepared, state)
-    submit = lambda: Job(state, "--nodes=2", "--gpus-per-node=1", "--time=5", "slurm_speedrun.sbatch", "--depth=1", "--only=base", "--skip-trial", "--", *SMALL, "--num_steps=300")
+
+    def submit():
+        return Job(state, "--nodes=2", "--gpus-per-node=1", "--time=5", "slurm_speedrun.sbatch",
+                   *BASE)
     job = submit()
     a_later_step(job)
     killed = time.time()
     os.kill(rank_processes(state)[0], signal.SIGKILL)
-    assert job.ended(120) == "FAILED" and time.time() - killed < 60 and "SIGKILL" in job.log() and "base failed" in job.log(), job.log()[-3000:]
+    assert job.ended(120) == "FAILED" and time.time() - killed < 60, job.log()[-3000:]
+    assert "SIGKILL" in job.log() and "base failed" in job.log(), job.log()[-3000:]
 
     job = submit()
     a_later_step(job)
-    batch = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"slurm_script" in p.read_bytes() and f"job{int(job.id):05d}".encode() in p.read_bytes()]
-    os.kill(batch[0], signal.SIGKILL)
+    os.kill(batch_process(job), signal.SIGKILL)
     assert job.ended(120) == "FAILED" and job.show("ExitCode") == "0:9"
     wait_for("the end of its processes", lambda: not rank_processes(state), 90)
 
     job = submit()
     a_later_step(job)
     assert run("scancel", job.id).returncode == 0
-    assert job.ended(120) == "CANCELLED" and job.runs() == ["CANCELLED"] and "saved at step" in job.log(), job.log()[-3000:]
+    assert job.ended(120) == "CANCELLED" and job.attempts() == ["CANCELLED"]
+    assert "saved at step" in job.log(), job.log()[-3000:]
 
     job = submit()
     assert job.ended(200) == "COMPLETED" and "continuing at step" in job.log()
-    assert metrics_steps(state, "base_checkpoints") == list(range(300))
-
+    assert steps(state, "base_checkpoints") == list(range(300))
 
 def test_an_array_where_requeueing_is_not_permitted(state, prepared):
     shutil.copytree(prepared, state)
-    job = Job(state, "--no-requeue", "--array=1-3%1", "--gpus-per-node=1", "--time=5", f"--output={state.parent}/logs/%a.log", "slurm_speedrun.sbatch", "--depth=1", "--only=base", "--skip-trial", "--", *SMALL, "--num_steps=300")
-    log = lambda element: (job.logs / f"{element}.log").read_text() if (job.logs / f"{element}.log").exists() else ""
+    job = Job(state, "--no-requeue", "--array=1-3%1", "--gpus-per-node=1", "--time=5",
+              f"--output={state.parent}/logs/%a.log", "slurm_speedrun.sbatch", *BASE)
     job.wait_for("a save", lambda: step(state) > 0)
     run("scancel", "--batch", "--signal=USR1", f"{job.id}_1")
-    states = lambda: dict(line.split("|")[:2] for line in run("sacct", "-X", "-n", "-P", "-j", job.id, "-o", "JobID,State").stdout.splitlines())
-    wait_for("the end of the array", lambda: set(states().values()) <= {"FAILED", "COMPLETED"} and len(states()) == 3, 300)
-    assert states() == {f"{job.id}_1": "FAILED", f"{job.id}_2": "COMPLETED", f"{job.id}_3": "COMPLETED"}
-    assert "the next element of the array goes on" in log(1) and "continuing at step" in log(2) and "done already" in log(3)
 
+    def states():
+        said = run("sacct", "-X", "-n", "-P", "-j", job.id, "-o", "JobID,State").stdout
+        return dict(line.split("|")[:2] for line in said.splitlines())
 
-def test_three_runs_in_a_row_without_progress_are_the_last(state, prepared):
+    def over():
+        return len(states()) == 3 and {*states().values()} <= {"FAILED", "COMPLETED"}
+    wait_for("the end of the array", over, 300)
+    assert states() == {f"{job.id}_1": "FAILED", f"{job.id}_2": "COMPLETED",
+                        f"{job.id}_3": "COMPLETED"}
+    assert "the next element of the array goes on" in job.log(1)
+    assert "continuing at step" in job.log(2) and "done already" in job.log(3)
+
+def test_three_attempts_in_a_row_without_progress_are_the_last(state, prepared):
     shutil.copytree(prepared, state)
-    job = Job(state, "--gpus-per-node=1", "--time=5", "slurm_speedrun.sbatch", "--depth=1", "--only=base", "--skip-trial", "--", *QUICK, "--time_limit=0.0")
-    job.wait_for("the guard", lambda: "3 runs in a row got nothing done" in job.log(), 400)
-    assert job.ended(100) == "FAILED" and job.runs() == ["REQUEUED"] * 3 + ["FAILED"]
-
+    job = Job(state, "--gpus-per-node=1", "--time=5", "slurm_speedrun.sbatch", *BASE,
+              "--time_limit=0.0")
+    said = "3 attempts in a row got nothing done"
+    job.wait_for("the guard", lambda: said in job.log(), 400)
+    assert job.ended(100) == "FAILED" and job.attempts() == ["REQUEUED"] * 3 + ["FAILED"]
 
 def steps_of(seconds, state, prepared):
-    """How many steps of base and of rl take so many seconds on this machine: measured, as machines differ by ten times and the limits do not"""
+    """How many steps of base and of rl take so many seconds on this machine: measured, as machines
+    differ by ten times and the limits do not"""
     shutil.copytree(prepared, state)
-    out = run("bash", "speedrun.sh", "--depth=1", "--nproc=2", "--only=base", "--skip-trial", "--", *SMALL, "--num_steps=60", env={**os.environ, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(state), "OMP_NUM_THREADS": "1"}
+    out = run("bash", "speedrun.sh", "--nproc=2", *BASE, "--num_steps=60", env=environment)
     assert out.returncode == 0, out.stdout + out.stderr
-    clock = [json.loads(line)["clock"]["seconds"] for line in (state / "toy/base_checkpoints/d1/metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    clock = [line["clock"]["seconds"] for line in trained(state, "base_checkpoints")]
     base = sorted(clock[i + 9] - clock[i - 1] for i in range(10, 60, 10))[2] / 10
     return round(seconds / (1.3 * base))  # a step of rl takes a third of it, or less
 
-def test_the_whole_pipeline_unattended_through_limits_preemption_requeue_and_a_lost_node(state, prepared):
-    """Two nodes, a rank on each, two minutes a run."""
-    steps, more_steps = steps_of(SECONDS, state.with_name("pace"), prepared), 150
-    job = Job(state, "--nodes=2", "--gpus-per-node=1", "--time=2", "--signal=B:USR1@1", "slurm_speedrun.sbatch", "--depth=1", "--", *SMALL, f"--num_steps={steps}", f"--max_steps={more_steps}")
+def test_the_whole_pipeline_unattended_through_limits_preemption_requeue_and_a_lost_node(
+        state, prepared):
+    """Two nodes, a rank on each, two minutes an attempt."""
+    many, few = steps_of(SECONDS, state.with_name("pace"), prepared), 150
+    job = Job(state, "--nodes=2", "--gpus-per-node=1", "--time=2", "--signal=B:USR1@1",
+              "slurm_speedrun.sbatch", "--depth=1", "--", *SMALL, f"--num_steps={many}",
+              f"--max_steps={few}")
     a_later_step(job)
-    assert run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--time=1", "--wrap", "sleep 1").returncode == 0
-    job.wait_for("the preemption", lambda: "PREEMPTED" in job.runs())
+    urgent = run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                 "--time=1", "--wrap", "sleep 1")
+    assert urgent.returncode == 0
+    job.wait_for("the preemption", lambda: "PREEMPTED" in job.attempts())
 
     a_later_step(job, 2)
     assert run("scontrol", "requeue", job.id).returncode == 0
-    job.wait_for("the requeue from outside", lambda: job.runs()[1:2] == ["REQUEUED"])
+    job.wait_for("the requeue from outside", lambda: job.attempts()[1:2] == ["REQUEUED"])
 
     a_later_step(job, 3)
-    old = rank_processes(state)
-    assert len(old) == 2
-    kill_node("n1")  # the one that the batch script runs on
-    assert rank_processes(state), "the old run is alive, and may still write"
-    job.wait_for("the loss of the node", lambda: "NODE_FAIL" in job.runs(), 120)
-    assert subprocess.run(["bash", "tests/slurm/start.sh"], cwd=REPO).returncode == 0
+    assert len(rank_processes(state)) == 2
+    kill_node("n1")  # the one that the launcher runs on
+    assert rank_processes(state), "the old attempt is alive, and may still write"
+    job.wait_for("the loss of the node", lambda: "NODE_FAIL" in job.attempts(), 120)
+    again = subprocess.run(["bash", "tests/slurm/start.sh"], cwd=REPO, check=False)
+    assert again.returncode == 0
     a_later_step(job, 4)
 
     assert job.ended(2400) == "COMPLETED", job.log()[-5000:]
-    log, runs = job.log(), job.runs()
-    limits = sum("requeued: job" in part and ("deadline" in part or "signal SIGUSR1" in part) for part in re.split(r"\nstate: ", log))  # one part for each run
-    print(f"{steps} steps; runs: {runs}; stopped by their limits: {limits}")
-    assert limits >= 4, f"{limits} limits came in {steps} steps: this machine has become faster than it was when measured? SLURM_TEST_SECONDS={2 * SECONDS} asks for more"
-    assert runs.count("REQUEUED") >= 5 and runs.count("PREEMPTED") == 1 and runs.count("NODE_FAIL") == 1 and "TIMEOUT" not in runs
+    log, attempts = job.log(), job.attempts()
+    limits = sum("requeued: job" in part and ("deadline" in part or "signal SIGUSR1" in part)
+                 for part in re.split(r"\nstate: ", log))  # one part for each attempt
+    print(f"{many} steps; attempts: {attempts}; stopped by their limits: {limits}")
+    assert limits >= 4, (f"{limits} limits came in {many} steps: is this machine faster now than "
+                         f"when it was measured? SLURM_TEST_SECONDS={2 * SECONDS} asks for more")
+    assert attempts.count("REQUEUED") >= 5 and "TIMEOUT" not in attempts, attempts
+    assert attempts.count("PREEMPTED") == 1 and attempts.count("NODE_FAIL") == 1, attempts
     assert "it will stop at" in log and "all done" in log
-    for folder, n in [("base_checkpoints", steps), ("mid_checkpoints", more_steps), ("chatsft_checkpoints", more_steps), ("chatrl_checkpoints", steps)]:
-        assert metrics_steps(state, folder) == list(range(n)), f"{folder}: a step is missing or there twice"
+    for folder, n in [("base_checkpoints", many), ("mid_checkpoints", few),
+                      ("chatsft_checkpoints", few), ("chatrl_checkpoints", many)]:
+        assert steps(state, folder) == list(range(n)), f"{folder}: a step is missing or there twice"
     assert "Never ran" not in (state / "toy/report/report.md").read_text()

@@ -6,11 +6,18 @@ folder=${SLURM_TEST_FOLDER:-/tmp/speedrun-slurm}
 . "$folder/env"
 timeout 10 scancel --user=root 2>/dev/null
 timeout 10 scancel --full --signal=KILL --user=root 2>/dev/null
-for i in $(seq 100); do [ -n "$(timeout 5 squeue -h -o %A 2>/dev/null)" ] || break; sleep 0.2; done
+for _ in $(seq 100); do
+    [ -n "$(timeout 5 squeue -h -o %A 2>/dev/null)" ] || break
+    sleep 0.2
+done
 for name in slurmd.n1 slurmd.n2 slurmctld slurmdbd mariadbd munged; do
-    pid=$(cat "$folder/run/$name.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${name%.*}" ] || continue
+    pid=$(cat "$folder/run/$name.pid" 2>/dev/null) || continue
+    [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${name%.*}" ] || continue
     kill "$pid" 2>/dev/null
-    for i in $(seq 50); do grep -q '^State:.[^Z]' "/proc/$pid/status" 2>/dev/null || break; sleep 0.2; done
+    for _ in $(seq 50); do
+        grep -q '^State:.[^Z]' "/proc/$pid/status" 2>/dev/null || break
+        sleep 0.2
+    done
 done
 kept=$(grep -v '# speedrun-slurm$' /etc/hosts) && printf '%s\n' "$kept" > /etc/hosts
 rm -rf "$folder"
