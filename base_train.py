@@ -13,8 +13,6 @@ from run import Run
 
 run = Run.start("base_train")  # a signal counts from here on; importing torch takes seconds
 
-import dataclasses
-
 import checkpoint
 import common
 import configurator
@@ -162,11 +160,11 @@ while True:
     # explodes, since the checkpoint of better days would go.
     wanted = stop or save_due or (measure and step > 0)
     if last or (wanted and not loss_level.exploding()):
-        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
-            "model": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
-            "settings": settings, "num_steps": num_steps, "batch_tokens": batch_tokens,
-            "tokens": step * batch_tokens, "epoch": step * rows / epoch_rows,
-            "seconds": run.clock.seconds(), "skipped": skipped, "loss": loss, "val_bpb": val_bpb})
+        run.save(step, model, optimizer, wait=bool(stop or measure), meta={
+            "model": vars(config), "tokenizer": tokenizer.fingerprint,
+            "batch_tokens": batch_tokens, "tokens": step * batch_tokens,
+            "epoch": step * rows / epoch_rows, "skipped": skipped, "loss": loss,
+            "val_bpb": val_bpb})
     if stop:
         run.exit_interrupted(stop)
 

@@ -182,11 +182,10 @@ while True:
     # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
     stop, save_due = run.should_stop(), run.should_save()
     if last or stop or save_due or (measure and step > 0):  # before measuring, which may die
-        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
-            "model": meta["model"], "batch_tokens": meta["batch_tokens"],
-            "tokenizer": tokenizer.fingerprint, "settings": settings, "num_steps": num_steps,
-            "seconds": run.clock.seconds(), "skipped": skipped, "flat": flat, "reward": reward,
-            "pass_at": pass_at})
+        run.save(step, model, optimizer, wait=bool(stop or measure), meta={
+            "model": vars(model.config), "batch_tokens": meta["batch_tokens"],
+            "tokenizer": tokenizer.fingerprint, "skipped": skipped, "flat": flat,
+            "reward": reward, "pass_at": pass_at})
     if stop:
         run.exit_interrupted(stop)
 

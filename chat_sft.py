@@ -136,10 +136,10 @@ while True:
     # before measuring, which may die; not while the loss explodes: the good checkpoint would go
     wanted = stop or save_due or (measure and step > 0)
     if last or (wanted and not loss_level.exploding()):
-        run.save(step, model, optimizer, keep=keep, wait=bool(stop or measure), meta={
-            "model": meta["model"], "tokenizer": tokenizer.fingerprint, "settings": settings,
-            "num_steps": num_steps, "batch_tokens": batch_tokens, "tokens": step * batch_tokens,
-            "seconds": run.clock.seconds(), "skipped": skipped, "loss": loss, "val_bpb": val_bpb})
+        run.save(step, model, optimizer, wait=bool(stop or measure), meta={
+            "model": vars(model.config), "tokenizer": tokenizer.fingerprint,
+            "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "skipped": skipped,
+            "loss": loss, "val_bpb": val_bpb})
     if stop:
         run.exit_interrupted(stop)
 

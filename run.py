@@ -259,12 +259,13 @@ class Run:
     # ---------------------------------------------------------------------------------------------
     # saving
 
-    def save(self, step, model, optimizer, meta, keep=1, wait=True):
+    def save(self, step, model, optimizer, meta, wait=True):
         """
         Saves the checkpoint of `step`; collective, since the optimizer's shards are gathered. All
         is copied at once, for the loop goes on changing it; a thread writes while the training goes
         on, and only one save is ever in flight. wait=True waits until it is on disk.
-        meta: JSON-able. Failure (code 1) where this or the last save could not be written.
+        meta: JSON-able; settings, num_steps and seconds of training are added to it.
+        Failure (code 1) where this or the last save could not be written.
         """
         began = time.monotonic()
         if step != self.saved_step:
@@ -273,8 +274,10 @@ class Run:
             if self.ranks.rank == 0:
                 weights = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
                 kept = ("settings", "inputs", "chosen", "train_files")
-                meta["record"] = {k: self.record[k] for k in kept if k in self.record}
-                work = (step, weights, optim_state, meta, keep, began)
+                record = {k: self.record[k] for k in kept if k in self.record}
+                meta = {**meta, "settings": self.settings, "num_steps": self.clock.num_steps,
+                        "seconds": self.clock.seconds(), "record": record}
+                work = (step, weights, optim_state, meta, began)
                 self.saving = threading.Thread(target=self._write, args=work, name=f"save {step}")
                 self.saving.start()
             self.saved_step = step
@@ -282,10 +285,11 @@ class Run:
             self.finish_save()
         self.clock.saved(since=began)
 
-    def _write(self, step, weights, optim_state, meta, keep, began):
+    def _write(self, step, weights, optim_state, meta, began):
         try:
             os.fsync(self.metrics.fileno())  # the steps before this one will not run again
-            checkpoint.save(self.directory, step, weights, optim_state, meta, keep, self.lock.mine)
+            checkpoint.save(self.directory, step, weights, optim_state, meta,
+                            self.record["free"]["keep"], self.lock.mine)
             self.longest_save = max(self.longest_save or 0.0, time.monotonic() - began)
         except Exception as e:  # noqa: BLE001  (the main thread tells it: see finish_save)
             self.save_error = e

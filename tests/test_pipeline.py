@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, environment, needs_venv, script
-from test_launch import copy_with_phases
 
 import common
+from conftest import REPO, environment, needs_venv, script
+from test_launch import copy_with_phases
 
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024",
          "--num_steps=6", "--max_steps=6", "--max_items=20", "--core_items=8", "--compile=False",

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, ends, environment, script, wait_for
 
 import checkpoint
 import common
 import data as dataset
+from conftest import REPO, ends, environment, script, wait_for
 from records import load_record
 
 BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512",

@@ -46,7 +46,8 @@ def save(run, step, keep=1, wait=True):
     state = {"w": torch.full((1000,), float(step))}
     holder = SimpleNamespace(state_dict=lambda: state)
     optimizer = SimpleNamespace(state_dict=lambda: {"w": dict(state)})
-    run.save(step, holder, optimizer, {"loss": 1.0, "num_steps": 9}, keep, wait)
+    run.record["free"]["keep"] = keep
+    run.save(step, holder, optimizer, {"loss": 1.0}, wait)
 
 # ---- the record
 

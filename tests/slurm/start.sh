@@ -94,9 +94,9 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((port + 1))
 AccountingStoragePass=$folder/run/munge.socket
 GresTypes=gpu
-NodeName=DEFAULT NodeHostname=$host NodeAddr=127.0.0.1 CPUs=64 RealMemory=16000 Gres=gpu:8
-NodeName=n1 Port=$((port + 11))
-NodeName=n2 Port=$((port + 12))
+NodeName=DEFAULT CPUs=64 RealMemory=16000 Gres=gpu:8
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 11))
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 12))
 PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
 PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF
 CONF
