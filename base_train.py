@@ -18,6 +18,7 @@ import common
 import configurator
 import data as dataset
 import pipeline
+import texts
 import tokenizer as tok
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
@@ -67,6 +68,7 @@ common.check(tokens_per_param > 0,
 common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
              f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, "
              f"not {total_batch_size}")
+texts.dataset_files(data)
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir(data))
 
@@ -123,9 +125,11 @@ parameters = sum(p.numel() for p in model.parameters())
 total_tokens = num_steps * batch_tokens
 common.print0(
     f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} "
-    f"tokens = {total_tokens / 1e6:,.1f}M tokens ({total_tokens / scaling_params:.1f} for each of "
-    f"matrices and head, {num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows, "
-    f"{100 * dataset.cropped(plan):.3f} % of the text cropped)")
+    f"tokens = {total_tokens / 1e6:,.1f}M tokens, {total_tokens / scaling_params:.1f} for each "
+    "parameter of matrices and head")
+if not try_out:
+    common.print0(f"{num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows, "
+                  f"{100 * dataset.cropped(plan):.3f} % of the text cropped")
 common.print0(
     f"{ranks.world} x {compute}, {rows // (micro_rows * ranks.world)} x {micro_rows} rows a rank "
     f"and step, {total_tokens * flops_per_token:.2e} FLOPs")

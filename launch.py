@@ -302,21 +302,22 @@ def run_all(plan, supervisor):
         if plan.in_slurm and slurm.given_up():
             return None, "Slurm has given this attempt up and started another: going no further"
         if supervisor.asked:
-            return 75, f"stopped before {name} with everything saved: run the same command again"
+            return 75, f"stopped before {name} with everything saved"
         if phase.kind == "training" and not tried:
             tried = True
             code, fewer = trial.try_out(plan, lambda *call: run_phase(plan, supervisor, *call))
+            if code == 75:
+                return 75, "stopped while trying out the trainings to come"
             if code:
                 return code, f"the trial ended with code {code}; mend what it says above"
         words = without_start_over(plan, name, [*plan.words(name), *fewer.get(name, [])])
         print(f"\n=== {name}: {shown(plan, name, words)}", flush=True)
         if said_done_already(plan, supervisor, name, words):
             continue
-        if phase.kind == "training":
-            wait_for_holder(plan, name)
+        wait_for_holder(plan, name)
         code, _, _ = run_phase(plan, supervisor, name, words)
         if code == 75:
-            return 75, f"stopped in {name} with everything saved: run the same command again"
+            return 75, f"stopped in {name} with everything saved"
         if code and (phase.kind == "evaluation" or name == "report"):
             print(f"{name} failed with code {code}; going on, since the models do not depend on it",
                   file=sys.stderr, flush=True)
@@ -374,7 +375,7 @@ def main():
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, supervisor.on_signal)
     if plan.in_slurm:
-        print(slurm.describe_job(plan.given), flush=True)
+        print(f"\n{slurm.describe_job(plan.given)}", flush=True)
     try:
         code, line = run_all(plan, supervisor)
     except common.Failure as e:
@@ -386,9 +387,13 @@ def main():
     print(flush=True)
     if code is not None:
         subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False)
+    if code == 75 and not plan.in_slurm:
+        line += ": run the same command again"
     print(line, flush=True)
     if code is not None and plan.in_slurm:
         code = end_attempt(plan, supervisor, code)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)  # what comes while Python winds up changes nothing
     return 1 if code is None else code
 
 if __name__ == "__main__":

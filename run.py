@@ -157,6 +157,10 @@ class Run:
             self.lock = take_lock(directory)
         except OSError as e:
             common.fail(f"cannot write in {directory}: {e}; make it writable, or make room")
+        if old.get("status") == "running":
+            common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
+                          "memory" + " (a smaller --device_batch_size needs less)"
+                          * ("device_batch_size" in settings))
         commit, difference = source_version()
         if old and (commit, difference) != (old.get("commit"), old.get("difference")):
             common.print0(f"{self.name}: the source changed since the last start "
@@ -177,9 +181,6 @@ class Run:
         if load_record(self.directory) is None:
             common.print0(f"{self.directory / 'phase.json'} is gone or damaged: settings and "
                           "inputs are compared with what the newest checkpoint says of them")
-        elif old["status"] == "running":
-            common.print0(f"{self.name}: the last start ended without a word (killed, or out of "
-                          "memory: fewer rows at once need less, --device_batch_size)")
         before = comparable(old["settings"], self.directory)
         changed = differences(before, defining)
         changed += differences(old["inputs"], inputs)

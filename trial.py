@@ -29,29 +29,34 @@ def try_out(plan, run_phase):
     """run_phase(name, words): launch.py's. -> (exit code, {phase: arguments that it needs to fit});
     Failure (code 2) where the disk is too small."""
     phases = [p for p in plan.phases("training") if not plan.is_done(p.name)]
+    if not phases:
+        return 0, {}
     chats = [p for p in plan.phases("evaluation") if p.script == "chat_eval.py"]
-    names = [p.name for p in phases] + [p.name for p in chats[:1] if phases]
-    path = pipeline.data_root(plan.data) / f"trial_{plan.tag}.json"
-    words = {name: plan.words(name) for name in names}
+    names = [p.name for p in phases] + [p.name for p in chats[:1]]
     machine = f"{plan.nproc} x {(gpu_names() or ['CPU'])[0]}"
-    trial = common.read_json(path) or {}
-    # what was tried is not tried again when the run goes on
-    tried = trial.get("phases", {}) if trial.get("machine") == machine else {}
-    if any(tried.get(name, {}).get("words") != words[name] for name in names):
-        tried = {}
-    try:
-        for name in names if not tried else ():
-            print(f"\n=== trial of {name}", flush=True)
-            code, fewer, outcome = run_phase(name, [*words[name], "--try_out=True"])
-            if code:
-                return code, {}
-            tried[name] = {"words": words[name], "fewer": fewer, **outcome}
-    finally:
-        shutil.rmtree(pipeline.data_root(plan.data) / "try_out", ignore_errors=True)
-    if names:
-        common.atomic_write(path, json.dumps({"machine": machine, "phases": tried}))
-        check_disk(plan, [tried[p.name] for p in phases])
-        say_time(plan, {p.name: tried[p.name] for p in phases})
+    asked = {name: {"words": plan.words(name), "machine": machine} for name in names}
+    path = pipeline.data_root(plan.data) / f"trial_{plan.tag}.json"
+    stand_ins = pipeline.data_root(plan.data) / "try_out"  # for models that are not trained yet
+    old, tried = common.read_json(path) or {}, {}
+
+    def was_tried(name):
+        return asked[name].items() <= old.get(name, {}).items()
+    # what was tried is not tried again when the run goes on, a trial that was interrupted included
+    reuse = stand_ins.exists() or all(map(was_tried, names))
+    for name in names:
+        reuse = reuse and was_tried(name)
+        if reuse:
+            tried[name] = old[name]
+            continue
+        print(f"\n=== trial of {name}", flush=True)
+        code, fewer, outcome = run_phase(name, [*plan.words(name), "--try_out=True"])
+        if code:
+            return code, {}
+        tried[name] = {**asked[name], "fewer": fewer, **outcome}
+        common.atomic_write(path, json.dumps(tried))
+    shutil.rmtree(stand_ins, ignore_errors=True)
+    check_disk(plan, [tried[p.name] for p in phases])
+    say_time(plan, {p.name: tried[p.name] for p in phases})
     return 0, {name: tried[name]["fewer"] for name in names}
 
 def check_disk(plan, tried):

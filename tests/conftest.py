@@ -1,4 +1,5 @@
-"""Shared by the tests: the repository on the path, ways to run a script of it and to see how it ends, a random model."""
+"""Shared by the tests: the repository on the path, ways to run a script of it and to see how it
+ends, a random model."""
 import contextlib
 import json
 import os

@@ -1,5 +1,5 @@
-"""A folder that nanochat has left: adopt.py makes its model and tokenizer usable, later phases go on
-from it, and nothing that would overwrite it starts."""
+"""A folder that nanochat has left: adopt.py makes its model and tokenizer usable, later phases go
+on from it, and nothing that would overwrite it starts."""
 import json
 import os
 import pickle
@@ -40,7 +40,8 @@ def left(state):
     return folder
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith(("model", "meta"))}
+    theirs = [p for p in folder.iterdir() if p.name.startswith(("model", "meta"))]
+    return {p.name: p.read_bytes() for p in theirs}
 
 def adopt_it(state):
     out = script(state, "adopt.py")

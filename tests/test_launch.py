@@ -80,7 +80,8 @@ def test_flags_choose_the_phases():
     (["--", "--num_stepz=4"], "--num_steps"),
     (["--", "--base.samples=4"], "the phase base has no setting 'samples'"),
     (["--", "--rl.num_steps=x"], "--rl.num_steps takes a whole number"),
-    (["--", "--matrix_lr=fast"], "--matrix_lr takes a number"), (["--", "--top_k=4"], "no phase has"),
+    (["--", "--matrix_lr=fast"], "--matrix_lr takes a number"),
+    (["--", "--top_k=4"], "no phase has"),
     (["--", "--sft.max_steps=-5"], "max_steps"), (["--", "seed=4"], "--key=value")])
 def test_what_makes_no_sense_is_one_line(flags, says, capsys):
     with ends() as end:
@@ -102,7 +103,8 @@ def test_settings_go_to_the_phases_that_have_them_those_for_one_phase_last():
     assert plan.words("sft")[-2:] == ["--mixture=gsm8k", "--mixture=gsm8k,arc_easy*2"]
     assert plan.words("data")[-3:] == ["--rl.num_steps=5", "--sft.mixture=gsm8k,arc_easy*2",
                                        "--mid-eval.max_items=7"], "it brings what they read"
-    assert plan.words("mid-eval")[-1] == "--max_items=7" and plan.words("rl-eval")[-1] != "--max_items=7"
+    assert plan.words("mid-eval")[-1] == "--max_items=7"
+    assert plan.words("rl-eval")[-1] != "--max_items=7"
 
 def test_one_process_several_ranks():
     one, two = given("--nproc=1"), given("--nproc=2")
@@ -166,7 +168,8 @@ def test_out_of_memory_is_tried_once_more_with_fewer_rows(supervise, tmp_path):
 
 def test_a_phase_that_was_killed_is_named_as_probably_out_of_memory(supervise, capsys):
     launch.run_phase(given("--nproc=1"), supervise(-9), "base", ["base_train.py"])
-    assert "killed (SIGKILL), probably because the host ran out of memory" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "killed (SIGKILL), probably because the host ran out of memory" in said
 
 # ---- all of them
 
@@ -195,7 +198,7 @@ def test_all_done(run_all):
     assert code == 0 and line.startswith("all done") and len(started) == 11
 
 @pytest.mark.parametrize("failure", [1, 2])
-def test_an_evaluation_that_fails_does_not_stop_the_run_and_the_code_still_says_so(run_all, failure):
+def test_an_evaluation_that_fails_does_not_stop_the_run_and_the_code_says_so(run_all, failure):
     code, line, started = run_all({"base-eval": failure})
     assert code == 1 and "these failed: base-eval;" in line
     assert started[-4:] == ["chat_eval.py", "chat_rl.py", "chat_eval.py", "report.py"]
@@ -210,7 +213,7 @@ def test_a_training_that_fails_does_stop_it_and_the_report_is_written(run_all, f
 def test_what_is_interrupted_ends_the_run_with_75(run_all):
     code, line, started = run_all({"mid": 75})
     assert code == 75 and started[-1] == "mid_train.py"
-    assert line == "stopped in mid with everything saved: run the same command again"
+    assert line == "stopped in mid with everything saved"
 
 def test_nothing_more_is_started_in_nodes_that_slurm_has_given_to_the_next_attempt(
         run_all, monkeypatch):
@@ -265,6 +268,26 @@ def test_the_process_of_a_killed_launcher_is_given_time_to_save(monkeypatch, cap
     launch.wait_for_holder(given(), "base", slept.append)
     assert sum(slept) <= 2 + launch.PATIENCE, "but not for ever"
 
+def test_every_phase_waits_for_the_process_of_a_killed_launcher(run_all, monkeypatch):
+    waited = []
+    monkeypatch.setattr(launch, "wait_for_holder", lambda plan, name: waited.append(name))
+    run_all({})
+    assert waited == [phase.name for phase in pipeline.PHASES]
+
+def test_a_signal_after_the_end_changes_nothing(state, monkeypatch):
+    plan = given()
+    monkeypatch.setattr(launch, "make_plan", lambda words: plan)
+    monkeypatch.setattr(launch, "run_all", lambda plan, supervisor: (0, "all done"))
+    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **more: None)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        assert launch.main() == 0
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
 # ---- trying out
 
 def outcome(**changes):
@@ -275,7 +298,7 @@ def outcome(**changes):
 def try_out(state, monkeypatch):
     """try_out(outcomes, *flags) -> (result of trial.try_out, phases that were tried)"""
     (state / "toy/try_out").mkdir(parents=True)
-    monkeypatch.setattr(trial, "gpu_names", lambda: [])
+    monkeypatch.setattr(trial, "gpu_names", list)
 
     def run(outcomes, *flags):
         plan, tried = given("--nproc=1", *flags), []
@@ -288,7 +311,8 @@ def try_out(state, monkeypatch):
         return trial.try_out(plan, run_phase), tried
     return run
 
-def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(try_out, state, record, capsys):
+def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(
+        try_out, state, record, capsys):
     record("base")
     fits = {"mid": outcome(fewer=["--device_batch_size=4"]), "mid-eval": {"reason": "tried out"}}
     (code, fewer), tried = try_out(fits)
@@ -313,11 +337,28 @@ def test_it_is_held_against_the_time_of_the_job(try_out, monkeypatch, capsys):
     assert "it will stop with everything saved and continue" in capsys.readouterr().out
 
 def test_what_does_not_fit_ends_the_run(try_out, state):
-    (code, fewer), tried = try_out({"mid": outcome(code=1)})
-    assert code == 1 and tried == ["base", "mid"] and not (state / "toy/trial_d4.json").exists()
+    (code, _), tried = try_out({"mid": outcome(code=1)})
+    assert code == 1 and tried == ["base", "mid"]
 
-@pytest.mark.parametrize("free,files,says", [(10 ** 9, 11, "11 files free"), (3, 10 ** 6, "make room")])
-def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsys, free, files, says):
+def test_an_interrupted_trial_goes_on(try_out, state):
+    (code, _), tried = try_out({"mid": outcome(code=75)})
+    assert code == 75 and tried == ["base", "mid"]
+    assert try_out({})[1] == ["mid", "sft", "rl", "mid-eval"], "on what base has left for it"
+    assert not (state / "toy/try_out").exists()
+    assert try_out({"sft": outcome(code=75)}, "--", "--seed=2")[1] == ["base", "mid", "sft"]
+    (state / "toy/try_out").mkdir()
+    tried = try_out({}, "--", "--seed=3")[1]
+    assert tried == ["base", "mid", "sft", "rl", "mid-eval"], "base's shapes are others now"
+
+def test_without_what_was_tried_before_it_nothing_of_an_interrupted_trial_counts(try_out, state):
+    try_out({"mid": outcome(code=75)})
+    (state / "toy/try_out").rmdir()
+    assert try_out({})[1] == ["base", "mid", "sft", "rl", "mid-eval"]
+
+@pytest.mark.parametrize("free,files,says",
+                         [(10 ** 9, 11, "11 files free"), (3, 10 ** 6, "make room")])
+def test_too_little_disk_is_said_before_it_is_needed(
+        try_out, monkeypatch, capsys, free, files, says):
     stat = SimpleNamespace(f_bavail=free, f_frsize=1, f_files=10 ** 6, f_favail=files)
     monkeypatch.setattr(trial.os, "statvfs", lambda path: stat)
     with ends() as end:
@@ -329,8 +370,9 @@ def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsy
 
 def copy_with_phases(tmp_path, text):
     """A repository whose phases are one Python script of this text."""
-    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt", *(
-            p.name for p in REPO.glob("*.py") if p.name not in {q.script for q in pipeline.PHASES})):
+    scripts = {phase.script for phase in pipeline.PHASES}
+    shared = [p.name for p in REPO.glob("*.py") if p.name not in scripts]
+    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt", *shared):
         (tmp_path / name).symlink_to(REPO / name)
     for phase in pipeline.PHASES:
         kept = (REPO / phase.script).read_text()  # its settings are read by the launcher
@@ -345,7 +387,8 @@ def told(signum, frame):
     os._exit(75)
 signal.signal(signal.SIGTERM, told)
 helper = subprocess.Popen(["bash", "-c",
-    'trap "echo the helper was told" TERM; touch listening; while [ ! -f over ]; do sleep 0.05; done'])
+    'trap "echo the helper was told" TERM; touch listening; '
+    'while [ ! -f over ]; do sleep 0.05; done'])
 time.sleep(100)
 """
 

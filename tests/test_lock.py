@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path, c
     assert alive(tmp_path, after=1e6), "the kernel knows better than a heart that was stopped"
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead now, and a zombie
-    assert open(f"/proc/{process.pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+    assert Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     assert not alive(tmp_path)
     mine = lock.take_lock(tmp_path)
     assert mine.mine() and "which is dead" in capsys.readouterr().out
@@ -124,14 +125,15 @@ def test_an_earlier_attempt_of_the_same_slurm_job_is_over_and_its_stray_process_
     assert mine.mine() and lock.held_in_kernel(tmp_path / "lock.json")
     mine.release()
 
+ELEMENT = "echo 'JobId={} ArrayJobId=7 JobState={} Restarts=0'"
+
 @pytest.mark.parametrize("answer,over", [
     ("echo 'JobId=7 JobName=x JobState=RUNNING Restarts=0'", False),
     ("echo 'JobId=7 JobName=x JobState=COMPLETING Restarts=0'", False),
     ("echo 'JobId=7 JobName=x JobState=RUNNING Restarts=1'", True),
     ("echo 'JobId=7 JobName=x JobState=PENDING Restarts=1'", True),
     ("echo 'JobId=7 JobName=x JobState=TIMEOUT Restarts=0'", True),
-    ("echo 'JobId=9 ArrayJobId=7 JobState=RUNNING Restarts=0'; "
-     "echo 'JobId=7 ArrayJobId=7 JobState=FAILED Restarts=0'", True),
+    (f"{ELEMENT.format(9, 'RUNNING')}; {ELEMENT.format(7, 'FAILED')}", True),
     ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
     ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None)])
 def test_slurm_is_asked_whether_the_holder_is_over(tmp_path, monkeypatch, outside_of_jobs, answer,

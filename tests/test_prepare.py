@@ -21,7 +21,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import REPO, ends, environment, script, wait_for
 
 import configurator
 import download
@@ -29,6 +28,7 @@ import gpt
 import pipeline
 import tasks
 import texts
+from conftest import REPO, ends, environment, script, wait_for
 
 TEXTS = [f"Document {i}: " + "some words of it " * (i % 7 + 1) for i in range(2000)]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""run.py and common.py: records, starting over, stopping, deadlines, metrics, how a process ends."""
+"""run.py and common.py: records, starting over, stopping, deadlines, metrics, the end."""
 import json
 import math
 import os
@@ -130,14 +130,22 @@ def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damag
     assert "phase.json is gone or damaged" in said and "setting changed" not in said
     run.close(75, "stopped")
 
-def test_a_start_that_ended_without_a_word_is_named_at_the_next(folder, capsys):
-    run = start(folder)
+@pytest.mark.parametrize("asked,advised", [({"device_batch_size": 8}, True), ({}, False)])
+def test_a_start_that_ended_without_a_word_is_named_at_the_next(folder, capsys, asked, advised):
+    run = start(folder, settings(**asked))
     run.lock.release()  # as the kernel does it for a process that is killed
-    start(folder).close(75, "stopped")
+    start(folder, settings(**asked)).close(75, "stopped")
     said = capsys.readouterr().out
-    assert "ended without a word" in said and "--device_batch_size" in said
-    start(folder).close(75, "stopped")
+    assert "ended without a word" in said and ("--device_batch_size" in said) == advised
+    start(folder, settings(**asked)).close(75, "stopped")
     assert "without a word" not in capsys.readouterr().out
+
+def test_while_another_process_writes_nobody_calls_it_dead(folder, capsys):
+    run = start(folder)
+    assert exit_code(start, folder) == 2
+    said = capsys.readouterr()
+    assert "is being written by" in said.err and "without a word" not in said.out
+    run.close(75, "over")
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys):
     def refuse(directory):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, ends, exit_code
 
 import configurator
 import pipeline
+from conftest import REPO, ends, exit_code
 
 SCRIPT = '''"""A script.
 

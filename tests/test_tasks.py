@@ -3,11 +3,11 @@ import itertools
 import json
 
 import pytest
-from conftest import SHARED, ends
 
 import execution
 import pipeline
 import tasks
+from conftest import SHARED, ends
 
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -13,11 +13,11 @@ from itertools import pairwise
 import pytest
 import regex
 import tiktoken
-from conftest import BYTES, REPO, ends, environment, script
 
 import pipeline
 import tok_train
 import tokenizer as tok
+from conftest import BYTES, REPO, ends, environment, script
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "other", "cats", "sang;", "thinking,",
          "singing", "rings", "12", "345", "don't", "it's\n"]

@@ -18,7 +18,6 @@ import tasks
 import toy_world
 from conftest import REPO
 
-
 def hashes(root):
     files = [p for p in sorted(Path(root).rglob("*")) if p.is_file()]
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
