@@ -83,8 +83,9 @@ File = namedtuple("File", "what path needs problem url size")
 def setting_of(name, key):
     """A setting of the phase `name`, as it was given to this script, or its default."""
     usual = configurator.defaults(pipeline.find_phase(name).script)[key]
-    if key in settings.of_phases.get(name, {}):
-        return configurator.convert(key, settings.of_phases[name][key], usual)
+    given = settings.of_phases.get(f"{name}.{key}")
+    if given is not None:
+        return configurator.convert(key, given, usual)
     return settings[key] if settings.get(key) not in ([], "", -1, -1.0, None) else usual
 
 def task_splits():

@@ -130,7 +130,7 @@ def test_settings_of_other_phases_are_kept_apart_where_a_script_takes_them(tmp_p
               more=", of_phases=True")
     assert out.stdout.startswith("(3, 0.5, 'x', False, ['a'], None, 8)"), out
     assert out.stdout.endswith(
-        "{'rl': {'num_steps': '8', 'depth': '9'}, 'sft': {'mixture': 'b,c'}}\n")
+        "{'rl.num_steps': '8', 'sft.mixture': 'b,c', 'rl.depth': '9'}\n")
 
 def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
     out = run(tmp_path, "--help")
@@ -147,9 +147,9 @@ def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
 def test_every_setting_of_every_script_has_a_comment(script):
     declared = configurator.declared(REPO / script)
     assert declared
-    for name, comment, _ in declared:
-        assert comment, f"{script}: {name} has no comment"
-    assert list(configurator.defaults(script)) == [name for name, _, _ in declared]
+    for name, setting in declared.items():
+        assert setting.comment, f"{script}: {name} has no comment"
+    assert list(configurator.defaults(script)) == list(declared)
 
 # ---- behind the -- of speedrun.sh
 
