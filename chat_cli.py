@@ -51,17 +51,15 @@ def find_models():
     """[(when, data set, stage, tag, state)] of everything with a checkpoint, the newest last; state
     is "done" or what status.py says, "nanochat's" where it is not adopted yet"""
     found = []
-    for root, name in status.data_sets().items():
-        if data and root != pipeline.data_root(data):
-            continue
+    for name in [data] if data else status.data_sets():
         for stage in STAGES:
-            for tag in models.tags(stage, data or name):
-                folder = pipeline.state_path(stage, data or name, tag)
+            for tag in models.tags(stage, name):
+                folder = pipeline.state_path(stage, name, tag)
                 when = models.saved_at(folder)
                 state = status.describe(folder)[0]
                 if not checkpoint.steps(folder):
                     state = "nanochat's"
-                found.append((when, data or name, stage, tag, state))
+                found.append((when, name, stage, tag, state))
     return sorted(found)
 
 def fail_without_model(found):

@@ -357,7 +357,7 @@ def main():
     root = pipeline.data_root(data)
     known = root.is_dir() or not pipeline.is_folder_data(data)
     common.check(known, f"nothing was ever trained on {data}: there is no {root}")
-    folder, runs = pipeline.report_dir(data), status.tags(root)
+    folder, runs = pipeline.report_dir(data), status.tags(data)
     run = tag or (runs or ["no model yet"])[-1]
     stages = [gather(name, run) for name in pipeline.STAGES]
     results = [result for stage in stages for result in (stage.core, stage.chat)]
@@ -369,8 +369,8 @@ def main():
         lines += guarded(section, stage, folder)
         if stage.name == "base":
             lines += guarded(core_section, stage.core)
-    states = status.phases_of(root, data, run)
-    left = [f"{name}: {words}" for name, (state, words, _) in states.items() if state != "done"]
+    states = status.phases_of(data, run)
+    left = [f"{name}: {words}" for name, (state, words) in states.items() if state != "done"]
     if left:
         command = status.next_command(states, data, run)
         lines += ["## Not done", "", *(f"- {x}" for x in left), "", f"Next: `{command}`", ""]

@@ -31,41 +31,39 @@ def saved(directory):
         return step, checkpoint.load_meta(directory, step)
     return None, {}
 
-def ago(when):
-    """when: seconds since the epoch, or a file written then.  example: "3m10s ago" """
-    with contextlib.suppress(OSError):  # the file may have been replaced by a newer one
-        when = when if isinstance(when, float) else when.stat().st_mtime
-        return f"{common.duration(max(0, time.time() - when))} ago"
-    return "just now"
+def written(path):
+    """When a file or folder was written to, in seconds since the epoch; 0.0 where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
-def lost_part(directory):
-    """What a phase that was done lacks now, or None."""
-    step, _ = saved(directory)
-    needed = {"tokenizer.json": 0} if directory.name == "tokenizer" else {}
-    if directory.parent.name.endswith("_checkpoints"):
-        listed = checkpoint.files(directory, step) if step is not None else {}
-        needed = {name: size for name, (size, _) in listed.items()} or {"its checkpoint": 0}
-    for name, size in needed.items():
+def ago(when):
+    """example: three minutes before now -> "3m00s ago" """
+    return f"{common.duration(max(0, time.time() - when))} ago"
+
+def lost_part(directory, step):
+    """What a training that was done lacks now, or None."""
+    listed = checkpoint.files(directory, step) if step is not None else {}
+    for name, (size, _) in listed.items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
             return f"{name} is gone or cut short"
-    return None
+    return None if listed else "its checkpoint is gone"
 
 def describe(directory):
     """-> (state, words) of a phase; state is done, running, half, failed or absent.
     example: ("half", "half done, saved at step 120 of 400, 3m10s ago (signal SIGTERM: ...)")"""
     record, (step, meta) = read(directory / "phase.json"), saved(directory)
-    total = f"{meta['num_steps']:,}" if "num_steps" in meta else "?"
-    where = "" if step is None else f"step {step:,} of {total}"
-    half = "nothing saved yet"
-    if where:
-        half = f"saved at {where}, {ago(directory / checkpoint.manifest_name(step))}"
-    reason = record.get("reason") or "no reason was recorded"
-    status = record.get("status")
+    status, reason = record.get("status"), record.get("reason") or "no reason was recorded"
+    where, half = "", "nothing saved yet"
+    if step is not None:
+        where = f"step {step} of {meta.get('num_steps', '?')}, "
+        half = f"saved at {where}{ago(written(directory / checkpoint.manifest_name(step)))}"
     if status == "done":
-        if lost := lost_part(directory):
+        trained = directory.parent.name.endswith("_checkpoints")
+        lost = lost_part(directory, step) if trained else None
+        if lost:
             return "failed", f"was done, but {lost}"
-        done = ago(float(record.get("updated") or 0))
-        return "done", ", ".join(word for word in ("done", where, done) if word)
+        return "done", f"done, {where}{ago(record['updated'])}"
     if status == "interrupted":
         return "half", f"half done, {half} ({reason})"
     if status == "running":
@@ -85,55 +83,47 @@ def describe(directory):
 def describe_eval(path, directory):
     """The same for an evaluation with the result file `path` of the model in `directory`; one more
     state is stale."""
-    partial, result = path.with_suffix(".partial.jsonl"), read(path)
-    newer = not path.exists() or path.stat().st_mtime < ago_time(partial)
-    if partial.exists() and newer:
-        last = (common.read_json_lines(partial) or [{}])[-1]  # says why it ended, if it could
-        reason = last.get("reason")
+    partial = path.with_suffix(".partial.jsonl")
+    if written(partial) > written(path):
+        last = [{}, *common.read_json_lines(partial)][-1]  # says why it ended, if it could
+        reason = last.get("reason", "it runs, or was killed")
         if last.get("code", 75) != 75:
-            return "failed", f"failed, {ago(partial)}: {reason}"
-        return "half", (f"half done, the last piece was kept {ago(partial)}"
-                        + (f" ({reason})" if reason else ""))
+            return "failed", f"failed, {ago(written(partial))}: {reason}"
+        return "half", f"half done, the last piece was kept {ago(written(partial))} ({reason})"
+    result = read(path)
     if not result:
         unreadable = "failed", f"its result, {path.name}, cannot be read"
         return unreadable if path.exists() else ("absent", "not started")
-    step, _ = saved(directory)
-    now = checkpoint.fingerprint(directory, step) if step is not None else ""
-    if now and result.get("inputs", {}).get("weights", now) != now:
-        return "stale", "of other weights than those there now"
-    return "done", f"done, {ago(path)}"
+    for step in checkpoint.steps(directory)[:1]:
+        if result.get("inputs", {}).get("weights") != checkpoint.fingerprint(directory, step):
+            return "stale", "of other weights than those there now"
+    return "done", f"done, {ago(written(path))}"
 
-def ago_time(path):
-    return path.stat().st_mtime if path.exists() else 0.0
-
-def tags(root):
-    """The runs of a state folder, the one written last at the end.  example: ["d12", "d4"]"""
+def tags(name):
+    """The runs of a data set, the one written last at the end.  example: ["d12", "d4"]"""
     found = {}
-    for name in pipeline.STAGES:
-        for folder in (root / pipeline.find_phase(name).state).parent.glob("*"):
-            if folder.is_dir() and ".old-" not in folder.name:
-                found[folder.name] = max(folder.stat().st_mtime, found.get(folder.name, 0))
+    for stage in pipeline.STAGES:
+        for folder in pipeline.state_path(stage, name, "x").parent.glob("*/"):
+            if ".old-" not in folder.name:
+                found[folder.name] = max(written(folder), found.get(folder.name, 0.0))
     return sorted(found, key=found.get)
 
-def phases_of(root, name, tag):
-    """{phase: (state, words, folder)} of a run in the state folder `root` of the data set `name`"""
+def phases_of(name, tag):
+    """{phase: (state, words)} of a run of the data set `name`"""
     states = {}
-    for phase in pipeline.PHASES:
-        path = root / phase.state.format(tag=tag or "-")
-        if phase.name == "data" and (root / "base_data_climbmix").is_dir() and not path.is_dir():
-            path = root / "base_data_climbmix"
+    for phase in pipeline.PHASES[:-1]:  # all but the report
+        path = pipeline.state_path(phase.name, name, tag)
         if phase.kind == "evaluation":
-            parent = root / pipeline.find_phase(phase.parent).state.format(tag=tag or "-")
-            states[phase.name] = (*describe_eval(path, parent), parent)
-        elif phase.name != "report":
-            states[phase.name] = (*describe(path), path)
+            states[phase.name] = describe_eval(path, pipeline.state_path(phase.parent, name, tag))
+        else:
+            states[phase.name] = describe(path)
     if pipeline.is_folder_data(name):
-        states["data"] = "done", "your own folder", None
+        states["data"] = "done", "your own folder"
     return states
 
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first."""
-    left = [phase for phase, (state, _, _) in states.items() if state != "done"]
+    left = [phase for phase, (state, _) in states.items() if state != "done"]
     if not left:
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
@@ -144,34 +134,37 @@ def next_command(states, name, tag):
     if states[first][0] == "running":
         return f"wait for {first}, then {command}"
     if first in pipeline.STAGES:
-        return read(states[first][2] / "phase.json").get("next") or command
+        record = read(pipeline.state_path(first, name, tag) / "phase.json")
+        return record.get("next") or command
     return command
 
 def data_sets():
-    """{state folder: data set}, the one touched last at the end"""
-    top = {phase.state.split("/")[0] for phase in pipeline.PHASES} - {"report"}
-    found = []
-    for root in [pipeline.base_dir(), *pipeline.base_dir().glob("*")]:
-        parts = [root / name for name in (*top, "base_data_climbmix") if (root / name).is_dir()]
-        if parts:
-            records = [read(path) for part in parts for path in part.glob("**/phase.json")]
-            names = [record.get("settings", {}).get("data") for record in records]
-            usual = "fineweb_edu" if root == pipeline.base_dir() else root.name
-            name = next(filter(None, names), usual)
-            folders = [folder for part in parts for folder in (part, *part.glob("*/"))]
-            found.append((max(folder.stat().st_mtime for folder in folders), root, name))
-    return {root: name for _, root, name in sorted(found)}
+    """The data sets that have a state, as records name them, the one touched last at the end."""
+    found = {}
+    for pattern in ("*/phase.json", "*/*/phase.json", "*/*/*/phase.json"):
+        for path in pipeline.base_dir().glob(pattern):
+            if record := read(path):
+                name = record["settings"].get("data", "fineweb_edu")  # adopt.py's has none
+                found[name] = max(written(path.parent), found.get(name, 0.0))
+    if not found.keys() & {*pipeline.SHARED_DATA} and tags("fineweb_edu"):  # nanochat's own
+        found = {"fineweb_edu": 0.0, **found}
+    return sorted(found, key=found.get)
+
+def check_folder(name):
+    """Failure (code 2) where a data set is the user's own folder and that is not there."""
+    own = pipeline.is_folder_data(name)
+    common.check(not own or pipeline.base_data_dir(name).is_dir(), f"there is no {name}")
 
 def main():
-    own = data and pipeline.is_folder_data(data)
-    common.check(not own or pipeline.base_data_dir(data).is_dir(), f"there is no {data}")
-    sets = {pipeline.data_root(data): data} if data else data_sets()
+    if data:
+        check_folder(data)
+    sets = [data] if data else data_sets()
     command = "bash speedrun.sh"
-    for root, name in sets.items():
-        print(f"{name} ({root})")
-        for tag in tags(root) or [""]:
-            states = phases_of(root, name, tag)
-            for phase, (_, words, _) in states.items():
+    for name in sets:
+        print(f"{name} ({pipeline.data_root(name)})")
+        for tag in tags(name) or [""]:
+            states = phases_of(name, tag)
+            for phase, (_, words) in states.items():
                 label = phase if phase in ("data", "tok") else f"{phase} {tag}"
                 print(f"  {label:<14} {words}")
             command = next_command(states, name, tag)

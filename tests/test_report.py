@@ -306,14 +306,14 @@ def test_half_done_running_and_dead(whole):
     assert re.search(r"rl-eval d4 +half done", said)
     assert "was done, but model_000040.pt is gone" in said
 
-def test_what_to_run_next_names_the_data_and_the_depth(tmp_path):
-    states = {phase.name: ("done", "", None) for phase in pipeline.PHASES}
-    states["mid"] = ("absent", "", tmp_path)
+def test_what_to_run_next_names_the_data_and_the_depth(state):
+    states = {phase.name: ("done", "") for phase in pipeline.PHASES}
+    states["mid"] = "absent", ""
     words = shlex.split(status.next_command(states, "/my books", "d6"))
     assert words == ["bash", "speedrun.sh", "--data=/my books", "--depth=6"]
 
 def test_the_last_data_set_comes_last_and_status_is_fast(whole):
-    other = whole / "books-0123abcd/base_checkpoints/d6"
+    other = pipeline.state_path("base", "/my/books", "d6")
     write_record(other, "base_train", status="interrupted", reason="deadline",
                  settings={"data": "/my/books"}, next="python base_train.py --data=/my/books")
     said, last = status_of(whole)
