@@ -144,7 +144,8 @@ def data_sets():
     for pattern in ("*/phase.json", "*/*/phase.json", "*/*/*/phase.json"):
         for path in pipeline.base_dir().glob(pattern):
             if record := read(path):
-                name = record["settings"].get("data", "fineweb_edu")  # adopt.py's has none
+                usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
+                name = record["settings"].get("data", usual)  # adopt.py's has none
                 found[name] = max(written(path.parent), found.get(name, 0.0))
     if not found.keys() & {*pipeline.SHARED_DATA} and tags("fineweb_edu"):  # nanochat's own
         found = {"fineweb_edu": 0.0, **found}
