@@ -15,13 +15,12 @@ from run import Run
 run = Run.start("prepare_data")
 
 import contextlib
+import functools
 import json
 import math
-import re
-import shlex
-import sys
 import zipfile
-from collections import namedtuple
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import common
@@ -54,50 +53,59 @@ start_over = False           # put the old data aside and make it again
 settings = configurator.configure(globals(), of_phases=True)
 
 # settings of the phases that name tasks, and which splits of them are read
-READS = {"mixture": ["train"], "extra_conversations": ["train"], "held_out": ["test"],
-         "tasks": ["test"], "task": ["train", "test"]}
-# read by no phase; they come with the others
-NOT_READ = ["mmlu_dev", "mmlu_validation", "arc_easy_validation", "arc_challenge_validation"]
+READS = {
+    "mixture": ["train"],
+    "extra_conversations": ["train"],
+    "held_out": ["test"],
+    "tasks": ["test"],
+    "task": ["train", "test"],
+}
+TASK_OF = {task[split]: name for name, task in task_list.TASKS.items()
+           for split in ("train", "test") if split in task}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
-WHOLE = 500_000_000        # a folder of more bytes than this is not read to its end by a check
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
 common.check(1 <= depth <= 100 and workers >= 1 and shards >= -1, "--depth must be 1 to 100, "
              "--workers at least 1, --shards at least 0 (or -1)")
-readers = [p.name for p in pipeline.PHASES if p.name not in ("data", "report")]
-unknown = [name for name in phases if name not in ("data", "report", *readers)]
+readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
+unknown = {*phases} - {*readers, "data", "report"}
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are "
              f"{', '.join(readers)}")
 phases = [name for name in readers if name in phases] or readers
 directory, root = pipeline.base_data_dir(data), pipeline.data_root(data)
-again = "python prepare_data.py " + shlex.join(
-    a for a in sys.argv[1:] if not a.startswith("--check"))
+again = run.command.replace(" --check=True", "")
 
 # -------------------------------------------------------------------------------------------------
-# what has to be there
-
-# what: its name in the table; needs: the phases that read it; problem(path) -> None or what is
-# wrong with it; url: where it comes from, or None; size: bytes, roughly
-File = namedtuple("File", "what path needs problem url size")
+# what the phases read
 
 def setting_of(name, key):
-    """A setting of the phase `name`, as it was given to this script, or its default."""
-    usual = configurator.defaults(pipeline.find_phase(name).script)[key]
+    """A setting of the phase `name`, as it was given to this script, or its default; None where it
+    has no such setting."""
+    usual = configurator.defaults(pipeline.find_phase(name).script).get(key)
+    if usual is None:
+        return None
     given = settings.of_phases.get(f"{name}.{key}")
     if given is not None:
         return configurator.convert(key, given, usual)
-    return settings[key] if settings.get(key) not in ([], "", -1, -1.0, None) else usual
+    return settings[key] if settings[key] not in ([], "", -1, None) else usual
 
-def task_splits():
-    """-> {(task, split): [phases that read it]}"""
+def needed():
+    """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
+    Path of a file of the user's own conversations."""
     found = {}
     for name in phases:
-        declared = configurator.defaults(pipeline.find_phase(name).script)
-        for key in [key for key in READS if key in declared]:
-            value = setting_of(name, key)
-            for spec in value if isinstance(value, list) else filter(None, [value]):
-                for split in READS[key]:
-                    found.setdefault((task_list.parse(spec)[0], split), []).append(name)
+        if name in ("tok", "base", "base-eval"):
+            found.setdefault("text", []).append(name)
+        if setting_of(name, "core_items"):
+            found["CORE"] = [name]
+        for key, splits in READS.items():
+            value = setting_of(name, key) or []
+            specs = value if isinstance(value, list) else [value]
+            for spec, split in product(specs, splits):
+                task = task_list.parse(spec)[0]
+                what = task_list.TASKS.get(task, {split: Path(task)}).get(split)
+                common.check(what, f"the task {task} has no {split} split ({name} reads it)")
+                found.setdefault(what, []).append(name)
     return found
 
 def shards_needed():
@@ -113,25 +121,63 @@ def shards_needed():
         tokens = setting_of("base", "num_steps") * (2 ** 19 if batch == -1 else batch)
     return math.ceil(tokens / SHARD_TOKENS) + 1
 
+# -------------------------------------------------------------------------------------------------
+# what is wrong with a file: None, or words
+
 def text_problem(path):
+    """Of parquet the footer is read, of other files the first lines: there may be many of them."""
     if path.name.endswith(".parquet"):
-        import pyarrow.parquet
-        why = texts.parquet_problem(path, "text")
-        empty = why is None and not pyarrow.parquet.read_metadata(path).num_rows
-        return f"{path} holds no rows" if empty else why
+        return texts.parquet_problem(path, "text")
     if path.name.endswith(".txt"):
         return None
-    total = sum(p.stat().st_size for p in directory.iterdir() if p.is_file())
-    return texts.problem(path, texts.read_lines(path), texts.text_of,
-                         None if total <= WHOLE else 10_000)
+    return texts.problem(path, texts.read_lines(path), texts.text_of, 10_000)
 
-def text_files():
-    """The texts: shards of a known data set, or the user's own files."""
-    needs = [name for name in phases if name in ("tok", "base", "base-eval")]
-    if not needs:
-        return []
+def word_of(line):
+    if len(line) > 100:
+        raise ValueError("no word")
+    return task_list.word_of(line)
+
+def task_problem(name, path):
+    """Of parquet the footer and the first rows are read, of other files everything."""
+    if name in ("spellingbee", "simplespelling"):
+        return texts.problem(path, texts.read_lines(path), word_of)
+    enough = 100 if path.name.endswith(".parquet") else None
+    convert = functools.partial(task_list.convert, name)
+    return texts.problem(path, task_list.rows_of(path), convert, enough)
+
+def bundle_problem(path):
+    """path: the folder of the CORE bundle, or the .zip that it comes in"""
+    try:
+        if path.is_dir():
+            import core_eval  # it imports torch
+            missing = core_eval.read_bundle(path)[1]
+            return f"{path} has no items of {', '.join(missing)}" if missing else None
+        with zipfile.ZipFile(path) as bundle:
+            damaged = bundle.testzip()  # reads all of it
+            return f"{damaged} in {path} is damaged" if damaged else None
+    except (common.Failure, OSError, ValueError, zipfile.BadZipFile) as e:
+        return f"{path}: {e}"
+
+def toy_problem(written, path):
+    same = [path.stat().st_size, common.sha256_file(path)] == written
+    return None if same else f"{path} is not as it was written"
+
+# -------------------------------------------------------------------------------------------------
+# what has to be there
+
+@dataclass
+class File:
+    what: str        # its name in the table
+    path: Path
+    needs: list      # phases that read it
+    problem: object  # problem(path) -> None or what is wrong with it
+    url: str | None  # where it comes from, "here" where it is made; None: the user puts it right
+    size: int = 0    # bytes, roughly
+    wrong: str | None = None
+
+def text_files(needs):
     if pipeline.is_folder_data(data):
-        return [File("text", path, needs, text_problem, None, 0) for path in texts.text_files(data)]
+        return [File("text", path, needs, text_problem, None) for path in texts.text_files(data)]
     address, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
     numbers = {*range(wanted), many - 1}
@@ -140,148 +186,90 @@ def text_files():
     return [File("text", directory / f"shard_{i:05d}.parquet", needs, text_problem,
                  address.format(i), about) for i in sorted(numbers)]
 
-def word_of(line):
-    if len(line) > 100:
-        raise ValueError("no word")
-    return task_list.word_of(line)
-
-def task_problem(path, name):
-    """Of parquet the footer and the first rows are read, of other files everything."""
-    if name in ("spellingbee", "simplespelling"):
-        return texts.problem(path, texts.read_lines(path), word_of)
-    enough = 100 if path.name.endswith(".parquet") else None
-    return texts.problem(path, task_list.rows_of(path),
-                         lambda row: task_list.convert(name, row), enough)
-
-def task_files(name, split, needs, stem=None):
-    """The files of a split of a task, or of a .jsonl file of the user's own conversations."""
-    def problem(path):
-        return task_problem(path, name)
-    if name not in task_list.TASKS:
-        return [File("conversations", Path(name), needs, problem, None, 0)]
-    stem = stem or task_list.TASKS[name].get(split)
-    common.check(stem, f"the task {name} has no {split} split ({', '.join(needs)} reads it)")
+def task_files(stem, needs):
+    """The files of a split of a task: the ones that are there, which may be the user's own, or
+    those to come."""
     address, many, about = download.ADDRESSES.get(stem, ("", 1, 0))
     ending = address.rpartition(".")[2] or "jsonl"
     urls = {}
     for i in range(many):
         part = f"-{i:05d}-of-{many:05d}" if many > 1 else ""
-        path = pipeline.task_dir(data) / f"{stem}{part}.{ending}"
-        urls[path] = address.format(i) or None
-    return [File(stem, path, needs, problem, urls.get(path), about)
-            for path in task_list.located(stem, data) or urls]
+        urls[pipeline.task_dir(data) / f"{stem}{part}.{ending}"] = address.format(i) or None
+    paths = task_list.located(stem, data)
+    if stem == "identity_train" and not paths:
+        urls = dict.fromkeys(urls, "here")
+    problem = functools.partial(task_problem, TASK_OF[stem])
+    return [File(stem, path, needs, problem, urls.get(path), about) for path in paths or urls]
 
-def bundle_problem(folder):
-    """None, or what the folder of the CORE bundle (or the .zip that it comes in) lacks."""
-    try:
-        if folder.name.endswith(".zip"):
-            with zipfile.ZipFile(folder) as bundle:
-                damaged = bundle.testzip()  # reads all of it
-                if damaged:
-                    return f"{damaged} is damaged"
-                whole = "eval_bundle/core.yaml" in bundle.namelist()
-                return None if whole else f"{folder} is no CORE bundle"
-        named = (folder / "core.yaml").read_text(encoding="utf-8")
-        uris = re.findall(r"^\W*dataset_uri: *['\"]?([^'\"\s]+)", named, re.MULTILINE)
-        for path in [folder / "eval_meta_data.csv", *(folder / "eval_data" / uri for uri in uris)]:
-            if not path.is_file() or not path.stat().st_size:
-                return f"{path} is missing or empty"
-            if path.suffix == ".jsonl":
-                for number, line in texts.read_lines(path):
-                    try:  # not one may be broken: the scores would be of other items
-                        json.loads(line)
-                    except ValueError as e:
-                        return f"{path}:{number} ({e})"
-        return None if uris else f"{folder / 'core.yaml'} names no tasks"
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
-        return f"{folder}: {e}"
-
-def toy_files():
-    """The files of the toy world, as they were written; and the user's own conversations."""
-    needs = {"base_data": [p for p in phases if p in ("tok", "base", "base-eval")],
-             "eval_bundle": [p for p in phases if p == "base-eval"]}
-    splits = task_splits()
-    found = []
-    for name, (length, digest) in run.find_record(directory, settings).get("files", {}).items():
-        def problem(path, length=length, digest=digest):
-            same = path.stat().st_size == length and common.sha256_file(path) == digest
-            return None if same else f"{path} is not as it was written"
-        top, stem = name.split("/")[0], name.split("/")[-1].split(".")[0]
-        reading = [p for (task, split), names in splits.items() for p in names
-                   if task_list.TASKS.get(task, {}).get(split) == stem]
+def toy_files(needs):
+    """The files of the toy world, as they were written."""
+    written = run.find_record(directory, settings).get("files")
+    if not written:
+        return [File("toy world", directory, phases, lambda path: f"{path} was never filled",
+                     "here")]
+    files = []
+    for name, stated in written.items():
+        top, stem = name.split("/")[0], Path(name).name.split(".")[0]
         what = {"base_data": "text", "eval_bundle": "CORE"}.get(top, stem)
-        found.append(File(what, root / name, needs.get(top, reading), problem, None, 0))
-    if not found:
-        found = [File("toy world", directory / "shard_00000.parquet", phases,
-                      lambda path: f"{directory} was never filled", None, 0)]
-    for (name, split), names in splits.items():
-        if name not in task_list.TASKS:
-            found += task_files(name, split, names)
-    return found
+        problem = functools.partial(toy_problem, stated)
+        files.append(File(what, root / name, needs.get(what, []), problem, "here"))
+    return files
 
 def required_files():
     """-> list of File: everything that the phases read"""
-    if data == "toy":
-        return toy_files()
-    found, splits = text_files(), task_splits()
-    for (name, split), needs in splits.items():
-        found += task_files(name, split, needs)
-    if data in texts.VAL_SHARD and splits:
-        for stem in NOT_READ:
-            found += task_files(stem.rpartition("_")[0], None, [], stem)
-    if "base-eval" in phases and setting_of("base-eval", "core_items"):
-        url, _, about = download.ADDRESSES["eval_bundle"]
-        folder = pipeline.eval_bundle_dir(data)
-        if folder.is_symlink():
-            url = None  # never unpacked over the user's own
-        found.append(File("CORE", folder, ["base-eval"], bundle_problem, url, about))
-    by_path = {}
-    for file in found:  # two tasks may share a file
-        needs = [*by_path[file.path].needs, *file.needs] if file.path in by_path else file.needs
-        by_path[file.path] = file._replace(needs=needs)
-    return list(by_path.values())
-
-# -------------------------------------------------------------------------------------------------
-# looking
-
-def problem_of(file):
-    """None, or what is wrong with a File."""
-    return file.problem(file.path) if file.path.exists() else f"{file.path} is missing"
+    needs = needed()
+    files = toy_files(needs) if data == "toy" else []
+    for what, names in needs.items():
+        if isinstance(what, Path):
+            problem = functools.partial(task_problem, str(what))
+            files.append(File("conversations", what, names, problem, None))
+        elif data == "toy":
+            continue
+        elif what == "text":
+            files += text_files(names)
+        elif what == "CORE":
+            url, _, about = download.ADDRESSES["eval_bundle"]
+            folder = pipeline.eval_bundle_dir(data)
+            if folder.is_symlink():
+                url = None  # never unpacked over the user's own
+            files.append(File("CORE", folder, names, bundle_problem, url, about))
+        else:
+            files += task_files(what, names)
+    return files
 
 def look():
-    """Opens everything, prints the table. -> list of (File, what is wrong)"""
-    judged = [(file, problem_of(file)) for file in required_files()]
+    """Opens everything, prints the table. -> the Files with which something is wrong"""
+    files = required_files()
+    for file in files:
+        file.wrong = f"{file.path} is missing"
+        if file.path.exists():
+            file.wrong = file.problem(file.path)
     common.print0(f"{'':<9}{'what':<26}{'files':>12}{'MB':>12}   {'read by':<30} what to do")
-    for what in dict.fromkeys(file.what for file, _ in judged):
-        part = [(file, why) for file, why in judged if file.what == what]
-        bad = [(file, why) for file, why in part if why]
-        state = "have"
-        if bad:
-            state = "damaged" if any(file.path.exists() for file, _ in bad) else "missing"
-        good = [file.path for file, why in part if not why]
-        inside = [path for top in good for path in (top.rglob("*") if top.is_dir() else [top])]
-        megabytes = sum(path.stat().st_size for path in inside if path.is_file()) / 1e6
-        needs = [name for name in phases if any(name in file.needs for file, _ in part)]
-        common.print0(f"{state:<9}{what:<26}{f'{len(good)} of {len(part)}':>12}{megabytes:>12,.1f}"
-                      f"   {' '.join(needs) or '-':<30} {what_to_do(what, state, bad)}".rstrip())
-        for file, why in bad[:5] if state == "damaged" else []:
-            common.print0(f"{'':9}{why}")
-    return [(file, why) for file, why in judged if why]
+    for what in dict.fromkeys(file.what for file in files):
+        show(what, [file for file in files if file.what == what])
+    return [file for file in files if file.wrong]
 
-def what_to_do(what, state, bad):
-    """What the table says about files that are not whole."""
-    if not bad:
-        return ""
-    ours = data == "toy" or (what == "identity_train" and state == "missing")
-    how = again if ours or all(file.url for file, _ in bad) else "put it right"
-    if what in task_list.STEMS and data != "toy":
-        ending = ".txt" if what == "words_alpha" else ".jsonl"
-        how += (f", or link or copy your own to {pipeline.task_dir(data) / what}{ending}, or take "
-                "it out of the settings")
-    return how
+def show(what, files):
+    """Prints a line of the table, and what is damaged."""
+    bad = [file for file in files if file.wrong]
+    damaged = [file.wrong for file in bad if file.path.exists()]
+    state, to_do = "have", ""
+    if bad:
+        state = "damaged" if damaged else "missing"
+        to_do = again if all(file.url for file in bad) else "put it right"
+        if what in TASK_OF and data != "toy":
+            to_do += (f", or link or copy your own to {pipeline.task_dir(data) / what}.jsonl, or "
+                      "take it out of the settings")
+    good = [file.path for file in files if not file.wrong]
+    size = sum(path.stat().st_size for top in good for path in (top, *top.rglob("*")))
+    needs = " ".join(name for name in phases if name in files[0].needs)
+    there = f"{len(good)} of {len(files)}"
+    common.print0(f"{state:<9}{what:<26}{there:>12}{size / 1e6:>12,.1f}   {needs:<30} {to_do}")
+    for why in damaged[:5]:
+        common.print0(f"{'':9}{why}")
 
 # -------------------------------------------------------------------------------------------------
-# identity: what the model knows about itself
+# what is made here
 
 def identity_conversations(n=1000):
     """n conversations of one to three turns about the model itself, always the same: jsonl."""
@@ -289,7 +277,8 @@ def identity_conversations(n=1000):
     topics, openings = assets["topics"], assets["openings"]
     lines = []
     for i in range(n):
-        draw, messages = common.rng(21, i), []
+        draw = common.rng(21, i)
+        messages = []
         for topic in draw.permutation(len(topics))[:1 + draw.integers(3)]:
             ask, say = topics[topic]["questions"], topics[topic]["answers"]
             opening = "" if messages else openings[draw.integers(len(openings))]
@@ -299,63 +288,63 @@ def identity_conversations(n=1000):
         lines.append(json.dumps({"messages": messages}) + "\n")
     return "".join(lines)
 
-# -------------------------------------------------------------------------------------------------
-# only looking, or making and bringing what is not there
-
 def generate_toy_world():
     import toy_world
     counts = toy_world.generate(root, seed, size)
-    folders = (directory, pipeline.task_dir(data), pipeline.eval_bundle_dir(data))
-    made = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
-            and not path.name.startswith(".") and path.name not in ("phase.json", "lock.json")]
-    files = {str(p.relative_to(root)): [p.stat().st_size, common.sha256_file(p)] for p in made}
+    made = [*directory.glob("shard_*"), *pipeline.task_dir(data).glob("[!.]*"),
+            *pipeline.eval_bundle_dir(data).rglob("[!.]*.*")]
+    files = {str(path.relative_to(root)): [path.stat().st_size, common.sha256_file(path)]
+             for path in sorted(made)}
     common.print0("the toy world: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     run.exit_done(counts=counts, files=files)
 
 def unpack_bundle(zipped):
+    """File by file, so that a death leaves none that looks whole and is not."""
     with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:
         # gone: another process has unpacked it
         for name in bundle.namelist():
-            inside = name.removeprefix("eval_bundle/")
-            if inside != name and inside and not name.endswith("/") and ".." not in inside:
-                common.atomic_write(pipeline.eval_bundle_dir(data) / inside, bundle.read(name))
+            inside = name.startswith("eval_bundle/") and ".." not in name
+            if inside and not name.endswith("/"):
+                common.atomic_write(zipped.parent / name, bundle.read(name))
     zipped.unlink(missing_ok=True)
 
+# -------------------------------------------------------------------------------------------------
+# only looking, or making and bringing what is not there
+
+bad = look()
 if check:
-    bad = [file for file, _ in look() if file.needs]  # what no phase reads is only shown
+    bad = [file for file in bad if file.needs]  # what no phase reads is only shown
     common.check(not bad, f"{len(bad)} of the files that the phases read are missing or damaged",
                  again)
     run.leave(0, "done")
+by_hand = [file.wrong for file in bad if not file.url]
+common.check(not by_hand, f"{len(by_hand)} files have to be put right by hand, see the table: "
+             f"{'; '.join(by_hand[:3])}")
 
-own = [problem_of(file) for file in required_files() if file.what == "conversations"]
-wrong = next(filter(None, own), None)
-common.check(not wrong, f"your own conversations have to be put right by hand: {wrong}")
 if not pipeline.is_folder_data(data):
     if data != "toy":
         settings.defining = {"data": data}
-    run.open_or_exit(directory, settings, {}, lambda: next((why for _, why in look()), None))
+    run.open_or_exit(directory, settings, {}, lambda: next((file.wrong for file in bad), None))
 if data == "toy":
     generate_toy_world()
+if start_over:
+    bad = look()  # the old data was put aside
 
-bad = look()
-if any(f.what == "identity_train" and not f.path.exists() for f, _ in bad):
-    path = pipeline.task_dir(data) / "identity_train.jsonl"
-    common.atomic_write(path, identity_conversations())
-    bad = [(file, why) for file, why in bad if file.path != path]
-by_hand = [why for file, why in bad if not file.url]
-common.check(not by_hand, f"{len(by_hand)} files have to be put right by hand, see the table; the "
-             f"first: {by_hand[0] if by_hand else ''}")
+for file in bad:
+    if file.url == "here":
+        common.atomic_write(file.path, identity_conversations())
+bad = [file for file in bad if file.url != "here"]
 zipped = pipeline.eval_bundle_dir(data).with_suffix(".zip")
 jobs = [(file.url, zipped if file.what == "CORE" else file.path, file.problem, file.size)
-        for file, _ in bad]
-shard_count = sum(file.what == "text" for file, _ in bad)
+        for file in bad]
+shard_count = sum(file.what == "text" for file in bad)
 download.fetch_all(jobs, again, run.stop_reason, workers,
                    also=2 * SHARD_TOKENS * shard_count)  # its tokens, two bytes each
-if any(file.what == "CORE" for file, _ in bad):
+if zipped.exists():
     unpack_bundle(zipped)
-bad = look() if jobs else []
-common.check(not bad, f"{len(bad)} files are still missing or damaged: {bad[0][1] if bad else ''}",
-             again)
+if jobs:
+    bad = look()
+    common.check(not bad, f"{len(bad)} files are still missing or damaged, see the table", again)
 if pipeline.is_folder_data(data):
     train, val = texts.dataset_files(data)
     common.print0(f"data: {len(train)} files to train on and {len(val)} to validate on in "

@@ -477,7 +477,7 @@ def test_damage_is_found_and_mended(hub, state):
     (state / "task_data/words_alpha.txt").write_bytes(b"\xff\xfe" * 500 + b"\n" * 3)
     out = prepare(hub, state, *args, "--check=True")
     assert out.returncode == 2 and len(hub.seen) == asked
-    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1 ",
+    for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1: ",
                  r"damaged +gsm8k_test .* mid-eval sft-eval rl rl-eval ",
                  r"missing +humaneval_test ", r"damaged +words_alpha ", r"have +arc_easy_test "):
         assert re.search(line, out.stdout), line + out.stdout
