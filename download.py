@@ -155,14 +155,6 @@ def fetch(url, path, opens, progress):
         os.replace(part, path)
         common.fsync_dir(path.parent)
 
-def offline():
-    """Why the network must not be used here, or None."""
-    if os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0"):
-        return "NANOCHAT_OFFLINE is set"
-    if "SLURM_JOB_ID" in os.environ:
-        return "this is a Slurm job"
-    return None
-
 def progress_line(progress, there, seconds):
     """-> "3 of 9 files, 270.1 of 880.0 MB, 31.4 MB/s, 19s left"; there: bytes of earlier calls"""
     total = sum(progress.sizes.values()) - there
@@ -184,8 +176,10 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     if not jobs:
         return
     first = jobs[0][1]
-    common.check(not offline(), f"{first} would have to be downloaded, but {offline()}: no network "
-                 "is used here; on a machine with internet", command)
+    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
+    common.check(not offline and "SLURM_JOB_ID" not in os.environ, f"{first} would have to be "
+                 "downloaded, but with NANOCHAT_OFFLINE or in a Slurm job no network is used; on a "
+                 "machine with internet", command)
     parts = [part_of(path) for _, path, _, _ in jobs]
     there = sum(part.stat().st_size for part in parts if part.exists())
     needed = sum(size for *_, size in jobs) - there
@@ -193,9 +187,8 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     free = shutil.disk_usage(folder).free
     common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to "
                   f"{pipeline.base_dir()} ({free / 1e9:.1f} GB free)")
-    common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder}, "
-                 f"{needed / 1e9:.2f} GB of them to download, but only {free / 1e9:.2f} GB are "
-                 "free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
+    common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder} and "
+                 "not free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
     progress = Progress({path: size for _, path, _, size in jobs})
 
     def work(url, path, opens, size):
@@ -220,8 +213,7 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
             if time.time() - shown > PROGRESS:
                 shown = time.time()
                 common.print0("  " + progress_line(progress, there, shown - started))
-    common.print0(f"  {len(progress.arrived)} of {len(jobs)} files are there, "
-                  f"{progress.received / 1e9:.2f} GB in {common.duration(time.time() - started)}")
+    common.print0("  " + progress_line(progress, there, time.time() - started))
     missing = len(jobs) - len(progress.arrived)
     if missing:
         common.fail(f"{missing} files could not be had: {'; '.join(progress.errors[:3])}", 1,

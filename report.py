@@ -132,21 +132,15 @@ def svg(line, title):
     parts = np.array_split(np.array(line), min(len(line), 300))
     xs, ys = np.array([part.mean(axis=0) for part in parts]).T
     low, high = ys.min(), ys.max()
-    across = np.interp(xs, [xs[0], xs[-1]], [55, 550])
+    across = np.interp(xs, [xs[0], xs[-1]], [10, 550])
     down = np.interp(ys, [low, high], [130, 22])
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
-    texts = [
-        (55, 14, "start", f"{title}, steps {line[0][0]:,} to {line[-1][0]:,}"),
-        (50, 27, "end", f"{high:.3g}"),
-        (50, 132, "end", f"{low:.3g}"),
-    ]
-    words = "\n".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
-                      for x, y, anchor, text in texts)
+    (first, _), (last, _) = line[0], line[-1]
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 140" width="560"
 height="140" font-family="sans-serif" font-size="11" fill="#555">
 <rect width="100%" height="100%" fill="#fff"/>
 <polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="{curve}"/>
-{words}
+<text x="10" y="14">{title}: {low:.3g} to {high:.3g}, steps {first:,} to {last:,}</text>
 </svg>
 """
 
@@ -162,7 +156,7 @@ def aligned(rows):
 # -------------------------------------------------------------------------------------------------
 # the parts of the report
 
-def head(stages, total):
+def head(stages):
     tokenizer = status.read(pipeline.state_path("tok", data) / "phase.json")
     ratios = tokenizer.get("bytes_per_token", {}).items()
     ratios = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios)
@@ -176,7 +170,6 @@ def head(stages, total):
         f"- data set `{data}`, state in `{pipeline.data_root(data)}`",
         f"- tokenizer of {tokenizer.get('vocab_size', '?')} tokens; bytes per token: {ratios}",
         f"- parameters: {parameters:,}; tokens trained on: {tokens:,}",
-        f"- time in training and evaluation: {common.duration(total)}",
         "",
     ]
 
@@ -342,48 +335,38 @@ def main():
     status.check_folder(data)
     folder, runs = pipeline.report_dir(data), status.tags(data)
     run = tag or (runs or ["no model yet"])[-1]
+    states = status.phases_of(data, run)
     stages = [gather(name, run) for name in pipeline.STAGES]
+    lines = [f"# Report: {data}, {run}", "", *guarded(head, stages)]
+    notes = [f"not done: {name}: {words}" for name, (state, words) in states.items()
+             if state != "done"]
     total = 0.0
     for stage in stages:
         total += stage.seconds + stage.core.get("seconds", 0.0) + stage.chat.get("seconds", 0.0)
-
-    lines = [f"# Report: {data}, {run}", "", *guarded(head, stages, total)]
-    states = status.phases_of(data, run)
-    for stage in stages:
         lines += guarded(section, stage, states, folder)
         if stage.core:
             lines += guarded(core_section, stage.core)
-    left = [f"{name}: {words}" for name, (state, words) in states.items() if state != "done"]
-    if left:
-        command = status.next_command(states, data, run)
-        lines += ["## Not done", ""]
-        lines += [f"- {line}" for line in left]
-        lines += ["", f"Next: `{command}`", ""]
-
-    notes = [f"{stage.name}: no ChatCORE, since {', '.join(stage.chat['missing'])} was not measured"
-             for stage in stages if stage.chat.get("missing")]
+        if missing := stage.chat.get("missing"):
+            notes.append(f"{stage.name}: no ChatCORE, since {', '.join(missing)} was not measured")
     if why := in_part(stages[0].core):
         notes.append(f"CORE in part: {why}")
     if len(runs) > 1:
-        others = ", ".join(other for other in runs if other != run)
-        notes.append(f"more runs are here: {others} (--tag=...)")
+        notes.append(f"more than one run is here (--tag=...): {', '.join(runs)}")
+    notes.append(f"Total time: {common.duration(total)} of training and evaluation")
+    notes.append(f"Next: `{status.next_command(states, data, run)}`")
+
     rows = table(stages)
-    shown = aligned(rows)
     lines += ["## Scores", "", *markdown(rows)]
     lines += ["± is half of the 95 % confidence interval; - was not measured.", ""]
     lines += [f"- {note}" for note in notes]
-    lines += ["", f"Total time: {common.duration(total)}", ""]
+    shown = aligned(rows)
     if data == "toy":
-        judged = [["goal", "SFT", "reached", "RL", "reached"],
-                  *goals(stages[2].chat, stages[3].chat)]
-        lines += ["## Goals", "", *markdown(judged)]
-        shown += "\n\n" + aligned(judged)
-    common.atomic_write(folder / "report.md", "\n".join(lines))
-    print(shown + "\n")
-    for line in [*(f"not done: {line}" for line in left), *notes]:
-        print(line)
-    print(f"total time of training and evaluation: {common.duration(total)}")
-    print(f"report: {folder / 'report.md'}")
+        rows = [["goal", "SFT", "reached", "RL", "reached"],
+                *goals(stages[2].chat, stages[3].chat)]
+        lines += ["", "## Goals", "", *markdown(rows)]
+        shown += "\n\n" + aligned(rows)
+    common.atomic_write(folder / "report.md", "\n".join(lines) + "\n")
+    print("\n".join([shown, "", *notes, f"report: {folder / 'report.md'}"]))
 
 if __name__ == "__main__":
     main()
