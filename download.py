@@ -155,16 +155,6 @@ def fetch(url, path, opens, progress):
         os.replace(part, path)
         common.fsync_dir(path.parent)
 
-def progress_line(progress, there, seconds):
-    """-> "3 of 9 files, 270.1 of 880.0 MB, 31.4 MB/s, 19s left"; there: bytes of earlier calls"""
-    total = sum(progress.sizes.values()) - there
-    rate = progress.received / max(1e-3, seconds)
-    line = (f"{len(progress.arrived)} of {len(progress.sizes)} files, "
-            f"{progress.received / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s")
-    if rate:
-        line += f", {common.duration(max(0, total - progress.received) / rate)} left"
-    return line
-
 def fetch_all(jobs, command, should_stop, workers=8, also=0):
     """
     jobs: list of (url, path, opens, size): opens(path) -> None or what is wrong with the file,
@@ -173,8 +163,6 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     Returns when all are there. Fails with 75 when asked to stop (what came is kept), with 2 before
     the first byte where the network is forbidden or the disk too small, else with 1.
     """
-    if not jobs:
-        return
     first = jobs[0][1]
     offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
     common.check(not offline and "SLURM_JOB_ID" not in os.environ, f"{first} would have to be "
@@ -190,6 +178,17 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder} and "
                  "not free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
     progress = Progress({path: size for _, path, _, size in jobs})
+    started = shown = time.time()
+
+    def show():
+        """example: "  3 of 9 files, 270.1 of 880.0 MB, 31.4 MB/s, 19s left" """
+        total = sum(progress.sizes.values()) - there
+        rate = progress.received / max(1e-3, time.time() - started)
+        line = (f"  {len(progress.arrived)} of {len(jobs)} files, {progress.received / 1e6:,.1f} "
+                f"of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s")
+        if rate:
+            line += f", {common.duration(max(0, total - progress.received) / rate)} left"
+        common.print0(line)
 
     def work(url, path, opens, size):
         if progress.errors and not progress.received:
@@ -200,7 +199,6 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
         except Exception as e:  # noqa: BLE001  (it must not look like a file that arrived)
             progress.errors.append(f"{path.name} ({url}: {type(e).__name__}: {str(e)[:400]})")
 
-    started = shown = time.time()
     # not a ThreadPoolExecutor: Python waits at its end for the threads of that one, so a stop would
     # take as long as a silent server (30 seconds) or a Retry-After (10 minutes)
     with ThreadPool(min(workers, len(jobs))) as pool:
@@ -212,8 +210,8 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
                             "again", code=75)
             if time.time() - shown > PROGRESS:
                 shown = time.time()
-                common.print0("  " + progress_line(progress, there, shown - started))
-    common.print0("  " + progress_line(progress, there, time.time() - started))
+                show()
+    show()
     missing = len(jobs) - len(progress.arrived)
     if missing:
         common.fail(f"{missing} files could not be had: {'; '.join(progress.errors[:3])}", 1,

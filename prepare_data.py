@@ -111,14 +111,15 @@ def needed():
 def shards_needed():
     """How many training shards the horizon of the base model needs (see training.horizon), a little
     more rather than less; without importing torch."""
+    keys = ("tokens_per_param", "target_flops", "num_steps", "total_batch_size")
+    per_param, flops, steps, batch = [setting_of("base", key) for key in keys]
     width = 128 * math.ceil(depth / 2)
     parameters = depth * 12 * width ** 2 + 32768 * width  # of matrices and head
-    tokens = setting_of("base", "tokens_per_param") * parameters
-    if setting_of("base", "target_flops") > 0:
-        tokens = setting_of("base", "target_flops") / (6 * parameters)
-    if setting_of("base", "num_steps") != -1:
-        batch = setting_of("base", "total_batch_size")
-        tokens = setting_of("base", "num_steps") * (2 ** 19 if batch == -1 else batch)
+    tokens = per_param * parameters
+    if flops > 0:
+        tokens = flops / (6 * parameters)
+    if steps != -1:
+        tokens = steps * (2 ** 19 if batch == -1 else batch)
     return math.ceil(tokens / SHARD_TOKENS) + 1
 
 # -------------------------------------------------------------------------------------------------
@@ -126,9 +127,9 @@ def shards_needed():
 
 def text_problem(path):
     """Of parquet the footer is read, of other files the first lines: there may be many of them."""
-    if path.name.endswith(".parquet"):
+    if path.suffix == ".parquet":
         return texts.parquet_problem(path, "text")
-    if path.name.endswith(".txt"):
+    if path.suffix == ".txt":
         return None
     return texts.problem(path, texts.read_lines(path), texts.text_of, 10_000)
 
@@ -141,7 +142,7 @@ def task_problem(name, path):
     """Of parquet the footer and the first rows are read, of other files everything."""
     if name in ("spellingbee", "simplespelling"):
         return texts.problem(path, texts.read_lines(path), word_of)
-    enough = 100 if path.name.endswith(".parquet") else None
+    enough = 100 if path.suffix == ".parquet" else None
     convert = functools.partial(task_list.convert, name)
     return texts.problem(path, task_list.rows_of(path), convert, enough)
 
@@ -180,11 +181,10 @@ def text_files(needs):
         return [File("text", path, needs, text_problem, None) for path in texts.text_files(data)]
     address, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
-    numbers = {*range(wanted), many - 1}
     # a damaged one that nobody asked for would stop a phase too
-    numbers |= {int(path.stem[6:]) for path in directory.glob("shard_?????.parquet")}
+    there = [int(path.stem[6:]) for path in directory.glob("shard_?????.parquet")]
     return [File("text", directory / f"shard_{i:05d}.parquet", needs, text_problem,
-                 address.format(i), about) for i in sorted(numbers)]
+                 address.format(i), about) for i in sorted({*range(wanted), many - 1, *there})]
 
 def task_files(stem, needs):
     """The files of a split of a task: the ones that are there, which may be the user's own, or
@@ -271,20 +271,20 @@ def show(what, files):
 # -------------------------------------------------------------------------------------------------
 # what is made here
 
-def identity_conversations(n=1000):
-    """n conversations of one to three turns about the model itself, always the same: jsonl."""
+def identity_conversations():
+    """1,000 conversations of one to three turns about the model itself, always the same: jsonl."""
     assets = json.loads((pipeline.REPO / "assets" / "identity.json").read_text(encoding="utf-8"))
     topics, openings = assets["topics"], assets["openings"]
     lines = []
-    for i in range(n):
+    for i in range(1000):
         draw = common.rng(21, i)
         messages = []
-        for topic in draw.permutation(len(topics))[:1 + draw.integers(3)]:
-            ask, say = topics[topic]["questions"], topics[topic]["answers"]
-            opening = "" if messages else openings[draw.integers(len(openings))]
-            question = opening + ask[draw.integers(len(ask))]
+        for number in draw.permutation(len(topics))[:1 + draw.integers(3)]:
+            topic = topics[number]
+            opening = "" if messages else draw.choice(openings)
+            question = opening + draw.choice(topic["questions"])
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": say[draw.integers(len(say))]})
+            messages.append({"role": "assistant", "content": draw.choice(topic["answers"])})
         lines.append(json.dumps({"messages": messages}) + "\n")
     return "".join(lines)
 
@@ -334,15 +334,15 @@ for file in bad:
     if file.url == "here":
         common.atomic_write(file.path, identity_conversations())
 bad = [file for file in bad if file.url != "here"]
-zipped = pipeline.eval_bundle_dir(data).with_suffix(".zip")
-jobs = [(file.url, zipped if file.what == "CORE" else file.path, file.problem, file.size)
-        for file in bad]
-shard_count = sum(file.what == "text" for file in bad)
-download.fetch_all(jobs, again, run.stop_reason, workers,
-                   also=2 * SHARD_TOKENS * shard_count)  # its tokens, two bytes each
-if zipped.exists():
-    unpack_bundle(zipped)
-if jobs:
+if bad:
+    zipped = pipeline.eval_bundle_dir(data).with_suffix(".zip")
+    jobs = [(file.url, zipped if file.what == "CORE" else file.path, file.problem, file.size)
+            for file in bad]
+    shard_count = sum(file.what == "text" for file in bad)
+    download.fetch_all(jobs, again, run.stop_reason, workers,
+                       also=2 * SHARD_TOKENS * shard_count)  # its tokens, two bytes each
+    if zipped.exists():
+        unpack_bundle(zipped)
     bad = look()
     common.check(not bad, f"{len(bad)} files are still missing or damaged, see the table", again)
 if pipeline.is_folder_data(data):

@@ -47,10 +47,10 @@ TASKS = {
     "spellingbee": "SpellingBee",
 }
 CURVES = [  # kind of the metrics' line, its key, title of the curve, what is said of its end
-    ("train", "loss", "training loss, nats", "final loss: {:.4f} nats"),
-    ("val", "val_bpb", "validation, bits per byte", "validation: {:.4f} bits per byte"),
-    ("train", "reward", "mean reward", "mean reward: {:.3f}"),
-    ("val", "pass@1", "held-out problems, pass@1", "held-out pass@1: {:.3f}"),
+    ("train", "loss", "training loss, nats", "- final loss: {:.4f} nats"),
+    ("val", "val_bpb", "validation, bits per byte", "- validation: {:.4f} bits per byte"),
+    ("train", "reward", "mean reward", "- mean reward: {:.3f}"),
+    ("val", "pass@1", "held-out problems, pass@1", "- held-out pass@1: {:.3f}"),
 ]
 GOALS = [  # what the toy world should reach after SFT and RL: title, accuracy, mean of these tasks
     ("SpellingBee", 0.9, ["spellingbee"]),
@@ -135,12 +135,11 @@ def svg(line, title):
     across = np.interp(xs, [xs[0], xs[-1]], [10, 550])
     down = np.interp(ys, [low, high], [130, 22])
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
-    (first, _), (last, _) = line[0], line[-1]
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 140" width="560"
 height="140" font-family="sans-serif" font-size="11" fill="#555">
 <rect width="100%" height="100%" fill="#fff"/>
 <polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="{curve}"/>
-<text x="10" y="14">{title}: {low:.3g} to {high:.3g}, steps {first:,} to {last:,}</text>
+<text x="10" y="14">{title}: {low:.3g} to {high:.3g}, steps {xs[0]:,.0f} to {xs[-1]:,.0f}</text>
 </svg>
 """
 
@@ -187,26 +186,25 @@ def section(stage, states, folder):
     if ended := {"interrupted": "Half done", "failed": "Failed"}.get(record.get("status")):
         said = f"**{ended}**: {record['reason']}, step {steps}"
     lines += [f"{said} (`{script}`).", ""]
-    if state in ("half", "failed") and record.get("next"):
+    if ended:
         lines.append(f"- to go on: `{record['next']}`")
     lines.append(f"- time: {common.duration(stage.seconds)} of training; steps: {steps}")
-    pictures = []
     for kind, key, title, end in CURVES:
         line = points(stage.metrics, kind, key)
         if not line or (stage.name, key) == ("rl", "loss"):
             continue
-        lines.append("- " + end.format(line[-1][1]))
+        lines.append(end.format(line[-1][1]))
         if picture := svg(line, f"{stage.name}: {title}"):
             file = f"{stage.name}_{key.replace('@', '_')}.svg"
             common.atomic_write(folder / file, picture)
-            pictures += [f"![{stage.name}: {title}]({file})", ""]
+            lines.append(f"  ![{stage.name}: {title}]({file})")
     if stage.clocks:
         speed = statistics.median(clock["tokens_per_second"] for clock in stage.clocks)
         lines.append(f"- speed: {speed:,.0f} tokens/s (median)")
     lines.append(f"- evaluation: {states[f'{stage.name}-eval'][1]}")
     if record:
         lines += started(script, record)
-    return [*lines, "", *pictures]
+    return [*lines, ""]
 
 def started(script, record):
     """Lines on where and with what a phase was started."""
@@ -248,8 +246,8 @@ def core_section(core):
     """CORE's tasks and the samples of base_eval.py."""
     rows = [["CORE task", "accuracy", "centred", "items"]]
     for name, score in core["tasks"].items():
-        numbers = f"{score['accuracy']:.4f} {score['centred']:+.4f} {score['n']}"
-        rows.append([name, *numbers.split()])
+        accuracy, centred = f"{score['accuracy']:.4f}", f"{score['centred']:+.4f}"
+        rows.append([name, accuracy, centred, str(score["n"])])
     lines = markdown(rows)
     if core["samples"]:
         lines += ["Samples, the model's part behind the bar:", "", "```text"]
@@ -284,8 +282,8 @@ def table(stages):
     if in_part(core):
         name, key = f"{prefix}CORE in part", "mean_centred"
     halves = [score["centred_half"] for score in core.get("tasks", {}).values()]
-    rows = [["", *(stage.name.upper() for stage in stages)],
-            [name, cell(core.get(key), halves, 4), "-", "-", "-"]]
+    rows = [["", "BASE", "MID", "SFT", "RL"]]
+    rows.append([name, cell(core.get(key), halves, 4), "-", "-", "-"])
     results = [stage.chat.get("results", {}) for stage in stages]
     parts = [scores.parts(data, result) for result in results]
     shown = {**TASKS, "facts": "Facts"} if data == "toy" else TASKS

@@ -4,7 +4,7 @@ What is done, what is half done, what died and why; the last line is what to run
     python status.py                # every data set in the state folder, the newest at the end
     python status.py --data=toy     # one of them
 
-Reads names, sizes and records only: checksums can take minutes.
+Reads names and records only: checksums can take minutes.
 """
 import contextlib
 import re
@@ -43,17 +43,16 @@ def ago(when):
 
 def lost_part(directory, step):
     """What a training that was done lacks now, or None."""
-    listed = checkpoint.files(directory, step) if step is not None else {}
-    for name, (size, _) in listed.items():
-        if not (directory / name).exists() or (directory / name).stat().st_size < size:
-            return f"{name} is gone or cut short"
-    return None if listed else "its checkpoint is gone"
+    if step is None:
+        return "its checkpoint is gone"
+    gone = [name for name in checkpoint.files(directory, step) if not (directory / name).exists()]
+    return f"{gone[0]} is gone" if gone else None
 
 def describe(directory):
     """-> (state, words) of a phase; state is done, running, half, failed or absent.
     example: ("half", "half done, saved at step 120 of 400, 3m10s ago (signal SIGTERM: ...)")"""
     record, (step, meta) = read(directory / "phase.json"), saved(directory)
-    status, reason = record.get("status"), record.get("reason") or "no reason was recorded"
+    status, reason = record.get("status"), record.get("reason")
     where, half = "", "nothing saved yet"
     if step is not None:
         where = f"step {step} of {meta.get('num_steps', '?')}, "
