@@ -31,7 +31,8 @@ KINDS = {type(None): "None or a number", int: "a whole number", float: "a number
          bool: "True or False", str: "a text", list: "a list"}
 
 # what settings may be that several scripts have
-LEAST = {"seed": 0, "threads": 0, "keep": 1, "rows": 1, "device_batch_size": 1, "max_new_tokens": 1}
+LEAST = {"seed": 0, "threads": 0, "depth": 1, "keep": 1, "rows": 1, "device_batch_size": 1,
+         "max_new_tokens": 1}
 LEAST_1_OR_NONE = ("num_steps", "max_steps", "total_batch_size")  # -1 stands for none
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False")}
@@ -96,16 +97,17 @@ def convert(name, value, default):
 def check_range(name, value):
     """Failure where the value of a setting that several scripts have makes no sense."""
     key = name.rpartition(".")[2]
-    sound, rule = True, ""
     if key in CHOICES:
         sound = str(value) in CHOICES[key]
         rule = ", ".join(CHOICES[key])
-    elif key in LEAST and value is not None:
-        sound = type(value) is int and value >= LEAST[key]
+    elif key in LEAST:
+        sound = value is None or (type(value) is int and value >= LEAST[key])
         rule = f"a whole number from {LEAST[key]} on"
     elif key in LEAST_1_OR_NONE:
         sound = value == -1 or value >= 1
         rule = "-1 or at least 1"
+    else:
+        return
     common.check(sound, f"--{name} must be {rule}, not {value!r}")
 
 def split(argument):
@@ -123,7 +125,7 @@ def nearest(name, names):
 # -------------------------------------------------------------------------------------------------
 # a script's own call
 
-def configure(module_globals, short=None, of_phases=False):
+def configure(module_globals, short=(), of_phases=False):
     """
     Applies sys.argv to the settings in `module_globals` (a script's globals()) -> Settings.
     short: {"-p": "prompt"}, settings that may be given as two words; of_phases: whether settings of
@@ -140,7 +142,7 @@ def configure(module_globals, short=None, of_phases=False):
         if word in ("--help", "-h"):
             print_help(module_globals["__doc__"], table)
             sys.exit(0)
-        if short and word in short:
+        if word in short:
             given = {short[word]: next(words, None)}
             common.check(given[short[word]] is not None, f"{word} takes a value behind it")
         elif word.endswith(".py") and not word.startswith("-"):
@@ -183,14 +185,14 @@ def accepted(phase, arguments):
     alone were given is the business of the phase "data": it brings what they read.
     example: ("rl", ["--rl.samples=4", "--seed=1", "--depth=3"]) -> ["--seed=1", "--samples=4"]"""
     known = defaults(phase.script)
-    shared, own = [], []
-    for name, value in map(split, arguments):
+    found = []
+    for name, value in sorted(map(split, arguments), key=lambda pair: "." in pair[0]):
         part, _, key = name.rpartition(".")
         if part in ("", phase.name) and key in known:
-            (own if part else shared).append(f"--{key}={value}")
+            found.append(f"--{key}={value}")
         elif part and phase.name == "data":
-            own.append(f"--{name}={value}")
-    return [*shared, *own]
+            found.append(f"--{name}={value}")
+    return found
 
 def check_arguments(arguments):
     """Failure where an argument behind the -- fits no phase, or its value not all that have it:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 import requests
@@ -36,8 +36,6 @@ class Progress:
     """What the threads of one fetch_all have done so far."""
     sizes: dict        # path: bytes of the whole file, a guess until the server states them
     received: int = 0  # bytes; the threads add to it without a lock, so it may miss a few
-    arrived: list = field(default_factory=list)  # paths
-    errors: list = field(default_factory=list)   # one text for each file given up
 
 class Patience(urllib3.Retry):
     """urllib3's own gives up at a Retry-After that it cannot read, and obeys one of hours."""
@@ -118,8 +116,8 @@ def attempt(session, url, f, path, opens, progress):
     if size_of(f):
         headers["Range"] = f"bytes={size_of(f)}-"
     with session.get(url, headers=headers, stream=True, timeout=(10, TIMEOUT)) as response:
-        if response.status_code not in (200, 206, 416):
-            raise requests.HTTPError(f"HTTP status {response.status_code}")
+        if response.status_code != 416:
+            response.raise_for_status()
         wrong = receive(response, f, path, progress)
     if wrong:
         return wrong
@@ -178,26 +176,27 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder} and "
                  "not free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
     progress = Progress({path: size for _, path, _, size in jobs})
+    arrived, errors = [], []
     started = shown = time.time()
 
     def show():
         """example: "  3 of 9 files, 270.1 of 880.0 MB, 31.4 MB/s, 19s left" """
         total = sum(progress.sizes.values()) - there
         rate = progress.received / max(1e-3, time.time() - started)
-        line = (f"  {len(progress.arrived)} of {len(jobs)} files, {progress.received / 1e6:,.1f} "
+        line = (f"  {len(arrived)} of {len(jobs)} files, {progress.received / 1e6:,.1f} "
                 f"of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s")
         if rate:
             line += f", {common.duration(max(0, total - progress.received) / rate)} left"
         common.print0(line)
 
     def work(url, path, opens, size):
-        if progress.errors and not progress.received:
+        if errors and not progress.received:
             return  # where nothing comes at all the rest is not tried
         try:
             fetch(url, path, opens, progress)
-            progress.arrived.append(path)
+            arrived.append(path)
         except Exception as e:  # noqa: BLE001  (it must not look like a file that arrived)
-            progress.errors.append(f"{path.name} ({url}: {type(e).__name__}: {str(e)[:400]})")
+            errors.append(f"{path.name} ({url}: {type(e).__name__}: {str(e)[:400]})")
 
     # not a ThreadPoolExecutor: Python waits at its end for the threads of that one, so a stop would
     # take as long as a silent server (30 seconds) or a Retry-After (10 minutes)
@@ -212,7 +211,6 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
                 shown = time.time()
                 show()
     show()
-    missing = len(jobs) - len(progress.arrived)
+    missing = len(jobs) - len(arrived)
     if missing:
-        common.fail(f"{missing} files could not be had: {'; '.join(progress.errors[:3])}", 1,
-                    command)
+        common.fail(f"{missing} files could not be had: {'; '.join(errors[:3])}", 1, command)

@@ -60,13 +60,10 @@ READS = {
     "tasks": ["test"],
     "task": ["train", "test"],
 }
-TASK_OF = {task[split]: name for name, task in task_list.TASKS.items()
-           for split in ("train", "test") if split in task}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
-common.check(1 <= depth <= 100 and workers >= 1 and shards >= -1, "--depth must be 1 to 100, "
-             "--workers at least 1, --shards at least 0 (or -1)")
+common.check(workers >= 1, f"--workers must be at least 1, not {workers}")
 readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
 unknown = {*phases} - {*readers, "data", "report"}
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are "
@@ -87,7 +84,7 @@ def setting_of(name, key):
     given = settings.of_phases.get(f"{name}.{key}")
     if given is not None:
         return configurator.convert(key, given, usual)
-    return settings[key] if settings[key] not in ([], "", -1, None) else usual
+    return settings[key] if settings[key] not in ([], "", -1) else usual
 
 def needed():
     """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
@@ -198,7 +195,7 @@ def task_files(stem, needs):
     paths = task_list.located(stem, data)
     if stem == "identity_train" and not paths:
         urls = dict.fromkeys(urls, "here")
-    problem = functools.partial(task_problem, TASK_OF[stem])
+    problem = functools.partial(task_problem, task_list.TASK_OF[stem])
     return [File(stem, path, needs, problem, urls.get(path), about) for path in paths or urls]
 
 def toy_files(needs):
@@ -241,9 +238,8 @@ def look():
     """Opens everything, prints the table. -> the Files with which something is wrong"""
     files = required_files()
     for file in files:
-        file.wrong = f"{file.path} is missing"
-        if file.path.exists():
-            file.wrong = file.problem(file.path)
+        there = file.path.exists()
+        file.wrong = file.problem(file.path) if there else f"{file.path} is missing"
     common.print0(f"{'':<9}{'what':<26}{'files':>12}{'MB':>12}   {'read by':<30} what to do")
     for what in dict.fromkeys(file.what for file in files):
         show(what, [file for file in files if file.what == what])
@@ -257,12 +253,12 @@ def show(what, files):
     if bad:
         state = "damaged" if damaged else "missing"
         to_do = again if all(file.url for file in bad) else "put it right"
-        if what in TASK_OF and data != "toy":
+        if what in task_list.TASK_OF and data != "toy":
             to_do += (f", or link or copy your own to {pipeline.task_dir(data) / what}.jsonl, or "
                       "take it out of the settings")
     good = [file.path for file in files if not file.wrong]
     size = sum(path.stat().st_size for top in good for path in (top, *top.rglob("*")))
-    needs = " ".join(name for name in phases if name in files[0].needs)
+    needs = " ".join(dict.fromkeys(files[0].needs))
     there = f"{len(good)} of {len(files)}"
     common.print0(f"{state:<9}{what:<26}{there:>12}{size / 1e6:>12,.1f}   {needs:<30} {to_do}")
     for why in damaged[:5]:
@@ -303,8 +299,7 @@ def unpack_bundle(zipped):
     with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:
         # gone: another process has unpacked it
         for name in bundle.namelist():
-            inside = name.startswith("eval_bundle/") and ".." not in name
-            if inside and not name.endswith("/"):
+            if name.startswith("eval_bundle/") and ".." not in name and name[-1] != "/":
                 common.atomic_write(zipped.parent / name, bundle.read(name))
     zipped.unlink(missing_ok=True)
 
@@ -338,9 +333,8 @@ if bad:
     zipped = pipeline.eval_bundle_dir(data).with_suffix(".zip")
     jobs = [(file.url, zipped if file.what == "CORE" else file.path, file.problem, file.size)
             for file in bad]
-    shard_count = sum(file.what == "text" for file in bad)
-    download.fetch_all(jobs, again, run.stop_reason, workers,
-                       also=2 * SHARD_TOKENS * shard_count)  # its tokens, two bytes each
+    tokens = SHARD_TOKENS * sum(file.what == "text" for file in bad)  # of two bytes
+    download.fetch_all(jobs, again, run.stop_reason, workers, also=2 * tokens)
     if zipped.exists():
         unpack_bundle(zipped)
     bad = look()

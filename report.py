@@ -131,15 +131,15 @@ def svg(line, title):
         return ""
     parts = np.array_split(np.array(line), min(len(line), 300))
     xs, ys = np.array([part.mean(axis=0) for part in parts]).T
-    low, high = ys.min(), ys.max()
     across = np.interp(xs, [xs[0], xs[-1]], [10, 550])
-    down = np.interp(ys, [low, high], [130, 22])
+    down = np.interp(ys, [ys.min(), ys.max()], [130, 22])
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 140" width="560"
 height="140" font-family="sans-serif" font-size="11" fill="#555">
 <rect width="100%" height="100%" fill="#fff"/>
 <polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="{curve}"/>
-<text x="10" y="14">{title}: {low:.3g} to {high:.3g}, steps {xs[0]:,.0f} to {xs[-1]:,.0f}</text>
+<text x="10" y="14">{title}, {ys.min():.3g} to {ys.max():.3g}; steps {xs[0]:,.0f} to {xs[-1]:,.0f}
+</text>
 </svg>
 """
 
@@ -161,10 +161,9 @@ def head(stages):
     ratios = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios)
     tokens = sum(stage.meta.get("tokens", 0) for stage in stages)
     parameters = stages[0].record.get("parameters", 0)
-    when = time.strftime("%Y-%m-%d %H:%M")
     commit = records.source_version()[0][:12]
     return [
-        f"- written {when} on {platform.node()}: {machine()}",
+        f"- written {time.strftime('%Y-%m-%d %H:%M')} on {platform.node()}: {machine()}",
         f"- torch {metadata.version('torch')}, Python {platform.python_version()}, commit {commit}",
         f"- data set `{data}`, state in `{pipeline.data_root(data)}`",
         f"- tokenizer of {tokenizer.get('vocab_size', '?')} tokens; bytes per token: {ratios}",
@@ -202,7 +201,7 @@ def section(stage, states, folder):
         speed = statistics.median(clock["tokens_per_second"] for clock in stage.clocks)
         lines.append(f"- speed: {speed:,.0f} tokens/s (median)")
     lines.append(f"- evaluation: {states[f'{stage.name}-eval'][1]}")
-    if record:
+    if "host" in record:  # neither damaged nor adopted
         lines += started(script, record)
     return [*lines, ""]
 
@@ -246,16 +245,14 @@ def core_section(core):
     """CORE's tasks and the samples of base_eval.py."""
     rows = [["CORE task", "accuracy", "centred", "items"]]
     for name, score in core["tasks"].items():
-        accuracy, centred = f"{score['accuracy']:.4f}", f"{score['centred']:+.4f}"
-        rows.append([name, accuracy, centred, str(score["n"])])
+        rows.append([name, f"{score['accuracy']:.4f}", f"{score['centred']:+.4f}",
+                     f"{score['n']}"])
     lines = markdown(rows)
-    if core["samples"]:
-        lines += ["Samples, the model's part behind the bar:", "", "```text"]
-        for sample in core["samples"]:
-            text = f"{sample['prompt']}|{sample['text']}".replace("\n", "\\n")
-            lines.append(text.replace("`", "'")[:200])
-        lines += ["```", ""]
-    return lines
+    lines += ["Samples, the model's part behind the bar:", "", "```text"]
+    for sample in core["samples"]:
+        text = f"{sample['prompt']}|{sample['text']}".replace("\n", "\\n")
+        lines.append(text.replace("`", "'")[:200])
+    return [*lines, "```", ""]
 
 # -------------------------------------------------------------------------------------------------
 # the table of scores

@@ -59,8 +59,7 @@ def describe(directory):
         half = f"saved at {where}{ago(written(directory / checkpoint.manifest_name(step)))}"
     if status == "done":
         trained = directory.parent.name.endswith("_checkpoints")
-        lost = lost_part(directory, step) if trained else None
-        if lost:
+        if trained and (lost := lost_part(directory, step)):
             return "failed", f"was done, but {lost}"
         return "done", f"done, {where}{ago(record['updated'])}"
     if status == "interrupted":
@@ -74,8 +73,7 @@ def describe(directory):
         return "failed", f"failed, {half}: {reason}"
     if (directory / "phase.json").exists():
         return "failed", f"its record, phase.json, cannot be read; {half}"
-    files = directory.iterdir() if directory.is_dir() else []
-    if any(path.is_file() and "lock" not in path.name for path in files):
+    if any(path.is_file() and "lock" not in path.name for path in directory.glob("*")):
         return "done", "there, without a record: made elsewhere"
     return "absent", "not started"
 
@@ -89,10 +87,11 @@ def describe_eval(path, directory):
         if last.get("code", 75) != 75:
             return "failed", f"failed, {ago(written(partial))}: {reason}"
         return "half", f"half done, the last piece was kept {ago(written(partial))} ({reason})"
+    if not path.exists():
+        return "absent", "not started"
     result = read(path)
     if not result:
-        unreadable = "failed", f"its result, {path.name}, cannot be read"
-        return unreadable if path.exists() else ("absent", "not started")
+        return "failed", f"its result, {path.name}, cannot be read"
     for step in checkpoint.steps(directory)[:1]:
         if result.get("inputs", {}).get("weights") != checkpoint.fingerprint(directory, step):
             return "stale", "of other weights than those there now"
@@ -152,8 +151,8 @@ def data_sets():
 
 def check_folder(name):
     """Failure (code 2) where a data set is the user's own folder and that is not there."""
-    own = pipeline.is_folder_data(name)
-    common.check(not own or pipeline.base_data_dir(name).is_dir(), f"there is no {name}")
+    there = pipeline.base_data_dir(name).is_dir()
+    common.check(there or not pipeline.is_folder_data(name), f"there is no {name}")
 
 def main():
     if data:

@@ -38,7 +38,8 @@ TASKS = {
     "simplespelling": {**TEXT, "train": "words_alpha", "test": "words_alpha"},
     "facts":          {**TEXT, "test": "facts_test"},
 }
-STEMS = {task[split] for task in TASKS.values() for split in ("train", "test") if split in task}
+TASK_OF = {task[split]: name for name, task in TASKS.items()  # by the stem of its files
+           for split in ("train", "test") if split in task}
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files, behind a stem
 GENERATED = 500  # items of a generated task where no number is given
 
