@@ -55,13 +55,15 @@ def declared(path):
     source = Path(path).read_text(encoding="utf-8").partition("\nsettings = ")[0]
     lines = source.split("\n")
     above = lines.index(MARKER) if MARKER in lines else len(lines)
-    found = {}
+    found, values = {}, {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+            name = ast.unparse(node.targets[0])
             own = lines[node.lineno - 1:node.end_lineno]
             comment = " ".join(line.partition("  # ")[2].strip() for line in own)
-            default = ast.literal_eval(node.value)
-            found[node.targets[0].id] = Setting(default, comment, node.lineno <= above)
+            # evaluated, since 2 ** 19 or 64 * depth is what people write
+            values[name] = eval(ast.unparse(node.value), {}, values)
+            found[name] = Setting(values[name], comment, node.lineno <= above)
     return found
 
 def defaults(script):

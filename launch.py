@@ -386,7 +386,10 @@ def main():
         supervisor.outcome_path.unlink(missing_ok=True)
     print(flush=True)
     if code is not None:
-        subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False)
+        said = subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False,
+                              capture_output=True, text=True).stdout
+        # what comes next is the job's own business
+        print(said.rpartition("next: ")[0] if plan.in_slurm else said, end="", flush=True)
     if code == 75 and not plan.in_slurm:
         line += ": run the same command again"
     print(line, flush=True)

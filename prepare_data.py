@@ -61,6 +61,7 @@ READS = {
     "task": ["train", "test"],
 }
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
+LARGE = 500_000_000        # bytes of a file that a check does not read to its end
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
 common.check(workers >= 1, f"--workers must be at least 1, not {workers}")
@@ -123,12 +124,13 @@ def shards_needed():
 # what is wrong with a file: None, or words
 
 def text_problem(path):
-    """Of parquet the footer is read, of other files the first lines: there may be many of them."""
+    """Of parquet the footer is read, of a large .jsonl the first lines."""
     if path.suffix == ".parquet":
         return texts.parquet_problem(path, "text")
     if path.suffix == ".txt":
         return None
-    return texts.problem(path, texts.read_lines(path), texts.text_of, 10_000)
+    enough = None if path.stat().st_size < LARGE else 10_000
+    return texts.problem(path, texts.read_lines(path), texts.text_of, enough)
 
 def word_of(line):
     if len(line) > 100:

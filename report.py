@@ -79,7 +79,7 @@ def gather(name, run):
     record = status.read(directory / "phase.json")
     meta = status.saved(directory)[1]
     metrics = [m for m in common.read_json_lines(directory / "metrics.jsonl") if "step" in m]
-    clocks = [m["clock"] for m in metrics if "clock" in m]
+    clocks = [m["clock"] for m in metrics if isinstance(m.get("clock"), dict)]
     seconds = max(part.get("seconds", 0.0) for part in (record, *clocks[-1:]))
     core = result_of(f"core_{name}_{run}", "tasks", directory)
     chat = result_of(f"chat_{name}_{run}", "results", directory)
@@ -360,7 +360,10 @@ def main():
                 *goals(stages[2].chat, stages[3].chat)]
         lines += ["", "## Goals", "", *markdown(rows)]
         shown += "\n\n" + aligned(rows)
-    common.atomic_write(folder / "report.md", "\n".join(lines) + "\n")
+    try:
+        common.atomic_write(folder / "report.md", "\n".join(lines) + "\n")
+    except OSError as e:
+        common.fail(f"could not write {folder / 'report.md'}: {e}", code=1)
     print("\n".join([shown, "", *notes, f"report: {folder / 'report.md'}"]))
 
 if __name__ == "__main__":

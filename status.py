@@ -4,7 +4,7 @@ What is done, what is half done, what died and why; the last line is what to run
     python status.py                # every data set in the state folder, the newest at the end
     python status.py --data=toy     # one of them
 
-Reads names and records only: checksums can take minutes.
+Reads names, sizes and records only: checksums can take minutes.
 """
 import contextlib
 import re
@@ -42,11 +42,18 @@ def ago(when):
     return f"{common.duration(max(0, time.time() - when))} ago"
 
 def lost_part(directory, step):
-    """What a training that was done lacks now, or None."""
-    if step is None:
-        return "its checkpoint is gone"
-    gone = [name for name in checkpoint.files(directory, step) if not (directory / name).exists()]
-    return f"{gone[0]} is gone" if gone else None
+    """What a tokenizer or a training that was done lacks now, or None."""
+    sizes = {}
+    if directory.name == "tokenizer":
+        sizes = {"tokenizer.json": 0}
+    if directory.parent.name.endswith("_checkpoints"):
+        if step is None:
+            return "its checkpoint is gone"
+        sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()}
+    for name, size in sizes.items():
+        if not (directory / name).exists() or (directory / name).stat().st_size < size:
+            return f"{name} is gone or cut short"
+    return None
 
 def describe(directory):
     """-> (state, words) of a phase; state is done, running, half, failed or absent.
@@ -58,8 +65,7 @@ def describe(directory):
         where = f"step {step} of {meta.get('num_steps', '?')}, "
         half = f"saved at {where}{ago(written(directory / checkpoint.manifest_name(step)))}"
     if status == "done":
-        trained = directory.parent.name.endswith("_checkpoints")
-        if trained and (lost := lost_part(directory, step)):
+        if lost := lost_part(directory, step):
             return "failed", f"was done, but {lost}"
         return "done", f"done, {where}{ago(record['updated'])}"
     if status == "interrupted":

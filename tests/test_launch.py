@@ -278,7 +278,8 @@ def test_a_signal_after_the_end_changes_nothing(state, monkeypatch):
     plan = given()
     monkeypatch.setattr(launch, "make_plan", lambda words: plan)
     monkeypatch.setattr(launch, "run_all", lambda plan, supervisor: (0, "all done"))
-    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **more: None)
+    monkeypatch.setattr(launch.subprocess, "run",
+                        lambda *args, **more: SimpleNamespace(stdout="next: chat\n"))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     try:

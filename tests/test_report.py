@@ -300,11 +300,21 @@ def test_half_done_running_and_dead(whole):
     assert last == "next: wait for rl, then bash speedrun.sh --data=toy"
 
     write(result_of(root, "rl").with_suffix(".partial.jsonl"), "{}\n")
-    (folder / "model_000040.pt").unlink()
     write_record(folder, "chat_rl")
+    (folder / "model_000040.pt").write_bytes(b"")
+    assert "was done, but model_000040.pt is gone or cut" in status_of(whole, "--data=toy")[0]
+    (folder / "model_000040.pt").unlink()
+    (root / "tokenizer/tokenizer.json").unlink()
     said, _ = status_of(whole, "--data=toy")
     assert re.search(r"rl-eval d4 +half done", said)
     assert "was done, but model_000040.pt is gone" in said
+    assert "was done, but tokenizer.json is gone" in said
+
+def test_a_report_that_cannot_be_written_is_one_line(whole):
+    (whole / "toy/report/report.md").mkdir()
+    out = script(whole, "report.py", "--data=toy")
+    assert out.returncode == 1 and out.stderr.count("\n") == 1
+    assert "error: could not write" in out.stderr
 
 def test_what_to_run_next_names_the_data_and_the_depth(state):
     states = {phase.name: ("done", "") for phase in pipeline.PHASES}

@@ -32,9 +32,13 @@ print(repr((depth, lr, name, on, mixture, limit, device_rows)))
 print(sorted(settings.defining), sorted(settings.free), settings.of_phases)
 '''
 
-def run(tmp_path, *args, more=""):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(repo=str(REPO), more=more))
+def run(tmp_path, *args, more="", edited=()):
+    path, source = tmp_path / "script.py", SCRIPT.format(repo=str(REPO), more=more)
+    for line in edited:
+        name = line.split(" = ")[0]
+        source = re.sub(rf"^{name} = .*?  ", f"{line}  ", source, flags=re.MULTILINE)
+        assert line in source
+    path.write_text(source)
     return subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True,
                           cwd=tmp_path, check=False)
 
@@ -48,6 +52,11 @@ def test_defaults_and_halves(tmp_path):
     assert run(tmp_path).stdout.splitlines() == [
         "(20, 0.5, 'x', False, ['a'], None, 8)",
         "['depth', 'limit', 'lr', 'mixture', 'name', 'on'] ['device_rows'] {}"]
+
+def test_a_default_edited_in_the_script_may_be_an_expression(tmp_path):
+    edited = ["depth = 2 ** 3", "limit = 4 * depth"]
+    assert values(tmp_path, edited=edited) == "(8, 0.5, 'x', False, ['a'], 32, 8)"
+    assert values(tmp_path, "--depth=5", edited=edited) == "(5, 0.5, 'x', False, ['a'], 32, 8)"
 
 def test_overrides_of_every_type(tmp_path):
     args = ["--depth=4", "--lr=1", "--name=7", "--on=True", "--mixture=b,c*2", "--limit=2.5",
