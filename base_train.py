@@ -18,6 +18,7 @@ import common
 import configurator
 import data as dataset
 import pipeline
+import records
 import texts
 import tokenizer as tok
 
@@ -78,7 +79,7 @@ if try_out:
     train = [dataset.random_store(tokenizer.vocab_size, max_seq_len)]
 else:
     # files that were added since the run began do not stop it: it goes on with those it knows
-    begun_with = run.find_record(directory, settings).get("train_files")
+    begun_with = records.find_record(directory, settings).get("train_files")
     train = dataset.tokenize_files(run, data, "train", tokenizer, begun_with)
 for split, stores in ("training", train), ("validation", val):
     common.check(dataset.fills_a_row(stores, max_seq_len + 1), f"the {split} split of {data} has "

@@ -141,3 +141,11 @@ def take_lock(directory):
     lock = Lock(path, token, file)
     threading.Thread(target=lock.beat, daemon=True).start()
     return lock
+
+def put_aside(directory):
+    """Renames a folder, with the date. Failure (code 2) where somebody writes in it."""
+    if holder := living_holder(directory):
+        common.fail(f"{directory} is being written by {holder_name(holder)}; stop it first")
+    aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory.rename(aside)
+    common.print0(f"starting over; the old state is kept in {aside}")

@@ -27,6 +27,7 @@ import common
 import configurator
 import download
 import pipeline
+import records
 import tasks as task_list
 import texts
 
@@ -202,7 +203,7 @@ def task_files(stem, needs):
 
 def toy_files(needs):
     """The files of the toy world, as they were written."""
-    written = run.find_record(directory, settings).get("files")
+    written = records.find_record(directory, settings).get("files")
     if not written:
         return [File("toy world", directory, phases, lambda path: f"{path} was never filled",
                      "here")]

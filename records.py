@@ -1,7 +1,6 @@
 """
 The record of a phase, phase.json in its folder: settings, inputs, status (running, interrupted,
-failed, done), why, what to run next. Here it is only read and compared;
-a Run writes it (run.py).
+failed, done), why, what to run next. Here it is only read and compared; a Run writes it (run.py).
 """
 import contextlib
 import hashlib
@@ -24,6 +23,33 @@ def recovered_record(directory):
         if kept := (common.read_json(path) or {}).get("record"):
             return {**kept, "free": {}, "status": "running"}
     return {}
+
+def find_record(directory, settings):
+    """
+    The record that a start in `directory` goes on from, {} where it begins anew.
+    --start_over=True holds for one beginning: the same command given again goes on with the
+    half-done run that it has begun.
+    """
+    directory = Path(directory)
+    old = load_record(directory) or recovered_record(directory)
+    if not old or not settings["start_over"]:
+        return old
+    before = comparable(old["settings"], directory)
+    same = before == comparable(settings.defining, directory)
+    began_so = old["free"].get("start_over") and same and old["status"] != "done"
+    return old if began_so else {}
+
+def check_unchanged(name, directory, old, defining, inputs):
+    """Failure (code 2) where what was recorded differs from what is asked for now."""
+    if load_record(directory) is None:
+        common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
+                      "compared with what the newest checkpoint says of them")
+    changed = differences(comparable(old["settings"], directory), defining)
+    changed += differences(old["inputs"], inputs)
+    if changed:
+        common.fail(f"{name} was started with other settings or inputs in {directory}: "
+                    f"{', '.join(changed)} (--start_over=True keeps the old state aside and starts "
+                    "again)")
 
 def differences(old, new):
     """["depth: 4 -> 6", ...] for two dicts"""

@@ -31,11 +31,12 @@ from pathlib import Path
 
 import checkpoint
 import common
+import records
 import slurm
+import trial
 from clock import Clock, budget
-from lock import Lock, holder_name, living_holder, take_lock
+from lock import Lock, living_holder, put_aside, take_lock
 from ranks import Ranks
-from records import comparable, differences, load_record, recovered_record, source_version
 
 TRY_OUT_STEPS = 3          # the first one compiles
 TRIED_OUT = "tried out"    # why a run stops after them
@@ -97,21 +98,6 @@ class Run:
     # ---------------------------------------------------------------------------------------------
     # opening the phase's folder
 
-    def find_record(self, directory, settings):
-        """
-        The record that a start in `directory` goes on from, {} where it begins anew; only reads.
-        --start_over=True holds for one beginning: the same command given again goes on with the
-        half-done run that it has begun.
-        """
-        directory = Path(directory)
-        old = load_record(directory) or recovered_record(directory)
-        if not old or not settings["start_over"]:
-            return old
-        before = comparable(old["settings"], directory)
-        same = before == comparable(settings.defining, directory)
-        began_so = old["free"].get("start_over") and same and old["status"] != "done"
-        return old if began_so else {}
-
     def open_or_exit(self, directory, settings, inputs, damage=None):
         """
         Takes the lock of the phase's folder and writes its record; done on rank 0. in: settings
@@ -131,10 +117,10 @@ class Run:
 
     def _open(self, settings, inputs, damage):
         directory, start_over = self.directory, settings["start_over"]
-        defining = comparable(settings.defining, directory)
+        defining = records.comparable(settings.defining, directory)
         if self.try_out and not living_holder(directory):
             shutil.rmtree(directory, ignore_errors=True)  # of an earlier try-out
-        old = self.find_record(directory, settings)
+        old = records.find_record(directory, settings)
         if start_over and old.get("inputs") != inputs:
             old = {}
         if not start_over and checkpoint.made_by_nanochat(directory) is not None:
@@ -142,16 +128,16 @@ class Run:
                         "aside and trains anew; without, later phases go on from it "
                         "(speedrun.sh --from)")
         if old:
-            self._compare(old, defining, inputs)
-            damage = damage or self._no_checkpoint
-            if old["status"] == "done" and damage() is None:
+            records.check_unchanged(self.name, directory, old, defining, inputs)
+            whole = damage() is None if damage else checkpoint.newest(directory) is not None
+            if old["status"] == "done" and whole:
                 common.print0(f"{self.name}: done already ({directory})")
                 raise SystemExit(0)
             known = {k: v for k, v in settings.free.items() if k in old["free"]}
-            for line in differences(old["free"], known):
+            for line in records.differences(old["free"], known):
                 common.print0(f"{self.name}: setting changed since the last start: {line}")
         elif start_over and directory.exists():
-            self._put_aside()
+            put_aside(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(directory)
@@ -161,10 +147,11 @@ class Run:
             common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
                           "memory" + " (a smaller --device_batch_size needs less)"
                           * ("device_batch_size" in settings))
-        commit, difference = source_version()
+        commit, difference = records.source_version()
         if old and (commit, difference) != (old.get("commit"), old.get("difference")):
-            common.print0(f"{self.name}: the source changed since the last start "
-                          f"({old.get('commit', '?')[:8]} -> {commit[:8]})")
+            common.print0(f"{self.name}: the source changed since the last start (commit "
+                          f"{old.get('commit', '?')[:8]}, now {commit[:8]}"
+                          f"{' with uncommitted changes' if difference else ''})")
         now = time.time()
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
@@ -175,31 +162,6 @@ class Run:
             "starts": [*old.get("starts", []), now]}
         self.update_record()
         return self.record
-
-    def _compare(self, old, defining, inputs):
-        """Refuses where what was recorded differs from what is asked for now."""
-        if load_record(self.directory) is None:
-            common.print0(f"{self.directory / 'phase.json'} is gone or damaged: settings and "
-                          "inputs are compared with what the newest checkpoint says of them")
-        before = comparable(old["settings"], self.directory)
-        changed = differences(before, defining)
-        changed += differences(old["inputs"], inputs)
-        if changed:
-            common.fail(f"{self.name} was started with other settings or inputs in "
-                        f"{self.directory}: {', '.join(changed)} (--start_over=True keeps the old "
-                        "state aside and starts again)")
-
-    def _no_checkpoint(self):
-        found = checkpoint.newest(self.directory)
-        return "there is no whole checkpoint" if found is None else None
-
-    def _put_aside(self):
-        if holder := living_holder(self.directory):
-            common.fail(f"{self.directory} is being written by {holder_name(holder)}; "
-                        "stop it first")
-        aside = f"{self.directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.directory.rename(self.directory.with_name(aside))
-        common.print0(f"starting over; the old state is kept in {self.directory.parent / aside}")
 
     def update_record(self, **facts):
         """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk."""
@@ -371,29 +333,10 @@ class Run:
         if self.clock:  # it trains
             self.finish_save()
             if reason == TRIED_OUT:
-                self.exit_tried_out()
+                self.leave(0, TRIED_OUT, trial.facts_of(self))
             reason = f"{reason}: saved at step {self.saved_step} of {self.clock.num_steps}"
         common.print0(f"stopped: {reason}; run the same command again")
         self.leave(75, reason)
-
-    def exit_tried_out(self):
-        """Loads back what was saved, says what the first steps needed, ends the process with 0."""
-        free, num_steps = self.record["free"], self.clock.num_steps
-        evals = 1 + (math.ceil(num_steps / free["eval_every"]) if free["eval_every"] else 0)
-        facts = {"seconds": self.clock.step_seconds(), "num_steps": num_steps, "evals": evals,
-                 "eval_seconds": self.eval_seconds, "keep": free["keep"]}
-        if self.ranks.rank == 0:
-            began = time.monotonic()
-            damage = self._no_checkpoint()  # reads and hashes all of it
-            common.check(damage is None, f"{damage} in {self.directory} after a save")
-            checkpoint.load(self.directory, self.saved_step)
-            sizes = checkpoint.files(self.directory, self.saved_step).values()
-            facts["bytes"] = sum(size for size, _ in sizes)
-            common.print0(
-                f"tried out: {facts['seconds']:.3f} s a step, {self.eval_seconds:.1f} s a "
-                f"measurement; a checkpoint has {facts['bytes'] / 1e9:.2f} GB, is written in "
-                f"{self.longest_save:.1f} s and read in {time.monotonic() - began:.1f} s")
-        self.leave(0, TRIED_OUT, facts)
 
     def leave(self, code, reason, facts=None):
         """Ends the process; under torchrun with 0, since it starts a worker again that says 75."""
@@ -422,31 +365,31 @@ class Run:
         if self.ranks.rank == 0 or code == 1:
             common.leave_outcome(code, reason, next_command or self.command, **(facts or {}))
 
-    def explained(self, error):
-        """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory
-        is out, a Failure (code 1) that says what to try instead."""
-        text = str(error)
-        kind = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-        if not (kind or "out of memory" in text or "not enough memory" in text):
-            return error
-        rows = ("device_batch_size", "rollout_rows", "rows")
-        fewer = [f"--{key}={max(1, self.settings[key] // 2)}" for key in rows
-                 if key in (self.settings or {})]
-        failure = common.Failure(
-            f"ran out of memory in {self.name} ({text.splitlines()[0][:150]}); run the same "
-            f"command with {' '.join(fewer)}: the result stays the same to rounding, and what is "
-            "saved goes on", code=1)
-        failure.facts["retry_with"] = fewer  # the launcher does so once
-        return failure
-
     def end_process(self, kind, value, trace):
         """sys.excepthook: what nobody has caught ends the run."""
-        failure = common.show_uncaught(kind, self.explained(value), trace)
+        value = explained(value, self.name, self.settings or {})
+        failure = common.show_uncaught(kind, value, trace)
         reason = failure.message
-        lost = "DistBackendError" in kind.__name__ or "onnection" in str(value)
+        lost = "DistBackendError" in kind.__name__ or "connection" in str(value).lower()
         if lost and self.ranks.world > 1:
             reason = f"another rank died or cannot be reached ({str(value)[-150:]})"
         if failure.code == 75:
             self.leave(75, reason)
         self.close(failure.code, reason, failure.next_command, failure.facts)
         raise SystemExit(failure.code)
+
+def explained(error, name, settings):
+    """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is
+    out, a Failure (code 1) that says what to try instead."""
+    text = str(error)
+    kind = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if not (kind or "out of memory" in text or "not enough memory" in text):
+        return error
+    fewer = [f"--{key}={max(1, settings[key] // 2)}"
+             for key in ("device_batch_size", "rollout_rows", "rows") if key in settings]
+    failure = common.Failure(
+        f"ran out of memory in {name} ({text.splitlines()[0][:150]}); run the same command with "
+        f"{' '.join(fewer)}: the result stays the same to rounding, and what is saved goes on",
+        code=1)
+    failure.facts["retry_with"] = fewer  # the launcher does so once
+    return failure

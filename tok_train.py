@@ -38,6 +38,7 @@ import regex
 import common
 import configurator
 import pipeline
+import records
 import texts as user_texts
 import tokenizer as tok
 
@@ -276,7 +277,7 @@ def main():
     common.check(run.ranks.world == 1,
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
-    record = run.find_record(directory, settings)
+    record = records.find_record(directory, settings)
     # files that were added since it began do not stop a run
     begun_with = record.get("train_files")
     files, _ = user_texts.dataset_files(data, begun_with)

@@ -59,6 +59,26 @@ def try_out(plan, run_phase):
     say_time(plan, {p.name: tried[p.name] for p in phases})
     return 0, {name: tried[name]["fewer"] for name in names}
 
+def facts_of(run):
+    """What the first steps of a Run needed, which it has just saved: loads it back, prints it.
+    -> facts for the launcher; in seconds and bytes"""
+    free, num_steps = run.record["free"], run.clock.num_steps
+    evals = 1 + (math.ceil(num_steps / free["eval_every"]) if free["eval_every"] else 0)
+    facts = {"seconds": run.clock.step_seconds(), "num_steps": num_steps, "evals": evals,
+             "eval_seconds": run.eval_seconds, "keep": free["keep"]}
+    if run.ranks.rank == 0:
+        began = time.monotonic()
+        damage = checkpoint.problem(run.directory, run.saved_step)  # reads and hashes all of it
+        common.check(damage is None, f"{damage} in {run.directory} after a save")
+        checkpoint.load(run.directory, run.saved_step)
+        sizes = checkpoint.files(run.directory, run.saved_step).values()
+        facts["bytes"] = sum(size for size, _ in sizes)
+        common.print0(
+            f"tried out: {facts['seconds']:.3f} s a step, {run.eval_seconds:.1f} s a measurement; "
+            f"a checkpoint has {facts['bytes'] / 1e9:.2f} GB, is written in "
+            f"{run.longest_save:.1f} s and read in {time.monotonic() - began:.1f} s")
+    return facts
+
 def check_disk(plan, tried):
     """Failure (code 2) where the disk has no room for the checkpoints to come: those that are kept,
     and one more, since an old one goes after the new one is there."""
