@@ -71,7 +71,7 @@ common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
              f"not {total_batch_size}")
 texts.dataset_files(data)
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
-tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir(data))
+tokenizer = tok.load_tokenizer(data)
 
 run.ranks.join()
 val = dataset.tokenize_files(run, data, "val", tokenizer)

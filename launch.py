@@ -267,7 +267,7 @@ def check_inputs(plan, supervisor):
         if phase.parent in plan.lines:
             continue
         if phase.parent == "tok":
-            models.tok.load_tokenizer(pipeline.tokenizer_dir(plan.data))
+            models.tok.load_tokenizer(plan.data)
             continue
         folder = plan.folder(phase.parent)
         if checkpoint.made_by_nanochat(folder) not in (None, *checkpoint.steps(folder)):

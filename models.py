@@ -130,6 +130,6 @@ def load_model(folder, step, device, dtype):
 
 def load_tokenizer_of(folder, step, data):
     """The data set's tokenizer, which has to be the one of this model."""
-    tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir(data))
+    tokenizer = tok.load_tokenizer(data)
     check_tokenizer(folder, step, tokenizer)
     return tokenizer

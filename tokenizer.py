@@ -3,7 +3,7 @@ The tokenizer: byte-level BPE kept as plain data (ranks.txt and tokenizer.json, 
 tiktoken; and how a conversation becomes tokens.
 
     from tokenizer import load_tokenizer
-    tok = load_tokenizer(pipeline.tokenizer_dir("toy"))
+    tok = load_tokenizer("toy")
     tok.decode(tok.encode("Hello, world"))  # -> "Hello, world"
 
 Text is text: a special token's name inside a string is encoded as ordinary characters. Special
@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import tiktoken
@@ -50,13 +50,15 @@ class Tokenizer:
     def __init__(self, ranks, pattern=PATTERN, special_tokens=None):
         if not special_tokens:
             special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        check_parts(ranks, special_tokens)
+        ids = [*ranks.values(), *special_tokens.values()]
+        if sorted(ids) != list(range(len(ids))) or not special_tokens.keys() >= set(SPECIAL_TOKENS):
+            raise ValueError("its ids are not 0, 1, 2, ... or one of the special tokens is missing")
         self.ranks = ranks
         self.pattern = pattern
         self.special_tokens = special_tokens
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special_tokens)
-        self.vocab_size = len(ranks) + len(special_tokens)
+        self.vocab_size = len(ids)
         self.bos = special_tokens["<|bos|>"]
 
     @functools.cached_property
@@ -70,12 +72,11 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids, none of them special"""
+        ends = [blank.end() for blank in LONG_BLANK.finditer(text)]
         ids = []
-        start = 0
-        for blank in LONG_BLANK.finditer(text):
-            ids += self.encoding.encode_ordinary(text[start:blank.end()])
-            start = blank.end()
-        return ids + self.encoding.encode_ordinary(text[start:])
+        for start, end in pairwise([0, *ends, len(text)]):
+            ids += self.encoding.encode_ordinary(text[start:end])
+        return ids
 
     def encode_batch(self, texts, threads=2):
         """list of str -> list of lists of ids; tiktoken lets go of Python's lock: threads help"""
@@ -124,36 +125,29 @@ class Tokenizer:
         """ids up to and with the start marker where the assistant has to speak; its own last
         message is left out"""
         messages = conversation["messages"]
-        if messages and messages[-1].get("role") == "assistant":
+        if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         ids, _ = self.render_conversation({"messages": messages})
         return ids + [self.special("<|assistant_start|>")]
 
 def without_surrogates(text):
     """The text as tiktoken takes it: a pair of surrogates -> its character, a lone one -> U+FFFD"""
-    if text.isascii():
-        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-def is_part(part, kinds):
-    """Whether it is {"type": one of kinds, "text": str}"""
-    if not isinstance(part, dict):
-        return False
-    return part.get("type") in kinds and isinstance(part.get("text"), str)
+# what a message of each role may consist of
+KINDS = {"user": ["text"], "assistant": ["text", "python", "python_output"]}
 
 def messages_of(conversation):
     """{"messages": [{"role": "system"|"user"|"assistant", "content": text or list of parts}]}
-    -> [(role, [(kind, text)])]. A part is {"type": "text"|"python"|"python_output", "text": str},
-    the last two for the assistant alone. A system message comes first and is put in front of the
-    user's. Anything else is an error (ValueError that says what).
+    -> [(role, [(kind, text)])]. A part is {"type": one of KINDS[role], "text": str}. A system
+    message comes first and is put in front of the user's. Anything else is an error.
     example: user "Hi", assistant "Hello" ->
     [("user", [("text", "Hi")]), ("assistant", [("text", "Hello")])]"""
     messages = []
     system = ""
     for i, message in enumerate(conversation["messages"]):
-        role = message.get("role")
-        content = message.get("content")
-        if i == 0 and role == "system" and isinstance(content, str):
+        role, content = message["role"], message["content"]
+        if i == 0 and role == "system":
             system = content + "\n\n"
             continue
         if role != ("user", "assistant")[len(messages) % 2]:
@@ -161,17 +155,15 @@ def messages_of(conversation):
                              "must take turns")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        kinds = ["text"]
-        if role == "assistant":
-            kinds += ["python", "python_output"]
-        if not isinstance(content, list) or not all(is_part(part, kinds) for part in content):
+        kinds = KINDS[role]
+        if not isinstance(content, list) or any(part["type"] not in kinds for part in content):
             raise ValueError(f"message {i} of a conversation, by {role}, is neither text nor a "
                              f"list of parts {', '.join(kinds)}: {str(content)[:80]!r}")
-        parts = [(part["type"], part["text"]) for part in content]
-        if system and parts:
-            parts[0] = ("text", system + parts[0][1])
+        parts = []
+        for part in content:
+            parts.append((part["type"], system + part["text"]))  # a TypeError where it is no text
+            system = ""
         messages.append((role, parts))
-        system = ""
     if not messages:
         raise ValueError("a conversation without a user's message")
     return messages
@@ -179,54 +171,36 @@ def messages_of(conversation):
 # --------------------------------------------------------------------------------------------------
 # files: ranks.txt (tiktoken's own format) and tokenizer.json, written last, which vouches for it
 
-def check_parts(ranks, special_tokens):
-    """ValueError that says why, where these make no tokenizer. (Where they are not of bytes, str
-    and int, tiktoken raises a TypeError.)"""
-    if any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError("not all of the 256 single bytes are there")
-    ids = [*ranks.values(), *special_tokens.values()]
-    if sorted(ids) != list(range(len(ids))):
-        raise ValueError("its ids are not 0, 1, 2, ... without a gap")
-    missing = [name for name in SPECIAL_TOKENS if name not in special_tokens]
-    if missing:
-        raise ValueError(f"special tokens are missing: {' '.join(missing)}")
-
 def ranks_text(ranks):
     """{b"a": 97, ...} -> b"YQ== 97" and so on, a line a token in the order of the ranks"""
     tokens = sorted(ranks, key=ranks.get)
     return b"".join(base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens)
 
-def command_for(directory):
-    """The command that makes the tokenizer of this directory."""
-    script = "adopt.py" if (Path(directory) / "tokenizer.pkl").exists() else "tok_train.py"
-    for data in ("toy", pipeline.SHARED_DATA[0]):
-        if pipeline.tokenizer_dir(data) == Path(directory):
-            return f"python {script} --data={data}"
-    return f"python {script} --data=NAME_OR_FOLDER"
-
 def save_tokenizer(directory, ranks, pattern=PATTERN, special_tokens=None):
     """Writes ranks {token bytes: id} and settings into `directory`; returns the Tokenizer."""
     tokenizer = Tokenizer(ranks, pattern, special_tokens)
     text = ranks_text(ranks)
-    common.atomic_write(Path(directory) / "ranks.txt", text)
+    common.atomic_write(directory / "ranks.txt", text)
     settings = {
         "vocab_size": tokenizer.vocab_size,
         "pattern": pattern,
         "special_tokens": tokenizer.special_tokens,
         "ranks_sha256": hashlib.sha256(text).hexdigest(),
     }
-    common.atomic_write(Path(directory) / "tokenizer.json", json.dumps(settings, indent=1) + "\n")
+    common.atomic_write(directory / "tokenizer.json", json.dumps(settings, indent=1) + "\n")
     return tokenizer
 
-def load_tokenizer(directory):
-    """The Tokenizer in `directory` (pipeline.tokenizer_dir(data)). Failure (code 2) with the
-    command to run where it is missing or damaged."""
-    there = (Path(directory) / "tokenizer.json").exists()
-    common.check(there, f"there is no tokenizer in {directory}", command_for(directory))
-    why = damage(directory)
-    common.check(why is None, f"the tokenizer in {directory} is damaged: {why}",
-                 command_for(directory))
-    return read_tokenizer(directory)
+def read_tokenizer(directory):
+    """The Tokenizer in `directory`. Missing or damaged: OSError, ValueError, KeyError, TypeError"""
+    settings = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    text = (directory / "ranks.txt").read_bytes()
+    if hashlib.sha256(text).hexdigest() != settings["ranks_sha256"]:
+        raise ValueError("ranks.txt is not the one that tokenizer.json was written for")
+    ranks = {}
+    for line in text.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
 
 def damage(directory):
     """None if a whole tokenizer is in `directory`, else what is wrong with it."""
@@ -236,14 +210,12 @@ def damage(directory):
         return str(e)
     return None
 
-def read_tokenizer(directory):
-    """The Tokenizer in `directory`. Missing or damaged: OSError, ValueError, KeyError, TypeError"""
-    settings = json.loads((Path(directory) / "tokenizer.json").read_text(encoding="utf-8"))
-    text = (Path(directory) / "ranks.txt").read_bytes()
-    if hashlib.sha256(text).hexdigest() != settings["ranks_sha256"]:
-        raise ValueError("ranks.txt is not the one that tokenizer.json was written for")
-    ranks = {}
-    for line in text.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    return Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
+def load_tokenizer(data):
+    """The Tokenizer of a data set. Failure (code 2) with the command to run where it is missing or
+    damaged."""
+    directory = pipeline.tokenizer_dir(data)
+    why = damage(directory)
+    script = "adopt.py" if (directory / "tokenizer.pkl").exists() else "tok_train.py"
+    common.check(why is None, f"there is no tokenizer in {directory}, or it is damaged: {why}",
+                 f"python {script} --data={data}")
+    return read_tokenizer(directory)

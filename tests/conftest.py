@@ -71,7 +71,7 @@ def nanochats_own(folder):
     model = gpt.GPT(gpt.GPTConfig(**meta["model_config"], arch="nanochat_2025")).eval()
     weights = there / "base_checkpoints/d4/model_000400.pt"
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return tok.load_tokenizer(folder), model
+    return tok.read_tokenizer(folder), model
 
 
 @pytest.fixture

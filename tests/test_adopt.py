@@ -158,17 +158,19 @@ def pickle_of(folder, pattern=tok.PATTERN):
                                  special_tokens=BYTES.special_tokens)
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
 
-def test_a_pickled_tokenizer_is_kept_as_plain_data(tmp_path, capsys):
+def test_a_pickled_tokenizer_is_kept_as_plain_data(state, capsys):
+    folder = pipeline.tokenizer_dir("toy")
+    folder.mkdir(parents=True)
     pattern = tok.PATTERN.replace("1,2", "1,3")
-    pickle_of(tmp_path, pattern)
-    before = (tmp_path / "tokenizer.pkl").read_bytes()
-    assert exit_code(tok.load_tokenizer, tmp_path) == 2
-    assert "run: python adopt.py" in capsys.readouterr().err, "reading does not convert it"
-    adopt.adopt_tokenizer(tmp_path)
-    loaded = tok.load_tokenizer(tmp_path)
+    pickle_of(folder, pattern)
+    before = (folder / "tokenizer.pkl").read_bytes()
+    assert exit_code(tok.load_tokenizer, "toy") == 2
+    assert "run: python adopt.py --data=toy" in capsys.readouterr().err, "it does not convert it"
+    adopt.adopt_tokenizer(folder)
+    loaded = tok.load_tokenizer("toy")
     assert loaded.pattern == pattern and loaded.ranks == BYTES.ranks
     assert loaded.special_tokens == BYTES.special_tokens
-    assert (tmp_path / "tokenizer.pkl").read_bytes() == before
+    assert (folder / "tokenizer.pkl").read_bytes() == before
 
 class Harm:
     def __init__(self, *call):

@@ -19,7 +19,7 @@ ARGS = ["chat_eval.py", "--data=toy", "--source=base", "--max_new_tokens=4", "--
 def ready(prepared, monkeypatch):
     """The prepared state with a random base model d2 -> run(*args) of chat_eval.py, its result"""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared))
-    tokenizer = tok.load_tokenizer(pipeline.tokenizer_dir("toy"))
+    tokenizer = tok.load_tokenizer("toy")
     if not pipeline.state_path("base", "toy", "d2").exists():
         model = random_model(256, tokenizer.vocab_size, 2, 2, 1, 64)
         save_model("base", "toy", "d2", model, tokenizer)
@@ -69,7 +69,7 @@ def test_a_part_of_the_public_test_sets_is_called_a_part(ready, tmp_path):
     ones."""
     run, _ = ready
     own = str(tmp_path)
-    toys = tok.load_tokenizer(pipeline.tokenizer_dir("toy"))
+    toys = tok.load_tokenizer("toy")
     tok.save_tokenizer(pipeline.tokenizer_dir(own), toys.ranks)
     there = pipeline.state_path("base", own, "d2")
     shutil.copytree(pipeline.state_path("base", "toy", "d2"), there)

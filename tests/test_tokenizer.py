@@ -187,7 +187,7 @@ def test_broken_conversations_are_named(messages, said):
 
 def test_saved_and_loaded_is_the_same(trained, tmp_path):
     tok.save_tokenizer(tmp_path, trained.ranks)
-    loaded = tok.load_tokenizer(tmp_path)
+    loaded = tok.read_tokenizer(tmp_path)
     assert loaded.ranks == trained.ranks and loaded.vocab_size == trained.vocab_size
     assert loaded.fingerprint == trained.fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ranks.txt", "tokenizer.json"]
@@ -213,14 +213,16 @@ def rewrite(path, old, new):
     lambda path: rewrite(path, '"pattern": ', '"pattern": 5, "more": '),
     lambda path: rewrite(path, '"<|bos|>": ', '"<|bos|>": "a", "more": '),
     lambda path: (path / "tokenizer.json").unlink()])
-def test_damaged_or_missing_says_so(trained, tmp_path, capsys, harm):
-    tok.save_tokenizer(tmp_path, trained.ranks)
-    harm(tmp_path)
+def test_damaged_or_missing_says_so(trained, state, capsys, harm):
+    where = pipeline.tokenizer_dir("toy")
+    tok.save_tokenizer(where, trained.ranks)
+    assert tok.load_tokenizer("toy").fingerprint == trained.fingerprint
+    harm(where)
     with ends() as e:
-        tok.load_tokenizer(tmp_path)
+        tok.load_tokenizer("toy")
     said = capsys.readouterr().err
-    assert e.code == 2 and str(tmp_path) in said and said.count("\n") == 1
-    assert "python tok_train.py --data=" in said
+    assert e.code == 2 and str(where) in said and said.count("\n") == 1
+    assert "run: python tok_train.py --data=toy" in said
 
 @pytest.fixture
 def pickled(trained, state):
@@ -241,9 +243,9 @@ def adopts(state):
 
 def test_a_nanochat_pickle_is_converted_once(trained, pickled, state):
     assert adopts(state) and not adopts(state)
-    first = tok.load_tokenizer(pickled)
+    first = tok.load_tokenizer("toy")
     (pickled / "tokenizer.pkl").unlink()
-    again = tok.load_tokenizer(pickled)
+    again = tok.load_tokenizer("toy")
     assert first.fingerprint == again.fingerprint
     assert again.pattern == tok.PATTERN.replace("1,2", "1,3") != tok.PATTERN
     assert again.ranks == trained.ranks and again.special_tokens == trained.special_tokens
@@ -252,7 +254,7 @@ def test_a_damaged_one_is_converted_again_by_the_command_that_is_named(pickled, 
     assert adopts(state)
     damage_bytes(pickled)
     with ends():
-        tok.load_tokenizer(pickled)
+        tok.load_tokenizer("toy")
     assert "run: python adopt.py --data=toy" in capsys.readouterr().err
     assert adopts(state) and tok.damage(pickled) is None
 
@@ -276,7 +278,7 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     assert out.returncode == 0, out.stderr
     assert "bytes per token" in out.stdout
     where = next(state.glob("books-*/tokenizer"))
-    assert tok.load_tokenizer(where).vocab_size == 300
+    assert tok.read_tokenizer(where).vocab_size == 300
     before = (where / "ranks.txt").stat().st_mtime_ns
     out = script(state, *args)
     assert out.returncode == 0 and "done already" in out.stdout
@@ -286,11 +288,11 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     (where / "ranks.txt").write_text("rubbish")  # no longer verifies: trained again
     out = script(state, *args)
     assert out.returncode == 0 and "done already" not in out.stdout
-    assert tok.load_tokenizer(where).vocab_size == 300
+    assert tok.read_tokenizer(where).vocab_size == 300
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=5000")
-    n = tok.load_tokenizer(pipeline.tokenizer_dir(folder)).vocab_size
+    n = tok.load_tokenizer(folder).vocab_size
     assert out.returncode == 0 and n < 5000 and f"{n} tokens instead of 5,000" in out.stdout
 
 def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
@@ -320,9 +322,9 @@ def test_anothers_tokenizer_is_not_overwritten(state, folder):
     tok.save_tokenizer(where, {bytes([i]): i for i in range(256)})
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=300")
     assert out.returncode == 2 and "--start_over=True" in out.stderr
-    assert tok.load_tokenizer(where).vocab_size == 265
+    assert tok.read_tokenizer(where).vocab_size == 265
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=300", "--start_over=True")
-    assert out.returncode == 0 and tok.load_tokenizer(where).vocab_size == 300
+    assert out.returncode == 0 and tok.read_tokenizer(where).vocab_size == 300
 
 def test_more_data_does_not_make_a_finished_tokenizer_another(state, folder):
     command = ["tok_train.py", f"--data={folder}", "--vocab_size=300"]
