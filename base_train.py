@@ -76,7 +76,7 @@ tokenizer = tok.load_tokenizer(data)
 run.ranks.join()
 val = dataset.tokenize_files(run, data, "val", tokenizer)
 if try_out:
-    train = [dataset.random_store(tokenizer.vocab_size, max_seq_len)]
+    train = val  # any text shows shapes and times, and this is tokenised fast
 else:
     # files that were added since the run began do not stop it: it goes on with those it knows
     begun_with = records.find_record(directory, settings).get("train_files")

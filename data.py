@@ -13,11 +13,10 @@ every row, and every document in it, starts with <|bos|>.
 import bisect
 import functools
 import hashlib
+import io
 import json
-import os
 from collections import namedtuple
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -31,139 +30,108 @@ import texts
 # tokens: memmap [n] uint16 or uint32; mask: memmap [n] uint8 or None; lengths: int64 [documents]
 Store = namedtuple("Store", "tokens mask lengths facts")
 
-def open_store(prefix, source=None):
+def open_store(prefix, source):
     """The Store at `prefix`, or None where there is none, or it is damaged or of another source."""
     facts = common.read_json(f"{prefix}.json")
-    if not facts or (source is not None and facts["source"] != source):
+    if not facts or facts["source"] != source:
         return None
-
-    def array(name):
-        if name not in facts["arrays"]:
-            return None
-        return np.load(f"{prefix}.{name}.npy", mmap_mode="r")
+    arrays = {"mask": None}
     try:
-        store = Store(array("tokens"), array("mask"), array("lengths"), facts)
+        for name in facts["arrays"]:
+            arrays[name] = np.load(f"{prefix}.{name}.npy", mmap_mode="r")
     except (OSError, ValueError):
         return None
-    whole = store.tokens.size == facts["tokens"] and store.lengths.size == facts["documents"]
-    return store if whole else None
+    return Store(**arrays, facts=facts)
 
-def write_store(prefix, batches, source, vocab_size, more=dict, stop_reason=lambda: None):
-    """
-    Writes a store from `batches`: lists of (ids, mask or None). Arrays first, facts last; more() ->
-    further facts. Failure with code 75 where stop_reason() says something, before anything is
-    visible: this file is tokenised again, the others stay.
-    """
-    tokens, masks, lengths = [], [], []
+def write_store(run, prefix, source, documents, vocab_size, longest):
+    """Writes a store where there is none of this source yet, the arrays first, the facts last.
+    Failure with code 75 where the run is asked to stop, before anything is visible: this one is
+    tokenised again, the others stay."""
+    if open_store(prefix, source) is not None:
+        return
+    common.print0(f"tokenising {prefix.name}")
     dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-    for batch in batches:
-        if why := stop_reason():
+    tokens, masks, lengths = [np.zeros(0, dtype)], [], []
+    cut = 0
+    for ids, mask in documents:
+        if why := run.stop_reason():
             common.fail(f"{why} while tokenising; what was tokenised before is kept, run the same "
                         "command again", code=75)
-        for ids, mask in batch:
-            tokens.append(np.asarray(ids, dtype))
-            lengths.append(len(ids))
-            if mask is not None:
-                masks.append(np.asarray(mask, np.uint8))
-    arrays = {"tokens": np.concatenate(tokens) if tokens else np.zeros(0, dtype),
-              "lengths": np.asarray(lengths, np.int64)}
+        tokens.append(np.array(ids[:longest], dtype))
+        lengths.append(len(tokens[-1]))
+        cut += len(ids) > lengths[-1]
+        if mask is not None:
+            masks.append(np.array(mask[:longest], np.uint8))
+    arrays = {"tokens": np.concatenate(tokens), "lengths": np.array(lengths, np.int64)}
     if masks:
         arrays["mask"] = np.concatenate(masks)
     digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(array.tobytes())
     for name, array in arrays.items():
-        temporary = Path(f"{prefix}.{name}.npy.tmp{os.getpid()}")
-        with open(temporary, "wb") as f:
-            np.save(f, array)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, f"{prefix}.{name}.npy")
-    facts = {"source": source, "arrays": list(arrays), "tokens": int(arrays["tokens"].size),
-             "documents": len(lengths), "sha256": digest.hexdigest(), **more()}
+        digest.update(array)
+        content = io.BytesIO()
+        np.save(content, array)
+        common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
+    facts = {"source": source, "arrays": list(arrays), "tokens": len(arrays["tokens"]),
+             "documents": len(lengths), "sha256": digest.hexdigest(), "cut": cut}
     common.atomic_write(f"{prefix}.json", json.dumps(facts))
 
-def in_batches(items, size=1024):
-    """example: ("abcde", 2) -> ["a", "b"], ["c", "d"], ["e"]"""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def make_store(run, data, tokenizer, name, source, documents, longest=None):
+    """The Store of documents: (ids, mask or None) each, cut to `longest` tokens. They are only
+    looked at, on rank 0, where it is not there yet. Collective."""
+    prefix = pipeline.token_dir(data) / tokenizer.fingerprint / name
+    run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size, longest)
+    return open_store(prefix, source)
 
 def tokenize_files(run, data, split, tokenizer, names=None):
-    """Tokenises the files of a split that are not tokenised yet (on rank 0). -> list of Store
+    """Tokenises the files of a split that are not tokenised yet. -> list of Store
     names: of the training files to take, where a run has begun with these; None: all. Collective.
     """
-    train, val = texts.dataset_files(data, names)
-    folder = pipeline.token_dir(data) / tokenizer.fingerprint
-    alone = train == val
+    files = texts.dataset_files(data, names)
+    alone = files["train"] == files["val"]
 
-    def tokenize(path, prefix, source):
-        if open_store(prefix, source) is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            common.print0(f"tokenising {path.name} ({source['bytes'] / 1e6:.1f} MB)")
-            batches = ([(ids, None) for ids in tokenizer.encode_batch(batch, common.cores())]
-                       for batch in in_batches(texts.documents(path, split, alone)))
-            write_store(prefix, batches, source, tokenizer.vocab_size,
-                        stop_reason=run.stop_reason)
+    def encoded(path):
+        documents = texts.documents(path, split, alone)
+        while batch := list(islice(documents, 1024)):
+            for ids in tokenizer.encode_batch(batch, common.cores()):
+                yield ids, None
 
     stores = []
-    for path in train if split == "train" else val:
-        prefix, stat = folder / f"{split}_{path.name}", path.stat()
+    for path in files[split]:
+        stat = path.stat()
         source = {"name": path.name, "bytes": stat.st_size, "mtime": stat.st_mtime_ns,
                   "alone": alone}
-        run.ranks.on_rank0(tokenize, path, prefix, source)
-        stores.append(open_store(prefix, source))
-    common.check(sum(s.facts["tokens"] for s in stores), f"the {split} split of {data} holds no "
-                 "text")
+        stores.append(make_store(run, data, tokenizer, f"{split}_{path.name}", source,
+                                 encoded(path)))
     return stores
 
 def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
     """
-    Renders and tokenises conversations once (on rank 0), each cut to `max_tokens`.
+    Renders and tokenises conversations once, each cut to `max_tokens`.
     items() -> list of {"messages": ...}; name identifies them (a hash of what they were made from).
     -> Store, whose facts["cut"] counts the conversations that were longer. Collective.
     """
-    prefix = pipeline.token_dir(data) / tokenizer.fingerprint / f"chat_{name}_{max_tokens}"
-
-    def tokenize():
-        if open_store(prefix, name) is not None:
-            return
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        cut = 0
-
-        def rendered(batch):
-            nonlocal cut
-            for item in batch:
-                ids, mask = tokenizer.render_conversation(item)
-                cut += len(ids) > max_tokens
-                yield ids[1:max_tokens], mask[1:max_tokens]  # without <|bos|>: the row puts it back
-        batches = (list(rendered(batch)) for batch in in_batches(items()))
-        write_store(prefix, batches, name, tokenizer.vocab_size, lambda: {"cut": cut},
-                    run.stop_reason)
-
-    run.ranks.on_rank0(tokenize)
-    return open_store(prefix, name)
-
-def random_store(vocab_size, length, documents=64):
-    """A Store of random documents of `length` tokens, for trying out shapes and times."""
-    tokens = common.rng(0).integers(vocab_size, size=documents * length)
-    return Store(tokens, None, np.full(documents, length), {"tokens": tokens.size})
+    def rendered():
+        for item in items():
+            ids, mask = tokenizer.render_conversation(item)
+            yield ids[1:], mask[1:]  # without <|bos|>: the row puts it back
+    return make_store(run, data, tokenizer, f"chat_{name}_{max_tokens}", name, rendered(),
+                      max_tokens - 1)
 
 def file_names(stores):
-    """The names of the files that stores were made from; [] of random ones."""
-    return [store.facts["source"]["name"] for store in stores if "source" in store.facts]
+    """The names of the files that stores were made from."""
+    return [store.facts["source"]["name"] for store in stores]
 
 def fingerprint(stores):
     """Identifies tokenised data: 16 hex digits."""
-    digests = " ".join(store.facts.get("sha256", "random") for store in stores)
+    digests = " ".join(store.facts["sha256"] for store in stores)
     return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 # -------------------------------------------------------------------------------------------------
 # rows
 
-# row r consists of pieces first[r]:first[r + 1]; a piece is bos + tokens[start:start + length] of a
-# store; length: tokens per row
-Plan = namedtuple("Plan", "stores bos length first piece_store piece_start piece_length")
+# row r consists of pieces first[r]:first[r + 1]; a piece (store, start, length) is bos and
+# tokens[start:start + length] of a store; length: tokens per row
+Plan = namedtuple("Plan", "stores bos length first pieces")
 
 BUFFER = 1000  # documents looked at for a fit
 
@@ -178,24 +146,22 @@ def pack(lengths, row_length, split):
     example: pack([5, 3], 6, True) -> [[(0, 0, 5)]] and the 3 tokens of the second fill no row
     example: pack([2, 2], 6, False) -> [[(0, 0, 2), (1, 0, 2)]]
     """
+    upcoming = ((length, -document, 0) for document, length in enumerate(lengths) if length)
     buffer = []  # sorted list of (length, -document, start)
-    rows, row, room, upcoming = [], [], row_length, 0
+    rows, row, room = [], [], row_length
     while True:
-        while len(buffer) < BUFFER and upcoming < len(lengths):
-            if lengths[upcoming]:
-                bisect.insort(buffer, (int(lengths[upcoming]), -upcoming, 0))
-            upcoming += 1
+        for piece in islice(upcoming, BUFFER - len(buffer)):
+            bisect.insort(buffer, piece)
         if not buffer:
             break
-        # the longest with length + bos <= room, of those the earliest document
+        # how many there are with length + bos <= room; of the longest the earliest document is last
         fit = bisect.bisect_right(buffer, (room - 1, 1, 0))
-        if fit:
-            length, document, start = buffer.pop(fit - 1)
-        elif split:
-            length, document, start = buffer.pop(0)
-            bisect.insort(buffer, (length - (room - 1), document, start + room - 1))
-            length = room - 1
         if fit or split:
+            length, document, start = buffer.pop(max(fit - 1, 0))
+            if length > room - 1:
+                rest = (length - (room - 1), document, start + room - 1)
+                bisect.insort(buffer, rest)
+                length = room - 1
             row.append((-document, start, length))
             room -= length + 1
         if room < 2 or not (fit or split):
@@ -210,13 +176,12 @@ def make_plan(stores, row_length, bos, split=True):
     of row_length tokens. -> Plan"""
     first, pieces = [0], []
     for number, store in enumerate(stores):
-        starts = np.concatenate([[0], np.cumsum(store.lengths)])
+        starts = np.cumsum(store.lengths) - store.lengths
         for row in pack(store.lengths.tolist(), row_length, split):
-            pieces += [(number, int(starts[document]) + start, length)
-                       for document, start, length in row]
+            for document, start, length in row:
+                pieces.append((number, starts[document] + start, length))
             first.append(len(pieces))
-    columns = np.array(pieces, np.int64).reshape(-1, 3).T
-    return Plan(stores, bos, row_length, np.array(first, np.int64), *columns)
+    return Plan(stores, bos, row_length, first, np.array(pieces, np.int64).reshape(-1, 3))
 
 def n_rows(plan):
     return len(plan.first) - 1
@@ -227,7 +192,7 @@ def fills_a_row(stores, row_length):
 
 def cropped(plan):
     """The share of the tokens that stand in no row."""
-    return 1 - float(plan.piece_length.sum()) / max(1, sum(s.tokens.size for s in plan.stores))
+    return 1 - float(plan.pieces[:, 2].sum()) / sum(s.tokens.size for s in plan.stores)
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may
@@ -236,14 +201,12 @@ def read_rows(plan, numbers):
     counted = np.zeros((len(numbers), plan.length), np.uint8)
     for i, r in enumerate(numbers):
         at = 0
-        for p in range(plan.first[r], plan.first[r + 1]):
-            store, start = plan.stores[plan.piece_store[p]], plan.piece_start[p]
-            here = slice(at + 1, at + 1 + plan.piece_length[p])
-            there = slice(start, start + plan.piece_length[p])
+        for number, start, length in plan.pieces[plan.first[r]:plan.first[r + 1]].tolist():
+            store = plan.stores[number]
+            here, there = slice(at + 1, at + 1 + length), slice(start, start + length)
             tokens[i, here] = store.tokens[there]
             if store.mask is None:
-                counted[i, at] = 1  # that a document ends is learned too
-                counted[i, here] = 1
+                counted[i, at:here.stop] = 1  # with bos: that a document ends is learned too
             else:
                 counted[i, here] = store.mask[there]
             at = here.stop
@@ -256,8 +219,8 @@ def epoch_order(rows, seed, epoch):
 def batch_rows(rows, seed, step, total_rows):
     """Row numbers of the batch of `step`: the total_rows next ones in the order of the epoch they
     fall into."""
-    places = np.arange(step * total_rows, (step + 1) * total_rows)
-    return [int(epoch_order(rows, seed, int(p // rows))[p % rows]) for p in places]
+    places = range(step * total_rows, (step + 1) * total_rows)
+    return [int(epoch_order(rows, seed, place // rows)[place % rows]) for place in places]
 
 def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
     """
@@ -273,8 +236,8 @@ def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
 def fit_micro_rows(total_rows, device_rows, world):
     """The largest number of rows a device can take at once that divides the batch evenly. Failure
     where none does.  example: (256, 48, 8) -> 32"""
-    fitting = [w for w in range(world, 0, -1) if total_rows % w == 0]
-    common.check(fitting[0] == world, f"a batch of {total_rows} rows cannot be dealt to {world} "
-                 f"ranks: use {' or '.join(map(str, fitting))} ranks")
+    fitting = [str(n) for n in range(world, 0, -1) if total_rows % n == 0]
+    common.check(total_rows % world == 0, f"a batch of {total_rows} rows cannot be dealt to "
+                 f"{world} ranks: use {' or '.join(fitting)} ranks")
     each = total_rows // world
     return max(d for d in range(1, min(device_rows, each) + 1) if each % d == 0)

@@ -127,7 +127,7 @@ def shards_needed():
 def text_problem(path):
     """Of parquet the footer is read, of a large .jsonl the first lines."""
     if path.suffix == ".parquet":
-        return texts.parquet_problem(path, "text")
+        return texts.parquet_problem(path)
     if path.suffix == ".txt":
         return None
     enough = None if path.stat().st_size < LARGE else 10_000
@@ -144,7 +144,7 @@ def task_problem(name, path):
         return texts.problem(path, texts.read_lines(path), word_of)
     enough = 100 if path.suffix == ".parquet" else None
     convert = functools.partial(task_list.convert, name)
-    return texts.problem(path, task_list.rows_of(path), convert, enough)
+    return texts.problem(path, texts.read_rows(path), convert, enough)
 
 def bundle_problem(path):
     """path: the folder of the CORE bundle, or the .zip that it comes in"""
@@ -343,7 +343,7 @@ if bad:
     bad = look()
     common.check(not bad, f"{len(bad)} files are still missing or damaged, see the table", again)
 if pipeline.is_folder_data(data):
-    train, val = texts.dataset_files(data)
-    common.print0(f"data: {len(train)} files to train on and {len(val)} to validate on in "
-                  f"{directory}")
+    files = texts.dataset_files(data)
+    common.print0(f"data: {len(files['train'])} files to train on and {len(files['val'])} to "
+                  f"validate on in {directory}")
 run.exit_done()

@@ -97,22 +97,6 @@ def fingerprint(specs, split, data):
             parts.append(f"{spec} {common.sha256_file(path)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-def rows_of(path):
-    """(number, row) for each row of a .parquet or .jsonl(.gz) file, of the latter as bytes. A
-    damaged file is a ValueError."""
-    if not path.name.endswith(".parquet"):
-        yield from texts.read_lines(path)
-        return
-    import pyarrow.parquet
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from enumerate(batch.to_pylist(), number + 1)
-            number += len(batch)
-    except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
-        reason = str(e).splitlines()[0][:120]
-        raise ValueError(f"{path} is damaged behind row {number}: {reason}") from e
-
 # --------------------------------------------------------------------------------------------------
 # rows into conversations
 
@@ -239,7 +223,7 @@ def load(name, split, data, limit=None):
     paths = find(name, split, data)
     items = []
     for path in paths:
-        items += texts.good_rows(path, rows_of(path), functools.partial(convert, name))
+        items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
     common.check(items, f"{paths[0]} holds no rows; the task {name} reads it",
                  prepare_command(data))
     if limit is not None and limit < len(items):

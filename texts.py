@@ -22,12 +22,13 @@ HOLD_OUT = 20  # of a data set in a single file every 20th document is held out
 def text_files(data):
     """The files of a data set that are not empty, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
-    own = pipeline.is_folder_data(data)
-    command = None if own else f"python prepare_data.py --data={data}"
-    common.check(not folder.is_file(), f"{folder} is a file: --data takes the folder that holds it")
-    common.check(folder.is_dir(), f"the data folder {folder} does not exist", command)
-    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(ENDINGS)
-             and not p.name.startswith(".") and p.stat().st_size > 0]
+    command = f"python prepare_data.py --data={data}"
+    if pipeline.is_folder_data(data):
+        command = None
+    common.check(folder.is_dir(), f"the data folder {folder} does not exist, or is a file: --data "
+                 "takes the folder that holds it", command)
+    files = [path for path in sorted(folder.glob("[!.]*"))
+             if path.name.endswith(ENDINGS) and path.stat().st_size > 0]
     common.check(files, f"the data folder {folder} holds no text: it has no file of "
                  f"{', '.join(ENDINGS)} that is not empty", command)
     return files
@@ -35,123 +36,124 @@ def text_files(data):
 def dataset_files(data, names=None):
     """
     names: of the training files to take, where a run has begun with these; None: all
-    -> (train files, validation files), lists of Path sorted by name. The validation file is the
-    last by name (of known data sets a fixed name). A single file is in both lists: HOLD_OUT splits
-    its documents. Failure where the folder is missing or empty, or a parquet file does not open or
-    has no string column `text`.
+    -> {"train": files, "val": files}, lists of Path sorted by name. The validation file is the last
+    by name (of known data sets a fixed name). A single file is in both lists: HOLD_OUT splits its
+    documents. Failure where the folder is missing or empty, or a parquet file does not open or has
+    no string column `text`.
     """
     files = text_files(data)
     for path in files:
-        if path.name.endswith(".parquet"):
-            why = parquet_problem(path, "text")
+        if path.suffix == ".parquet":
+            why = parquet_problem(path)
             common.check(why is None, why)
     if data in VAL_SHARD:
-        val = [p for p in files if p.name == VAL_SHARD[data]]
+        val = [path for path in files if path.name == VAL_SHARD[data]]
         common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in "
                      f"{files[0].parent}", f"python prepare_data.py --data={data}")
-        train = [p for p in files if p not in val]
+        train = [path for path in files if path not in val]
     else:
         train, val = files[:-1] or files, files[-1:]
-    return [p for p in train if names is None or p.name in names] or train, val
+    return {"train": [p for p in train if names is None or p.name in names] or train, "val": val}
 
-def parquet_problem(path, column):
-    """None, or why the parquet file cannot be read: its footer has to name this column of text."""
-    import pyarrow
+def parquet_problem(path):
+    """None, or why the parquet file cannot be read: its footer has to name a column `text`."""
     import pyarrow.parquet
     try:
         schema = pyarrow.parquet.ParquetFile(path).schema_arrow
     except (pyarrow.ArrowException, OSError) as e:
-        return f"{path} is no readable parquet file: {str(e).splitlines()[0][:120]}"
-    if column not in schema.names:
-        return f"{path} has no column `{column}` (it has {', '.join(schema.names)})"
-    kind = str(schema.field(column).type)
-    if not kind.startswith(("string", "large_string", "dictionary<values=string")):
-        return f"{path}: its column `{column}` is no text but {kind}"
+        return f"{path} is no readable parquet file: {e}"
+    if "text" not in schema.names:
+        return f"{path} has no column `text` (it has {', '.join(schema.names)})"
+    kind = str(schema.field("text").type)
+    if "string" not in kind:
+        return f"{path}: its column `text` is no text but {kind}"
     return None
 
+# -------------------------------------------------------------------------------------------------
+# rows
+
+def read_rows(path, columns=None):
+    """(number, row) for each row of a .parquet file (a dict with these columns, or all) or of a
+    .jsonl or .jsonl.gz file (see read_lines). ValueError where the file is damaged."""
+    if path.suffix != ".parquet":
+        yield from read_lines(path)
+        return
+    import pyarrow.parquet
+    number = group = 0
+    try:
+        parquet = pyarrow.parquet.ParquetFile(path)
+        for group in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(group, columns).to_pylist()
+            yield from enumerate(rows, number + 1)
+            number += len(rows)
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
+        raise ValueError(f"{path} is damaged in row group {group}: {e}") from e
+
 def read_lines(path):
-    """The lines of a .jsonl or .jsonl.gz file that are not blank, as (number, bytes). ValueError
-    where the file is damaged."""
+    """The lines of a file, or .gz file, that are not blank, as (number, bytes). ValueError where
+    the file is damaged."""
     number = 0
     try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
 
-def good_rows(path, numbered, convert, say=common.print0):
+def good_rows(path, rows, convert, say=common.print0):
     """
-    convert(x) for each (number, x) of `numbered`. What convert refuses is named as path:number and
+    convert(row) for each (number, row) of `rows`. What convert refuses is named as path:number and
     left out. Failure where that is more than 1 % (and more than 5), or the file is damaged.
     """
     broken, total, first = 0, 0, ""
-
-    def too_many():
-        return broken > 5 and broken > total / 100
-
     try:
-        for number, x in numbered:
+        for number, row in rows:
             total += 1
             try:
-                value = convert(x)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError,
-                    RecursionError) as e:
+                value = convert(row)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 broken += 1
                 why = f"{path}:{number} ({type(e).__name__}: {str(e)[:80]})"
                 first = first or why
                 if broken <= 20:
                     say(f"left out, broken: {why}")
-                if broken >= 100 and too_many():
-                    break
             else:
                 yield value
     except ValueError as e:
         common.fail(f"{e}; remove it and prepare the data again")
-    common.check(not too_many(), f"{path} has {broken} broken lines or rows among {total}, the "
-                 f"first: {first}")
+    common.check(broken <= max(5, total / 100),
+                 f"{path} has {broken} broken lines or rows among {total}, the first: {first}")
     if broken > 20:
         say(f"{path}: {broken} broken lines or rows were left out in all")
 
-def problem(path, numbered, convert, enough=None):
+def problem(path, rows, convert, enough=None):
     """None, or why good_rows() would end the run; looks at all, or until `enough` are good."""
-    good = 0
+    silent = good_rows(path, rows, convert, say=lambda line: None)
     try:
-        for _ in islice(good_rows(path, numbered, convert, say=lambda line: None), enough):
-            good += 1
+        good = sum(1 for _ in islice(silent, enough))
     except common.Failure as e:
         return e.message
     return None if good else f"{path} holds no rows that can be read"
 
-def text_of(line):
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError("text is no string")
-    return text
-
 # -------------------------------------------------------------------------------------------------
 # documents
 
+def text_of(row):
+    """The text of a row, or of a line of JSON; an empty field is no text."""
+    if isinstance(row, bytes):
+        row = json.loads(row)
+    text = row["text"]
+    if text is not None and not isinstance(text, str):
+        raise TypeError("text is no string")
+    return text
+
 def read_documents(path):
     """All documents of one file, in order, as str; of broken lines see good_rows."""
-    if path.name.endswith(".parquet"):
-        yield from read_parquet(path)
-    elif path.name.endswith(".txt"):
+    if path.suffix == ".txt":
         yield from read_paragraphs(path)
     else:
-        yield from (text for text in good_rows(path, read_lines(path), text_of) if text)
-
-def read_parquet(path):
-    import pyarrow.parquet
-    parquet = pyarrow.parquet.ParquetFile(path)
-    for group in range(parquet.num_row_groups):
-        try:
-            texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
-        except Exception as e:  # noqa: BLE001  (pyarrow raises many kinds for a damaged page)
-            common.fail(f"{path} is damaged in row group {group}: "
-                        f"{str(e).splitlines()[0][:120]}; remove it and prepare the data again")
-        yield from (text for text in texts if text)
+        yield from filter(None, good_rows(path, read_rows(path, ["text"]), text_of))
 
 def read_paragraphs(path):
     """Paragraphs of a .txt file (split at blank lines), gathered to documents of about 10,000
@@ -176,6 +178,6 @@ def documents(path, split, alone):
 
 def iter_texts(data, split="train", names=None):
     """All documents of a split, file by file. names: as dataset_files has it"""
-    train, val = dataset_files(data, names)
-    for path in train if split == "train" else val:
-        yield from documents(path, split, train == val)
+    files = dataset_files(data, names)
+    for path in files[split]:
+        yield from documents(path, split, alone=files["train"] == files["val"])

@@ -280,7 +280,7 @@ def main():
     record = records.find_record(directory, settings)
     # files that were added since it began do not stop a run
     begun_with = record.get("train_files")
-    files, _ = user_texts.dataset_files(data, begun_with)
+    files = user_texts.dataset_files(data, begun_with)["train"]
     common.check(any(user_texts.iter_texts(data)),
                  f"no file of the data set {data} holds a document")
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))

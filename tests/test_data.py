@@ -93,7 +93,7 @@ def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(t
     middle = len(damaged) // 2
     damaged[middle:middle + 400] = bytes(400)
     path.write_bytes(damaged)
-    assert texts.parquet_problem(path, "text") is None, "its footer is whole"
+    assert texts.parquet_problem(path) is None, "its footer is whole"
     with ends() as stopped:
         list(texts.read_documents(path))
     err = capsys.readouterr().err

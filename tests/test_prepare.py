@@ -129,7 +129,7 @@ def server(monkeypatch):
     server.server_close()
 
 def opens(path):
-    return texts.parquet_problem(path, "text")
+    return texts.parquet_problem(path)
 
 def never():
     return None
