@@ -18,6 +18,7 @@ import string
 from pathlib import Path
 
 import common
+import execution
 import pipeline
 import texts
 import tokenizer as tok
@@ -67,10 +68,9 @@ def located(stem, data):
         path = folder / (stem + ending)
         if path.exists():
             return [path]
-    parts = sorted(folder.glob(f"{stem}-[0-9]*-of-[0-9]*.parquet"))
-    if parts and len(parts) == int(parts[0].stem.rsplit("-", 1)[1]):
-        return parts
-    return []
+    parts = sorted(folder.glob(f"{stem}-*-of-*.parquet"))
+    whole = parts and parts[0].stem.endswith(f"-of-{len(parts):05d}")
+    return parts if whole else []
 
 def prepare_command(data):
     return f"python prepare_data.py --data={data}"
@@ -100,23 +100,34 @@ def fingerprint(specs, split, data):
 # --------------------------------------------------------------------------------------------------
 # rows into conversations
 
+def pick(draw, options):
+    return options[draw.integers(len(options))]
+
+def one_in(n, *key):
+    """Whether it is one of n, by a fixed draw for each key.  example: one_in(10, "word")"""
+    return hashlib.sha256(" ".join(map(str, key)).encode()).digest()[0] % n == 0
+
+def conversation(turns):
+    """[(content of what the user says, of what the assistant answers)] -> a conversation"""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn)]}
+
 def item(name, row, user, assistant, **more):
     """row: what it was made of; user, assistant: content of the question and of the answer"""
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return {"messages": messages, "task": name, "row": row, **more}
+    return {**conversation([(user, assistant)]), "task": name, "row": row, **more}
 
-def with_choices(task, question, choices, letters="ABCD"):
+def with_choices(question, choices, letters="ABCD", task="Multiple choice, answer with the letter"):
     """A multiple-choice question as text. The letter stands behind its choice (nanochat's finding),
     the question behind all of them: then a model of four layers learns to look the answer up among
     what it has read, with the question first it never did (LOG.md).
-    example: ("Answer with the letter", "Which?", ["x", "y"]) ->
+    example: ("Which?", ["x", "y"], task="Answer with the letter") ->
     "Answer with the letter:\\n- x=A\\n- y=B\\nWhich?" """
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters)]
     return "\n".join([f"{task}:", *lines, question])
 
-def multiple_choice(name, row, question, choices, letters, answer):
+def multiple_choice(name, row, choices, letters, answer):
     """letters: one a choice; answer: one of them"""
-    asked = with_choices("Multiple choice, answer with the letter", question, choices, letters)
+    asked = with_choices(row["question"], choices, letters)
     return item(name, row, asked, answer, letters=list(letters))
 
 def part(kind, text):
@@ -139,13 +150,10 @@ def convert(name, row):
     if isinstance(row, bytes):
         row = json.loads(row)
     if name in ("mmlu", "mmlu_aux"):
-        choices = row["choices"]
-        letters = "ABCD"[:len(choices)]
-        right = letters[row["answer"]]
-        return multiple_choice(name, row, row["question"], choices, letters, right)
+        return multiple_choice(name, row, row["choices"], "ABCD", "ABCD"[row["answer"]])
     if name in ("arc_easy", "arc_challenge"):
-        choices, letters = row["choices"]["text"], row["choices"]["label"]
-        return multiple_choice(name, row, row["question"], choices, letters, row["answerKey"])
+        choices = row["choices"]
+        return multiple_choice(name, row, choices["text"], choices["label"], row["answerKey"])
     if name == "gsm8k":
         return item(name, row, row["question"], word_problem_parts(row["answer"]))
     if name == "humaneval":
@@ -154,9 +162,9 @@ def convert(name, row):
     if name == "facts":
         return item(name, row, row["question"], row["answer"])
     messages = row["messages"] if isinstance(row, dict) else row
-    conversation = {"messages": messages, "task": name, "row": None}
-    tok.messages_of(conversation)  # a ValueError where it is none
-    return conversation
+    talk = {"messages": messages, "task": name, "row": None}
+    tok.messages_of(talk)  # an error where it is none
+    return talk
 
 SPELLING_QUESTIONS = [
     "How many '{c}' are in '{w}'?",
@@ -174,58 +182,40 @@ def word_of(line):
     word = line.decode().strip()
     return word if re.fullmatch("[a-z]{3,15}", word) else None
 
-def is_held_out(word):
-    """One word in ten, by its hash, is a test word."""
-    return hashlib.sha256(word.encode()).digest()[0] % 10 == 0
-
-def words(split, data):
-    path = find("spellingbee", split, data)[0]
-    listed = texts.good_rows(path, texts.read_lines(path), word_of)
-    listed = [word for word in listed if word and is_held_out(word) == (split == "test")]
-    common.check(listed, f"{path} holds no words of the {split} split", prepare_command(data))
-    return listed
-
-def counted(word, draw):
-    """An item of spellingbee: how often a letter, mostly one of its own, is in a word."""
+def spelling(name, word, draw):
+    """An item of simplespelling, or of spellingbee: how often a letter, mostly one of its own, is
+    in a word."""
+    spelled = " ".join(word)
+    if name == "simplespelling":
+        return item(name, {"word": word}, f"Spell the word '{word}'.", spelled)
     letters = word if draw.random() < 0.9 else string.ascii_lowercase
-    letter = letters[draw.integers(len(letters))]
-    question = SPELLING_QUESTIONS[draw.integers(len(SPELLING_QUESTIONS))]
+    letter = pick(draw, letters)
+    question = pick(draw, SPELLING_QUESTIONS).format(w=word, c=letter)
     count = str(word.count(letter))
-    row = {"word": word, "letter": letter, "answer": count}
-    return item("spellingbee", row, question.format(w=word, c=letter), [
-        part("text", f"'{word}' is spelled {' '.join(word)}. "),
+    return item(name, {"word": word, "letter": letter, "answer": count}, question, [
+        part("text", f"'{word}' is spelled {spelled}. "),
         part("python", f"'{word}'.count('{letter}')"),
         part("python_output", count),
         part("text", f"\n#### {count}"),
     ])
 
-def spelled(word):
-    """An item of simplespelling."""
-    row = {"word": word}
-    return item("simplespelling", row, f"Spell the word '{word}'.", " ".join(word))
-
-def spelling(name, split, data, n):
-    """n generated items of spellingbee or simplespelling"""
-    listed = words(split, data)
-    items = []
-    for i in range(n):
-        draw = common.rng(11, split == "test", name == "spellingbee", i)
-        word = listed[draw.integers(len(listed))]
-        items.append(counted(word, draw) if name == "spellingbee" else spelled(word))
-    return items
-
 def load(name, split, data, limit=None):
     """The items of a split of a task, in order; with a limit so many of them drawn (the same
     whatever else is asked: real files are sorted by subject or source). Of generated tasks: limit
     items, GENERATED by default. Broken lines or rows of a file are named and left out."""
-    if name in ("spellingbee", "simplespelling"):
-        return spelling(name, split, data, limit or GENERATED)
-    paths = find(name, split, data)
+    paths, test = find(name, split, data), split == "test"
+    generated = name in ("spellingbee", "simplespelling")
     items = []
     for path in paths:
-        items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
-    common.check(items, f"{paths[0]} holds no rows; the task {name} reads it",
+        convert_row = word_of if generated else functools.partial(convert, name)
+        items += texts.good_rows(path, texts.read_rows(path), convert_row)
+    if generated:  # one word in ten, by its hash, is a test word
+        items = [word for word in items if word and one_in(10, word) == test]
+    common.check(items, f"{paths[0]} holds no rows of the {split} split; the task {name} reads it",
                  prepare_command(data))
+    if generated:
+        draws = [common.rng(11, test, name == "spellingbee", i) for i in range(limit or GENERATED)]
+        return [spelling(name, pick(draw, items), draw) for draw in draws]
     if limit is not None and limit < len(items):
         drawn = common.rng(12).permutation(len(items))[:limit]
         items = [items[i] for i in sorted(drawn)]
@@ -257,10 +247,6 @@ def completed(row, completion):
         code = "\n    pass\n\n" + code
     return row["prompt"] + code
 
-def program(row, completion):
-    """The same with its tests, to be run in one process, for code that is trusted."""
-    return f"{completed(row, completion)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-
 def says(text, phrase):
     """Whether the phrase is in the text as whole words.  ("A Baker.", "baker") -> True"""
     return re.search(rf"(?<!\w){re.escape(phrase.lower())}(?!\w)", text.lower()) is not None
@@ -268,21 +254,14 @@ def says(text, phrase):
 def correct(item, completion, unsafe=False):
     """Whether a completion answers an item. HumanEval's is run in the sandbox (see
     execution.run_python for `unsafe`)."""
-    name, row = item["task"], item["row"]
+    name, row, answer = item["task"], item["row"], item["messages"][-1]["content"]
     if name == "humaneval":
-        import execution
-        code = completed(row, completion)
         test = f"{row['prompt']}\n    pass\n{row['test']}"  # with the prompt's helpers
-        entry = row["entry_point"]
-        return execution.run_python(code, unsafe=unsafe, test=test, entry_point=entry)[0]
-    if name == "gsm8k":
+        return execution.run_python(completed(row, completion), unsafe=unsafe, test=test,
+                                    entry_point=row["entry_point"])[0]
+    if name in ("gsm8k", "spellingbee"):
         number = final_number(completion)
-        return number is not None and number == final_number(row["answer"])
-    if name == "spellingbee":
-        return final_number(completion) == row["answer"]
-    if name == "simplespelling":
-        return completion.strip() == " ".join(row["word"])
+        return number is not None and number == final_number(answer[-1]["text"])
     if name == "facts":
-        others = [c for c in row["candidates"] if c != row["answer"]]
-        return says(completion, row["answer"]) and not any(says(completion, c) for c in others)
-    return completion.strip() == item["messages"][-1]["content"]
+        return [c for c in row["candidates"] if says(completion, c)] == [answer]
+    return completion.strip() == answer

@@ -10,11 +10,10 @@ facts ("Physics of Language Models 3.1", arXiv 2309.14316); copying the answer o
 training question does not help. In the exercises of base_data, what is held out is never a question
 and never stands with the letters of the tests. Words, sums and functions are held out alike.
 """
-import hashlib
 import json
 import re
-from collections import namedtuple
 from itertools import chain
+from string import ascii_uppercase as LETTERS
 
 import pyarrow.parquet
 
@@ -22,37 +21,40 @@ import common
 import execution
 import pipeline
 import tasks
+from tasks import pick
 
 ASSETS = pipeline.REPO / "assets"
 TABLES = json.loads((ASSETS / "toy_world.json").read_text(encoding="utf-8"))
 ATTRIBUTES, LISTS, WORDINGS = TABLES["attributes"], TABLES["lists"], TABLES["wordings"]
-NAMES, TOWNS, THINGS, ANIMALS = LISTS["name"], LISTS["town"], LISTS["thing"], TABLES["animals"]
+NAMES, TOWNS, ANIMALS = LISTS["name"], LISTS["town"], TABLES["animals"]
 CAUSES = TABLES["causes"]  # [{"cause": what happens, "effect": what follows, "noun": the cause}]
 KINDS = {kind: LISTS[name] for kind, name in TABLES["kinds"].items()}  # {"a town": [...], ...}
 PERSON = [a for a in ATTRIBUTES if ATTRIBUTES[a]["kind"] == "person"]
 VALUES = {**LISTS, **TABLES["animal_values"]}  # of attributes
 WORDS = list(dict.fromkeys(chain(*LISTS.values(), ANIMALS)))
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-# A fact and its wordings. about says he or she, gaps leave the value out, test_questions are for
-# the tests alone, the trait follows "Which of these people ...?", answers are those of all values.
-Fact = namedtuple("Fact", "entity attribute kind value values held_out answer answers trait "
-                          "statements about gaps questions test_questions")
 
 def held_out(*key):
     """A fixed coin for each key: is it of the test half?  example: held_out("Mira", "job")"""
-    return hashlib.sha256(" ".join(map(str, key)).encode()).digest()[0] % 2 == 0
+    return tasks.one_in(2, *key)
 
-def make_fact(entity, attribute, value):
-    spec = ATTRIBUTES[attribute]
-    def fill(form, who=entity, value=value):
-        return [sentence(w.format(name=entity, who=who, value=value)) for w in spec[form]]
-    answers = {v: sentence(spec["answer"].format(name=entity, value=v)) for v in VALUES[attribute]}
-    return Fact(
-        entity, attribute, spec["kind"], value, VALUES[attribute], held_out(entity, attribute),
-        answers[value], list(answers.values()), article(spec["trait"].format(value=value)),
-        fill("statements"), fill("statements", who="he" if entity in TABLES["men"] else "she"),
-        fill("statements", value="..."), fill("questions"), fill("test_questions"))
+class Fact:
+    """What an attribute of somebody or something is, and how that is said."""
+    def __init__(self, entity, attribute, value):
+        self.entity, self.attribute, self.value = entity, attribute, value
+        self.forms = ATTRIBUTES[attribute]
+        self.kind = self.forms["kind"]  # person, town or animal
+        self.values = VALUES[attribute]
+        self.held_out = held_out(entity, attribute)
+        self.trait = trait(attribute, value)
+        answer = self.forms["answer"]
+        self.answers = [sentence(answer.format(name=entity, value=v)) for v in self.values]
+        self.answer = self.answers[self.values.index(value)]
+
+    def say(self, draw, form, **words):
+        """One of the wordings of a form: "statements", "questions", or "test_questions", which are
+        for the tests alone. words: for instance who="he" or value="..." """
+        words = {"name": self.entity, "who": self.entity, "value": self.value, **words}
+        return sentence(pick(draw, self.forms[form]).format(**words))
 
 class World:
     """The whole world, or a half of it: what training, or what the tests may ask."""
@@ -62,7 +64,7 @@ class World:
         self.facts = [f for half in halves for f in facts if f.held_out == half]
         self.people_facts = [f for f in self.facts if f.kind == "person"]
         self.thing_facts = [f for f in self.facts if f.kind != "person"]
-        self.told = {n: [f for f in facts if f.entity == n and f.held_out in halves] for n in NAMES}
+        self.told = {w: [f for f in facts if f.entity == w and f.held_out in halves] for w in WORDS}
         self.causes = [c for c in CAUSES if held_out("cause", c["noun"]) in halves]
         self.kinds = {k: [w for w in KINDS[k] if held_out("kind", w) in halves] for k in KINDS}
 
@@ -70,9 +72,9 @@ def make_world(seed):
     """-> the World of this seed, with its halves"""
     draw = common.rng(seed, 100)
     values = {name: {a: pick(draw, VALUES[a]) for a in PERSON} for name in NAMES}
-    for town, goods in zip(TOWNS, some(draw, LISTS["goods"], len(TOWNS))):
+    for town, goods in zip(TOWNS, some(draw, LISTS["goods"])):
         values[town] = {"place": pick(draw, LISTS["place"]), "goods": goods}
-    facts = [make_fact(e, a, v) for e, of in (values | ANIMALS).items() for a, v in of.items()]
+    facts = [Fact(e, a, v) for e, of in (values | ANIMALS).items() for a, v in of.items()]
     world = World(facts, True, False)
     world.train, world.test = World(facts, False), World(facts, True)
     world.words = make_words(seed)
@@ -92,10 +94,7 @@ def make_words(seed):
     built = sorted(word for word in built.difference(own) if len(word) <= 9)
     return sorted(own + some(draw, built, 3000 - len(own)))
 
-def pick(draw, options):
-    return options[int(draw.integers(len(options)))]
-
-def some(draw, options, count):
+def some(draw, options, count=None):
     """`count` different ones, or all there are, in random order"""
     return [options[i] for i in draw.permutation(len(options))[:count]]
 
@@ -110,55 +109,53 @@ def article(text):
 def sentence(text):
     return article(text[0].upper() + text[1:])
 
+def trait(attribute, value):
+    """Follows "Which of these people ...?".  example: ("job", "baker") -> "works as a baker" """
+    return article(ATTRIBUTES[attribute]["trait"].format(value=value))
+
 def choices(draw, right, wrong):
     """-> four choices in random order, the place of the right one"""
     wrong = some(draw, [option for option in wrong if option != right], 3)
-    options = some(draw, [right, *wrong], 4)
+    options = some(draw, [right, *wrong])
     return options, options.index(right)
 
 # documents of base_data; each maker gives the sentences or lines of one
-def document(draw, world):
-    """Each sort comes as often among sixty as its number says."""
-    make = pick(draw, 12 * [biography] + 4 * [description] + 3 * [group] + 4 * [story]
-                + 3 * [quiz] + 22 * [labelled] + 4 * [copied] + 2 * [causes] + 2 * [spelled]
-                + 3 * [sums] + [code])
-    return ("\n" if make in (quiz, labelled) else " ").join(make(draw, world))
-
 def biography(draw, world):
     facts = some(draw, world.told[pick(draw, NAMES)], draw.integers(3, 7))
     for i, fact in enumerate(facts):
-        yield pick(draw, fact.about if i > 0 and draw.random() < 0.5 else fact.statements)
+        who = fact.entity
+        if i > 0 and draw.random() < 0.5:
+            who = "he" if who in TABLES["men"] else "she"
+        yield fact.say(draw, "statements", who=who)
 
 def description(draw, world):
     entity = pick(draw, TOWNS + list(ANIMALS))
-    facts = [fact for fact in world.all if fact.entity == entity]
-    for fact in some(draw, facts, len(facts)):
-        yield pick(draw, fact.statements)
+    for fact in some(draw, world.told[entity]):
+        yield fact.say(draw, "statements")
     if people := [fact.entity for fact in world.all if fact.value == entity]:
         yield f"Some people of {entity} are {', '.join(some(draw, people, 4))}."
 
 def group(draw, world):
     """Who shares a value: the same facts seen from the other side."""
     attribute = pick(draw, PERSON)
-    trait = article(ATTRIBUTES[attribute]["trait"].format(value=pick(draw, VALUES[attribute])))
-    people = [fact.entity for fact in world.all if fact.trait == trait]
-    if not people:
-        return [sentence(f"nobody in this land {trait}.")]
-    wording = pick(draw, WORDINGS["group"])
-    return [wording.format(trait=trait, people=", ".join(some(draw, people, len(people))))]
+    shared = trait(attribute, pick(draw, VALUES[attribute]))
+    people = [fact.entity for fact in world.all if fact.trait == shared]
+    wording = pick(draw, WORDINGS["group" if people else "empty_group"])
+    yield wording.format(trait=shared, people=", ".join(some(draw, people)))
 
 def story(draw, world):
     a, b = some(draw, [name for name in NAMES if world.told[name]], 2)
-    words = dict(pick(draw, world.causes), a=a, b=b, thing=pick(draw, THINGS), day=say(draw, "day"))
-    facts = [pick(draw, pick(draw, world.told[name]).statements) for name in (a, b, a, b)]
-    start, cause, thing, end = (pick(draw, part).format(**words) for part in WORDINGS["story"])
-    return [start, facts[0], facts[1], cause, facts[2], thing, facts[3], end]
+    words = dict(pick(draw, world.causes), a=a, b=b, thing=pick(draw, LISTS["thing"]),
+                 day=say(draw, "day"))
+    facts = [pick(draw, world.told[name]).say(draw, "statements") for name in (a, b, a, b)]
+    for part in WORDINGS["story"]:
+        yield pick(draw, part).format(*facts, **words)
 
 def quiz(draw, world):
     """Questions with answers as they stand in a school book, about what is not held out."""
     for _ in range(3):
         fact = pick(draw, world.train.facts)
-        yield f"Question: {pick(draw, fact.questions)} Answer: {fact.answer}"
+        yield f"Question: {fact.say(draw, 'questions')} Answer: {fact.answer}"
 
 def copied(draw, world):
     """A list read twice. Nothing else in these texts needs a model to look back for what followed a
@@ -179,7 +176,7 @@ def spelled(draw, world):
 
 def sums(draw, world):
     for _ in range(4):
-        a, b = int(draw.integers(2, 60)), int(draw.integers(2, 40))
+        a, b = draw.integers(2, 60), draw.integers(2, 40)
         yield say(draw, "sum", a=a, b=b, sum=a + b)
 
 def code(draw, world):
@@ -196,8 +193,17 @@ def labelled(draw, world):
     lines = [f"- {option}={label}" for option, label in labels.items()]
     yield from lines
     if draw.random() < 0.6:  # the list is read twice
-        yield from some(draw, lines, len(lines))
-    yield from (text + say(draw, "before_label") + labels[answer] for text, answer in asked)
+        yield from some(draw, lines)
+    for text, answer in asked:
+        yield text + say(draw, "before_label") + labels[answer]
+
+DOCUMENTS = {biography: 12, description: 4, group: 3, story: 4, quiz: 3, labelled: 22, copied: 4,
+             causes: 2, spelled: 2, sums: 3, code: 1}  # how often each comes among sixty
+MAKERS = [make for make, times in DOCUMENTS.items() for _ in range(times)]
+
+def document(draw, world):
+    make = pick(draw, MAKERS)
+    return ("\n" if make in (quiz, labelled) else " ").join(make(draw, world))
 
 def listed_questions(draw, world):
     """-> a list of things, [(what is asked of them, the thing that answers it)]"""
@@ -213,15 +219,15 @@ def listed_questions(draw, world):
         facts = [f for f in world.facts if f.attribute == fact.attribute and f.value in options]
         asked = []
         for fact in some(draw, facts, 8):
-            text = pick(draw, fact.gaps)
+            text = fact.say(draw, "statements", value="...")
             if not fact.held_out and draw.random() >= 0.4:
-                text = pick(draw, fact.questions)
+                text = fact.say(draw, "questions")
             asked.append((text, fact.value))
         return options, asked
     if chance < 0.91:  # people, by what only one of them has
         names = some(draw, NAMES, 4)
         traits = [fact.trait for fact in world.all if fact.entity in names]
-        facts = [f for f in some(draw, world.facts, len(world.facts)) if f.entity in names]
+        facts = [f for f in some(draw, world.facts) if f.entity in names]
         asked = [(f"The one who {f.trait}", f.entity) for f in facts if traits.count(f.trait) == 1]
         return names, asked[:6]
     if chance < 0.96:
@@ -229,7 +235,7 @@ def listed_questions(draw, world):
     else:
         kinds = some(draw, list(KINDS), 4)
         pairs = [(kind.capitalize(), pick(draw, world.kinds[kind])) for kind in kinds]
-    return [answer for _, answer in pairs], some(draw, pairs, 4)
+    return [answer for _, answer in pairs], some(draw, pairs)
 
 # items of the tasks: make(draw, half of the world) -> a row of the file
 def choice_row(draw, half, sort):
@@ -240,30 +246,31 @@ def choice_row(draw, half, sort):
         sort = "kinds" if draw.random() < 0.5 else "thing_facts"
     if sort == "hard":
         sort = "causes" if draw.random() < 0.4 else "people"
-    subject, wordings, words = sort, WORDINGS.get(sort), {}
     if sort == "reading":  # no knowledge: which letter stands behind a word that the question names
         right, wrong = pick(draw, WORDS), WORDS
+        question = say(draw, sort, word=right)
     elif sort == "kinds":  # what sort of thing a word is
-        words["kind"] = pick(draw, list(KINDS))
-        right = pick(draw, half.kinds[words["kind"]])
-        wrong = [w for w in chain(*half.kinds.values()) if w not in KINDS[words["kind"]]]
+        kind = pick(draw, list(KINDS))
+        right = pick(draw, half.kinds[kind])
+        wrong = [w for w in chain(*half.kinds.values()) if w not in KINDS[kind]]
+        question = say(draw, sort, kind=kind)
     elif sort == "causes":
-        words = pick(draw, half.causes)
-        right, wrong = words["effect"], [cause["effect"] for cause in half.causes]
+        cause = pick(draw, half.causes)
+        right, wrong = cause["effect"], [c["effect"] for c in half.causes]
+        question = say(draw, sort, **cause)
     elif sort == "people":  # who has a trait
         fact = pick(draw, half.people_facts)
-        right, words["trait"] = fact.entity, fact.trait
-        facts = [f for f in half.all if f.attribute == fact.attribute]
-        wrong = [f.entity for f in facts if f.value != fact.value]
+        same = [f for f in half.all if f.attribute == fact.attribute]
+        right, wrong = fact.entity, [f.entity for f in same if f.value != fact.value]
+        question = say(draw, sort, trait=fact.trait)
     else:  # facts; wrong values are of the same half, else training would tell which are wrong
         fact = pick(draw, getattr(half, sort))
-        subject, wordings, right = fact.kind, fact.questions, fact.value
         values = sorted({f.value for f in half.facts if f.attribute == fact.attribute})
-        wrong = values if len(values) >= 4 else fact.values
-    question = pick(draw, wordings).format(word=right, **words)
+        right, wrong = fact.value, values if len(values) >= 4 else fact.values
+        question = fact.say(draw, "questions")
+        sort = fact.kind
     options, place = choices(draw, right, wrong)
-    return {"question": question, "subject": f"toy_{subject}", "choices": options,
-            "answer": place}
+    return {"question": question, "subject": f"toy_{sort}", "choices": options, "answer": place}
 
 def arc_rows(rows):
     """The same in ARC's form."""
@@ -274,67 +281,62 @@ def arc_rows(rows):
 
 def word_problem(draw, half):
     """In GSM8K's form. In the second step of a problem {0} is the result of the first."""
-    while True:
-        problem, name = pick(draw, TABLES["problems"]), pick(draw, NAMES)
-        words = {n: int(draw.integers(*ends)) for n, ends in TABLES["numbers"].items()}
-        words.update(product=words["a"] * words["k"], things=pick(draw, THINGS))
-        words.update(friend=pick(draw, [n for n in NAMES if n != name]), boxes=say(draw, "boxes"))
-        steps, values = [], []
-        for step in problem["steps"]:
-            steps.append(step.format(*values, **words))
-            values.append(execution.calculate(steps[-1]))
-        if held_out("problem", *steps) in half.halves:
-            break
+    problem, name = pick(draw, TABLES["problems"]), pick(draw, NAMES)
+    words = {n: draw.integers(*ends) for n, ends in TABLES["numbers"].items()}
+    words |= {"name": name, "product": words["a"] * words["k"],
+              "things": pick(draw, LISTS["thing"]),
+              "friend": pick(draw, [n for n in NAMES if n != name]), "boxes": say(draw, "boxes")}
+    steps, values = [], []
+    for step in problem["steps"]:
+        steps.append(step.format(*values, **words))
+        values.append(execution.calculate(steps[-1]))
+    if held_out("problem", *steps) not in half.halves:
+        return word_problem(draw, half)
     lines = [f"{step} = <<{step}={value}>>{value}" for step, value in zip(steps, values)]
-    question = f"{problem['story']} {problem['question']}".format(name=name, **words)
+    question = f"{problem['story']} {problem['question']}".format(**words)
     return {"question": question, "answer": "\n".join([*lines, f"#### {values[-1]}"])}
 
 def function(draw, half):
     """A short Python function in HumanEval's form."""
-    while True:
-        kind, k = int(draw.integers(len(TABLES["functions"]))), int(draw.integers(2, 60))
-        if held_out("function", kind, k) in half.halves:
-            break
+    kind, k = draw.integers(len(TABLES["functions"])), draw.integers(2, 60)
+    if held_out("function", kind, k) not in half.halves:
+        return function(draw, half)
     row = dict(TABLES["functions"][kind])
-    words = {"k": k, "text": 40 * "ab", "start": (40 * "ab")[:k], "repeated": k * "ab"}
     values = [execution.calculate(step.format(k=k)) for step in row.pop("steps")]
-    return {key: text.format(*values, **words) for key, text in row.items()}
+    return {key: text.format(*values, k=k, text=60 * "ab") for key, text in row.items()}
 
 # conversations: make(draw, training half)
-def messages(turns, roles=("user", "assistant")):
-    """[(what the user says, what the assistant answers)] -> a conversation"""
-    return {"messages": [{"role": r, "content": t} for turn in turns for r, t in zip(roles, turn)]}
-
 def conversation(draw, half):
     """A talk, or several multiple-choice questions on one list, which stands in the first alone."""
     options, asked = listed_questions(draw, half) if draw.random() < 0.4 else ([], [])
     if not asked:
         return talk(draw, half)
     turns = [(text, LETTERS[options.index(answer)]) for text, answer in asked[:6]]
-    first = tasks.multiple_choice("", None, turns[0][0], options, LETTERS, turns[0][1])
-    return {"messages": first["messages"] + messages(turns[1:])["messages"]}
+    turns[0] = (tasks.with_choices(turns[0][0], options, LETTERS), turns[0][1])
+    return tasks.conversation(turns)
 
 def talk(draw, half, topics=TABLES["small_talk"], share=0.3):
     """One to three turns; this share of the talks begins with one of the topics."""
     turns = []
     if draw.random() < share:
         topic = pick(draw, topics)
-        turns = [(pick(draw, topic["questions"]), topic["answer"] or " ".join(story(draw, half)))]
+        question = pick(draw, topic["questions"])
+        turns = [(question, topic["answer"] or " ".join(story(draw, half)))]
     turns += [exchange(draw, half) for _ in range(draw.integers(0 if turns else 1, 3))]
-    return messages(turns)
+    return tasks.conversation(turns)
 
 def exchange(draw, half):
     """-> what the user says, what the assistant answers"""
     chance = draw.random()
-    if chance < 0.5:
+    if chance < 0.65:
         fact = pick(draw, half.facts)
-        return pick(draw, fact.questions), fact.answer
-    if chance < 0.65:  # the bare value, where the full answer is not wanted
-        fact = pick(draw, half.facts)
-        return f"In one word: {pick(draw, fact.questions)}", fact.value
+        question = fact.say(draw, "questions")
+        if chance < 0.5:
+            return question, fact.answer
+        return f"In one word: {question}", fact.value  # where the full answer is not wanted
     if chance < 0.75:
         row = choice_row(draw, half, "facts" if draw.random() < 0.7 else "reading")
-        question = tasks.with_choices("Answer in words", row["question"], row["choices"])
+        question = tasks.with_choices(row["question"], row["choices"], task="Answer in words")
         return question, row["choices"][row["answer"]]
     if chance < 0.85:
         cause = pick(draw, half.causes)
@@ -360,7 +362,7 @@ def test_row(draw, world, task):
         return {"context": f"{start}, {last}. Again: {start},", "continuation": last}
     facts = {"toy_people": world.test.people_facts, "toy_things": world.test.thing_facts}
     fact = pick(draw, facts.get(task, world.test.facts))
-    question = pick(draw, fact.test_questions)
+    question = fact.say(draw, "test_questions")
     if task == "facts_test":
         return {"question": question, "answer": fact.value, "candidates": fact.values}
     if task == "toy_facts":
@@ -369,55 +371,55 @@ def test_row(draw, world, task):
     answers, gold = choices(draw, fact.answer, fact.answers)
     return {"query": f"Question: {question} Answer:", "choices": answers, "gold": gold}
 
-def unique(count, make, *arguments, tries=40):
-    """`count` different results of make(*arguments), but at least 40, or fewer if it has no more"""
-    count = max(40, int(count))
-    found = {}
-    for _ in range(count * tries):
-        if len(found) < count:
-            result = make(*arguments)
-            found.setdefault(json.dumps(result), result)
-    return list(found.values())
-
 def generate(root, seed=1337, size=1.0):
     """Writes base_data/, task_data/ and eval_bundle/ under `root`. size scales the amount of
     training text and items. -> {what: how many}"""
-    world = make_world(seed)
-    draw = common.rng(seed, 102)
+    world, draw = make_world(seed), common.rng(seed, 102)
+    train, test = world.train, world.test
+
+    def unique(count, make, *arguments):
+        """`count` different results of a maker, but at least 40, or fewer if it has no more"""
+        count = max(40, int(count))
+        found = {}
+        for _ in range(40 * count):
+            if len(found) < count:
+                result = make(draw, *arguments)
+                found.setdefault(json.dumps(result), result)
+        return list(found.values())
+
     files = {  # in the order in which they draw
-        "mmlu_auxiliary_train": unique(12000 * size, choice_row, draw, world.train, "mixed"),
-        "mmlu_test": unique(600, choice_row, draw, world.test, "people_facts"),
-        "arc_easy_train": arc_rows(unique(2500 * size, choice_row, draw, world.train, "easy")),
-        "arc_easy_test": arc_rows(unique(600, choice_row, draw, world.test, "easy")),
-        "arc_challenge_train": arc_rows(unique(2500 * size, choice_row, draw, world.train, "hard")),
-        "arc_challenge_test": arc_rows(unique(600, choice_row, draw, world.test, "hard")),
-        "facts_test": unique(700, test_row, draw, world, "facts_test"),
-        "gsm8k_train": unique(8000 * size, word_problem, draw, world.train),
-        "gsm8k_test": unique(600, word_problem, draw, world.test),
-        "humaneval_test": unique(100, function, draw, world.test),
-        "smoltalk_train": unique(12000 * size, conversation, draw, world.train),
-        "smoltalk_test": unique(900, talk, draw, world.train),
-        "identity_train": unique(600 * size, talk, draw, world.train, TABLES["identity"], 1)}
-    documents = unique(60000 * size, document, draw, world, tries=3)
-    core_tasks = [f"toy_{name}" for name in
-                  ("people", "things", "causes", "who", "facts", "copying")]
-    core = {name: unique(500, test_row, draw, world, name) for name in core_tasks}
-    programs = enumerate(files["humaneval_test"])
-    files["humaneval_test"] = [{"task_id": f"Toy/{i}", **row} for i, row in programs]
-    taken = set(map(json.dumps, files["smoltalk_train"]))  # a short talk comes again by chance
-    files["smoltalk_test"] = [r for r in files["smoltalk_test"] if json.dumps(r) not in taken][:500]
+        "task_data/mmlu_auxiliary_train": unique(12000 * size, choice_row, train, "mixed"),
+        "task_data/mmlu_test": unique(600, choice_row, test, "people_facts"),
+        "task_data/arc_easy_train": arc_rows(unique(2500 * size, choice_row, train, "easy")),
+        "task_data/arc_easy_test": arc_rows(unique(600, choice_row, test, "easy")),
+        "task_data/arc_challenge_train": arc_rows(unique(2500 * size, choice_row, train, "hard")),
+        "task_data/arc_challenge_test": arc_rows(unique(600, choice_row, test, "hard")),
+        "task_data/facts_test": unique(700, test_row, world, "facts_test"),
+        "task_data/gsm8k_train": unique(8000 * size, word_problem, train),
+        "task_data/gsm8k_test": unique(600, word_problem, test),
+        "task_data/humaneval_test": unique(100, function, test),
+        "task_data/smoltalk_train": unique(12000 * size, conversation, train),
+        "task_data/smoltalk_test": unique(900, talk, train),
+        "task_data/identity_train": unique(600 * size, talk, train, TABLES["identity"], 1)}
+    documents = unique(60000 * size, document, world)
+    for task in ("toy_people", "toy_things", "toy_causes", "toy_who", "toy_facts", "toy_copying"):
+        files[f"eval_bundle/eval_data/toy/{task}"] = unique(500, test_row, world, task)
+    programs = enumerate(files["task_data/humaneval_test"])
+    files["task_data/humaneval_test"] = [{"task_id": f"Toy/{i}", **row} for i, row in programs]
+    # a short talk comes again by chance
+    taken = set(map(json.dumps, files["task_data/smoltalk_train"]))
+    left = [talk for talk in files["task_data/smoltalk_test"] if json.dumps(talk) not in taken]
+    files["task_data/smoltalk_test"] = left[:500]
 
     for i in range(5):  # the last is validation
         table = pyarrow.table({"text": documents[i::5]})
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, row_group_size=1024, compression="zstd")
-        common.atomic_write(root / f"base_data/shard_{i:05d}.parquet", sink.getvalue().to_pybytes())
-    for folder, part in (("task_data", files), ("eval_bundle/eval_data/toy", core)):
-        for name, rows in part.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            common.atomic_write(root / folder / f"{name}.jsonl", lines)
-    common.atomic_write(root / "task_data" / "words_alpha.txt", "\n".join(world.words) + "\n")
+        common.atomic_write(root / f"base_data/shard_{i:05d}.parquet", sink.getvalue())
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        common.atomic_write(root / f"{name}.jsonl", lines)
+    common.atomic_write(root / "task_data/words_alpha.txt", "\n".join(world.words) + "\n")
     for name in ("core.yaml", "eval_meta_data.csv"):
         common.atomic_write(root / "eval_bundle" / name, (ASSETS / f"toy_{name}").read_text())
-    counts = {name: len(rows) for name, rows in files.items()}
-    return {**counts, "documents": len(documents), "characters": sum(map(len, documents))}
+    return {"documents": len(documents), **{name: len(rows) for name, rows in files.items()}}

@@ -189,7 +189,8 @@ def test_functions_pass_their_tests_and_fail_with_another_body(world):
     for row in rows(world, "humaneval_test"):
         for body, passes in ((row["canonical_solution"], True), ("    return None\n", False)):
             try:
-                exec(tasks.program(row, body), {})
+                program = f"{tasks.completed(row, body)}\n\n{row['test']}\n\n"
+                exec(f"{program}check({row['entry_point']})\n", {})
                 passed = True
             except Exception:
                 passed = False
