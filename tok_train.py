@@ -19,9 +19,9 @@ from run import Run
 if __name__ == "__main__":  # its workers import this file too
     run = Run.start("tok_train")
 
-import gc
 import hashlib
 import heapq
+import math
 import multiprocessing
 import os
 import re
@@ -30,7 +30,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice, repeat
+from itertools import islice
 
 import numpy as np
 import regex
@@ -61,6 +61,21 @@ split = regex.compile(tok.PATTERN).findall
 # the same for ASCII text, and twice as fast
 ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
 split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
+
+
+def watch(what, total, stop_reason):
+    """-> a function of how much of the total is done: whether to go on. It shows progress and time
+    left every ten seconds."""
+    began = said = time.time()
+
+    def going(done):
+        nonlocal said
+        if time.time() - said > 10:
+            said = time.time()
+            left = common.duration((said - began) * (total / done - 1))
+            common.print0(f"{done:,} of {total:,} {what}, {left} left")
+        return stop_reason() is None
+    return going
 
 # -------------------------------------------------------------------------------------------------
 # words and their counts
@@ -108,8 +123,7 @@ def chunks(texts, max_chars, doc_cap):
             chunk, size = [], 0
         if total >= max_chars:
             break
-    if chunk:
-        yield chunk
+    yield chunk
 
 def quiet_worker():
     """A worker leaves signals to the main process, which lets it finish its chunk, and ends when
@@ -117,7 +131,6 @@ def quiet_worker():
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
-    gc.disable()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -125,18 +138,15 @@ def quiet_worker():
 def in_order(function, items, workers):
     """map(function, items) by worker processes: results in order, at most workers + 1 items waiting
     in memory."""
-    if workers <= 1:
-        yield from map(function, items)
-        return
     context = multiprocessing.get_context("spawn")
+    waiting = deque()
     with ProcessPoolExecutor(workers, context, quiet_worker) as pool:
-        waiting = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 def prune(words, most):
     """Drops words seen once, then those seen twice, ... until at most half of `most` are left.
@@ -145,27 +155,22 @@ def prune(words, most):
     least = 1
     while len(words) > most // 2:
         least += 1
-        words = {word: n for word, n in words.items() if n >= least}
+        words = Counter({word: n for word, n in words.items() if n >= least})
     return words
 
-def count_all(texts, max_chars, doc_cap, workers, stop_reason=lambda: None):
-    """iterator of str -> ({word: how often}, characters read); ends early when asked to stop"""
-    words, chars = {}, 0
-    t0 = said = time.time()
-    for part in in_order(count_words, chunks(texts, max_chars, doc_cap), workers):
-        for word, n in part.items():
-            words[word] = words.get(word, 0) + n
-            chars += n * len(word)
+def count_all(texts, max_chars, doc_cap, workers, going=lambda done: True):
+    """iterator of str -> ({word: how often}, characters read); ends early when not `going`"""
+    words, chars = Counter(), 0
+    parts = chunks(texts, max_chars, doc_cap)
+    counted = in_order(count_words, parts, workers) if workers > 1 else map(count_words, parts)
+    for part in counted:
+        words.update(part)
+        chars += sum(n * len(word) for word, n in part.items())
         if len(words) > MAX_WORDS:
             words = prune(words, MAX_WORDS)
             common.print0(f"dropped the rarest words: {len(words):,} are left")
-        if stop_reason():
+        if not going(chars):
             break
-        if time.time() - said > 10:
-            said = time.time()
-            left = common.duration((said - t0) * (max_chars / chars - 1))
-            common.print0(f"counted {chars / 1e6:,.0f} M characters of at most "
-                          f"{max_chars / 1e6:,.0f} M, {len(words):,} words, at most {left} left")
     return words, chars
 
 # -------------------------------------------------------------------------------------------------
@@ -173,107 +178,77 @@ def count_all(texts, max_chars, doc_cap, workers, stop_reason=lambda: None):
 
 BITS = 20  # a pair (a, b) of token ids is the number a << BITS | b, so pairs sort by a, then by b
 
-def train_bpe(words, n_tokens, stop_reason=lambda: None):
+def train_bpe(words, n_tokens, going=lambda done: True):
     """
     {word: how often} -> {token bytes: id}: the 256 bytes, then merges in the order they were made,
-    n_tokens in all or fewer where nothing is left to merge. Ends early, with what it has, when
-    asked to stop.
+    n_tokens in all or fewer where nothing is left to merge. Ends early, with what it has, when not
+    `going`.
 
-    All words lie in one array of ids, -1 between them. A merge turns the left id into the new token
-    and the right one into -2; `left` and `right` link what is alive. Each pair has one entry in the
-    heap: (-count, pair, start, end, positions), where its positions are positions[start:end]. A
-    pair gets its positions when its younger token is made and afterwards only loses some, so its
-    count in the heap is at most out of date upwards: the top entry is counted again, and merged if
-    nothing has changed, else put back.
+    All words lie in one array of ids, a -1 before each; it is a ring. A merge turns the left id
+    into the new token and the right one into -2; `left` and `right` link what is alive. Each pair
+    has one entry in the heap: (-count, pair, positions). A pair gets its positions when its younger
+    token is made and afterwards only loses some, so its count in the heap is at most out of date
+    upwards: the top entry is counted again, and merged if nothing has changed, else put back.
     """
-    encoded = [word.encode() for word in words]
-    joined = b"\xff" + b"\xff".join(encoded) + b"\xff"  # UTF-8 has no byte 255
-    ids = np.frombuffer(joined, dtype=np.uint8).astype(np.int32)
+    encoded = [b"\xff" + word.encode() for word in words]  # UTF-8 has no byte 255
+    ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int32)
     ids[ids == 255] = -1
-    right = np.arange(1, len(ids) + 1, dtype=np.int32)
-    left = np.arange(-1, len(ids) - 1, dtype=np.int32)
-    right[-1] = left[0] = 0  # the outermost -1 link to a -1
-    weight = np.zeros(len(ids), dtype=np.int64)  # how often the word at a position occurs
-    lengths = np.fromiter(map(len, encoded), np.int64)
-    weight[1:] = np.repeat(np.fromiter(words.values(), np.int64), lengths + 1)
+    positions = np.arange(len(ids), dtype=np.int32)
+    left, right = np.roll(positions, 1), np.roll(positions, -1)
+    # how often the word at a position occurs
+    weight = np.repeat(list(words.values()), [len(word) for word in encoded])
 
     def entries(positions):
         """Heap entries of the pairs that begin at these positions (ascending for each pair)"""
         pairs = ids[positions].astype(np.int64) << BITS | ids[right[positions]]
         order = np.argsort(pairs, kind="stable")
-        pairs, positions = pairs[order], positions[order]
-        starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        pairs, starts = np.unique(pairs[order], return_index=True)
+        positions = positions[order]
         counts = np.add.reduceat(weight[positions], starts)
-        ends = np.append(starts[1:], len(pairs))
-        return zip((-counts).tolist(), pairs[starts].tolist(), starts.tolist(), ends.tolist(),
-                   repeat(positions))
+        groups = np.split(positions, starts[1:])
+        return zip((-counts).tolist(), pairs.tolist(), groups)
 
     tokens = [bytes([i]) for i in range(256)]
-    at = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
-    heap = list(entries(at)) if len(at) else []
+    heap = list(entries(positions[(ids >= 0) & (ids[right] >= 0)]))
     heapq.heapify(heap)
-    t0 = said = time.time()
     while heap and len(tokens) < n_tokens:
-        negative, pair, start, end, positions = heap[0]
+        negative, pair, at = heapq.heappop(heap)
         a, b = pair >> BITS, pair & (1 << BITS) - 1
-        at = positions[start:end]
-        at = at[ids[at] == a]
-        at = at[ids[right[at]] == b]
+        at = at[(ids[at] == a) & (ids[right[at]] == b)]
         count = int(weight[at].sum())
-        if count != -negative and count > 0:
-            heapq.heapreplace(heap, (-count, pair, 0, len(at), at))
-            continue
-        heapq.heappop(heap)
-        if count == 0:
+        if count != -negative:
+            if count > 0:
+                heapq.heappush(heap, (-count, pair, at))
             continue
         new = len(tokens)
         tokens.append(tokens[a] + tokens[b])
         if a == b:  # in a run like aaaaa take the 1st, 3rd, ... pair, from the left
-            number = np.arange(len(at))
-            first = np.concatenate([[True], right[at[:-1]] != at[1:]])
-            run_start = np.maximum.accumulate(np.where(first, number, 0))
-            at = at[(number - run_start) % 2 == 0]
-        taken = right[at]
-        ids[at], ids[taken] = new, -2
-        right[at] = right[taken]
+            taken, second = [], -1
+            for position in at.tolist():
+                if position != second:
+                    taken.append(position)
+                    second = right[position]
+            at = np.array(taken, np.int32)
+        gone = right[at]
+        ids[at], ids[gone] = new, -2
+        right[at] = right[gone]
         left[right[at]] = at
         before = left[at]
         before = before[(ids[before] >= 0) & (ids[before] != new)]  # (new, new): from its left
-        at = np.concatenate([before, at[ids[right[at]] >= 0]])
-        for entry in entries(at) if len(at) else ():
+        for entry in entries(np.concatenate([before, at[ids[right[at]] >= 0]])):
             heapq.heappush(heap, entry)
-        if new % 64 == 0:
-            if stop_reason():
-                break
-            if time.time() - said > 10:
-                said = time.time()
-                ahead = common.duration((said - t0) / (new - 255) * (n_tokens - new))
-                common.print0(f"token {new:,} of {n_tokens:,}: {tokens[new]!r}, {ahead} left")
+        if new % 64 == 0 and not going(new):
+            break
     return {token: i for i, token in enumerate(tokens)}
 
 # -------------------------------------------------------------------------------------------------
-
-OTHER_LANGUAGES = ("Die Katze schläft auf dem warmen Dach. "
-                   "Il fait beau ce matin au bord de la mer. "
-                   "Вчера мы долго гуляли у реки. Το βιβλίο είναι πάνω στο τραπέζι. "
-                   "我们明天早上一起去市场买菜。")
-
-def compression(tokenizer, prose):
-    """{kind of text: bytes per token}"""
-    kinds = {"validation text": prose,
-             "Python code": (pipeline.REPO / "gpt.py").read_text(encoding="utf-8"),
-             "numbers": " ".join(str(i * i) for i in range(1000)),
-             "five other languages": OTHER_LANGUAGES}
-    return {kind: round(len(text.encode(errors="replace")) / len(tokenizer.encode(text)), 3)
-            for kind, text in kinds.items() if text}
 
 def main():
     smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, (1 << BITS) - 1
     common.check(smallest <= vocab_size <= largest,
                  f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
-    for name, least in (("max_chars", 1), ("doc_cap", 1), ("workers", 0)):
-        common.check(settings[name] >= least,
-                     f"--{name} must be at least {least}, not {settings[name]}")
+    common.check(max_chars >= 1 and doc_cap >= 1 and workers >= 0,
+                 "--max_chars and --doc_cap must be at least 1, --workers at least 0")
     common.check(run.ranks.world == 1,
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
@@ -284,44 +259,37 @@ def main():
     common.check(any(user_texts.iter_texts(data)),
                  f"no file of the data set {data} holds a document")
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
-    if there and not record and not start_over:
-        common.fail(f"{directory} holds a tokenizer that was not trained here; models may depend "
-                    "on it (--start_over=True puts it aside and trains a new one)")
+    common.check(record or start_over or not there,
+                 f"{directory} holds a tokenizer that was not trained here; models may depend on "
+                 "it (--start_over=True puts it aside and trains a new one)")
     names = repr([(path.name, path.stat().st_size) for path in files]).encode()
     run.open_or_exit(directory, settings, {"data": hashlib.sha256(names).hexdigest()[:16]},
                      lambda: tok.damage(directory))
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
-    gc.disable()  # nothing here makes cycles; looking for them took a fifth of the merges' time
 
-    t0 = time.time()
     total = min(max_chars, sum(path.stat().st_size for path in files))
-    small = total < CHUNK_CHARS // 4  # not worth starting workers
-    texts = user_texts.iter_texts(data, names=begun_with)
-    words, chars = count_all(texts, max_chars, doc_cap, 1 if small else workers or common.cores(),
-                             run.stop_reason)
-    t1 = time.time()
-    common.print0(f"{chars:,} characters, {len(words):,} different words, counted in "
-                  f"{t1 - t0:.1f} s")
-    ranks = train_bpe(words, vocab_size - len(tok.SPECIAL_TOKENS), run.stop_reason)
+    at_once = min(workers or common.cores(), math.ceil(total / CHUNK_CHARS))
+    words, chars = count_all(user_texts.iter_texts(data, names=begun_with), max_chars, doc_cap,
+                             at_once, watch("characters at most", max_chars, run.stop_reason))
+    common.print0(f"{chars:,} characters, {len(words):,} different words")
+    n_tokens = vocab_size - len(tok.SPECIAL_TOKENS)
+    ranks = train_bpe(words, n_tokens, watch("tokens", n_tokens, run.stop_reason))
     if stop := run.stop_reason():
         run.exit_interrupted(f"{stop}; a tokenizer is trained in one go, this start has left "
                              "nothing")
-    t2 = time.time()
-    common.print0(f"{len(ranks) - 256:,} merges in {t2 - t1:.1f} s")
     run.check_lock()
     tokenizer = tok.save_tokenizer(directory, ranks)
     if tokenizer.vocab_size < vocab_size:
         common.print0(f"the text has nothing left to merge: {tokenizer.vocab_size:,} tokens "
                       f"instead of {vocab_size:,}")
     prose = "".join(islice(user_texts.iter_texts(data, "val"), 200))[:200_000]
-    ratios = compression(tokenizer, prose)
-    for kind, ratio in ratios.items():
-        common.print0(f"{kind:<22} {ratio:.2f} bytes per token")
-    common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}")
+    ids = tokenizer.encode(prose)
+    ratio = round(len(tokenizer.decode_bytes(ids)) / max(1, len(ids)), 3)
+    common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}; {ratio:.2f} bytes "
+                  "per token of validation text")
     run.exit_done(vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint,
-                  characters=chars, words=len(words), bytes_per_token=ratios,
-                  clock={"count_s": t1 - t0, "merge_s": t2 - t1})
+                  characters=chars, words=len(words), bytes_per_token={"validation text": ratio})
 
 if __name__ == "__main__":
     main()

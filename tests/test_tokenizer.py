@@ -26,6 +26,9 @@ EDGES = list(" \n\r\t\v\f\0\x1c\x85\xa0\u2028\u3000") + [
     "  ", "\n\n", " \n", "\n ", "\r\n", "'s", "'Ll", "ſ", "ab", "A", "1", "٣", ".", "…", "é",
     "漢", "😀", "\u0301", "_", "<|bos|>"]
 
+OTHER_LANGUAGES = """Die Katze schläft auf dem warmen Dach. Il fait beau ce matin au bord de la mer.
+Вчера мы долго гуляли у реки. Το βιβλίο είναι πάνω στο τραπέζι. 我们明天早上一起去市场买菜。"""
+
 def random_text(rng, length=40):
     return "".join(rng.choice(EDGES if rng.random() < 0.9 else CHARS) for _ in range(length))
 
@@ -55,7 +58,7 @@ def slow_bpe(words, n_tokens):
 @pytest.fixture(scope="module")
 def trained():
     text = (REPO / "tokenizer.py").read_text() + (REPO / "tok_train.py").read_text()
-    text += tok_train.OTHER_LANGUAGES
+    text += OTHER_LANGUAGES
     return tok.Tokenizer(tok_train.train_bpe(tok_train.count_words([text]), 1200))
 
 # ---- training
@@ -87,7 +90,7 @@ def test_merges_by_hand():
 
 def test_merges_equal_the_slow_trainer_on_text():
     text = (REPO / "common.py").read_text()[:12_000]
-    text += " ".join(WORDS * 3) + tok_train.OTHER_LANGUAGES
+    text += " ".join(WORDS * 3) + OTHER_LANGUAGES
     words = tok_train.count_words([text])
     assert list(tok_train.train_bpe(words, 700)) == list(slow_bpe(words, 700))
 
