@@ -24,7 +24,6 @@ import heapq
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -54,14 +53,7 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 CHUNK_CHARS = 16_000_000     # characters that one worker counts at a time
 MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest go, see `prune`
-OTHER_SPACES = ("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
-                + "".join(map(chr, range(0x2000, 0x200b))))
-LINE_START = re.compile(r"\n(?=\S)")
 split = regex.compile(tok.PATTERN).findall
-# the same for ASCII text, and twice as fast
-ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
-split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
-
 
 def watch(what, total, stop_reason):
     """-> a function of how much of the total is done: whether to go on. It shows progress and time
@@ -80,33 +72,11 @@ def watch(what, total, stop_reason):
 # -------------------------------------------------------------------------------------------------
 # words and their counts
 
-def cut(text):
-    """
-    Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the
-    same pieces as splitting the whole: so each different segment goes through the slow pattern only
-    once.  example: "One day,  a cat\\nsat" -> ["One", " day,", "  a", " cat\\n", "sat"]
-    Why it holds: no piece has a space behind a character that is no white space, or such a
-    character behind a line break. So pieces always end (1) between non-white and a space, (2)
-    between a line break and non-white, and only there is cut. The one look-ahead does not see past
-    a cut: it asks behind white space, of which there is none at (1), and at (2) the piece that ends
-    with the line break is found before it is asked.
-    """
-    if "\0" in text:
-        return [text]  # \0 marks the cuts
-    text = text.replace(" ", "\0 ").replace(" \0", " ")  # before each space not behind another
-    for space in OTHER_SPACES:
-        if space in text:
-            text = text.replace(space + "\0", space)  # nor between other white space and a space
-    return LINE_START.sub("\n\0", text).split("\0")
-
 def count_words(texts):
     """list of str -> {word: how often}, as tokenizer.PATTERN splits the texts"""
-    segments, words = Counter(), {}
+    words = Counter()
     for text in texts:
-        segments.update(cut(text))
-    for segment, n in segments.items():
-        for word in split_ascii(segment) if segment.isascii() else split(segment):
-            words[word] = words.get(word, 0) + n
+        words.update(split(text))
     return words
 
 def chunks(texts, max_chars, doc_cap):
