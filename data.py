@@ -51,7 +51,9 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
         return
     common.print0(f"tokenising {prefix.name}")
     dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-    tokens, masks, lengths = [np.zeros(0, dtype)], [], []
+    tokens = [np.zeros(0, dtype)]
+    masks = []
+    lengths = []
     cut = 0
     for ids, mask in documents:
         if why := run.stop_reason():
@@ -148,7 +150,9 @@ def pack(lengths, row_length, split):
     """
     upcoming = ((length, -document, 0) for document, length in enumerate(lengths) if length)
     buffer = []  # sorted list of (length, -document, start)
-    rows, row, room = [], [], row_length
+    rows = []
+    row = []
+    room = row_length
     while True:
         for piece in islice(upcoming, BUFFER - len(buffer)):
             bisect.insort(buffer, piece)
@@ -158,15 +162,15 @@ def pack(lengths, row_length, split):
         fit = bisect.bisect_right(buffer, (room - 1, 1, 0))
         if fit or split:
             length, document, start = buffer.pop(max(fit - 1, 0))
-            if length > room - 1:
-                rest = (length - (room - 1), document, start + room - 1)
-                bisect.insort(buffer, rest)
-                length = room - 1
-            row.append((-document, start, length))
-            room -= length + 1
+            used = min(length, room - 1)
+            if used < length:
+                bisect.insort(buffer, (length - used, document, start + used))
+            row.append((-document, start, used))
+            room -= used + 1
         if room < 2 or not (fit or split):
             rows.append(row)
-            row, room = [], row_length
+            row = []
+            room = row_length
     if row and not split:
         rows.append(row)
     return rows
@@ -174,7 +178,8 @@ def pack(lengths, row_length, split):
 def make_plan(stores, row_length, bos, split=True):
     """Packs each store by itself (so that a further shard changes nothing in the others) into rows
     of row_length tokens. -> Plan"""
-    first, pieces = [0], []
+    first = [0]
+    pieces = []
     for number, store in enumerate(stores):
         starts = np.cumsum(store.lengths) - store.lengths
         for row in pack(store.lengths.tolist(), row_length, split):
@@ -192,7 +197,7 @@ def fills_a_row(stores, row_length):
 
 def cropped(plan):
     """The share of the tokens that stand in no row."""
-    return 1 - float(plan.pieces[:, 2].sum()) / sum(s.tokens.size for s in plan.stores)
+    return 1 - plan.pieces[:, 2].sum() / sum(s.tokens.size for s in plan.stores)
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may
@@ -203,7 +208,8 @@ def read_rows(plan, numbers):
         at = 0
         for number, start, length in plan.pieces[plan.first[r]:plan.first[r + 1]].tolist():
             store = plan.stores[number]
-            here, there = slice(at + 1, at + 1 + length), slice(start, start + length)
+            here = slice(at + 1, at + 1 + length)
+            there = slice(start, start + length)
             tokens[i, here] = store.tokens[there]
             if store.mask is None:
                 counted[i, at:here.stop] = 1  # with bos: that a document ends is learned too
@@ -231,7 +237,7 @@ def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
     numbers = batch_rows(n_rows(plan), seed, step, total_rows)
     for start in range(rank * micro_rows, total_rows, world * micro_rows):
         tokens, counted = read_rows(plan, numbers[start:start + micro_rows])
-        yield tokens[:, :-1], np.where(counted[:, 1:] == 1, tokens[:, 1:], -1)
+        yield tokens[:, :-1], np.where(counted[:, 1:], tokens[:, 1:], -1)
 
 def fit_micro_rows(total_rows, device_rows, world):
     """The largest number of rows a device can take at once that divides the batch evenly. Failure

@@ -23,24 +23,27 @@ import pipeline
 import texts
 import tokenizer as tok
 
-CHAT = {"kind": "chat"}  # only trained on
-LETTER = {"kind": "categorical", "chance": 0.25}  # answered by a letter
-TEXT = {"kind": "generative", "chance": 0.0}  # answered by free text
+def task(kind, train=None, test=None):
+    """kind: chat (only trained on), categorical (answered by a letter) or generative (answered by
+    free text); train, test: the stems of its files, None where it has no such split"""
+    chance = 0.25 if kind == "categorical" else 0.0
+    return {"kind": kind, "chance": chance, "train": train, "test": test}
+
 TASKS = {
-    "smoltalk":       {**CHAT, "train": "smoltalk_train", "test": "smoltalk_test"},
-    "identity":       {**CHAT, "train": "identity_train"},
-    "mmlu_aux":       {**LETTER, "train": "mmlu_auxiliary_train"},
-    "mmlu":           {**LETTER, "test": "mmlu_test"},
-    "arc_easy":       {**LETTER, "train": "arc_easy_train", "test": "arc_easy_test"},
-    "arc_challenge":  {**LETTER, "train": "arc_challenge_train", "test": "arc_challenge_test"},
-    "gsm8k":          {**TEXT, "train": "gsm8k_train", "test": "gsm8k_test"},
-    "humaneval":      {**TEXT, "test": "humaneval_test"},
-    "spellingbee":    {**TEXT, "train": "words_alpha", "test": "words_alpha"},
-    "simplespelling": {**TEXT, "train": "words_alpha", "test": "words_alpha"},
-    "facts":          {**TEXT, "test": "facts_test"},
+    "smoltalk":       task("chat", "smoltalk_train", "smoltalk_test"),
+    "identity":       task("chat", "identity_train"),
+    "mmlu_aux":       task("categorical", "mmlu_auxiliary_train"),
+    "mmlu":           task("categorical", test="mmlu_test"),
+    "arc_easy":       task("categorical", "arc_easy_train", "arc_easy_test"),
+    "arc_challenge":  task("categorical", "arc_challenge_train", "arc_challenge_test"),
+    "gsm8k":          task("generative", "gsm8k_train", "gsm8k_test"),
+    "humaneval":      task("generative", test="humaneval_test"),
+    "spellingbee":    task("generative", "words_alpha", "words_alpha"),
+    "simplespelling": task("generative", "words_alpha", "words_alpha"),
+    "facts":          task("generative", test="facts_test"),
 }
-TASK_OF = {task[split]: name for name, task in TASKS.items()  # by the stem of its files
-           for split in ("train", "test") if split in task}
+TASK_OF = {facts[split]: name for name, facts in TASKS.items()  # by the stem of its files
+           for split in ("train", "test")}
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files, behind a stem
 GENERATED = 500  # items of a generated task where no number is given
 
@@ -80,7 +83,7 @@ def find(name, split, data):
     if name not in TASKS:
         common.check(Path(name).is_file(), f"there is no file of conversations {name}")
         return [Path(name)]
-    stem = TASKS[name].get(split)
+    stem = TASKS[name][split]
     common.check(stem, f"the task {name} has no {split} split")
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem

@@ -195,16 +195,16 @@ def train_bpe(words, n_tokens, going=lambda done: True):
                     made.add(new)
         for new in made:
             heapq.heappush(heap, (-counts[new], new))
-        if len(tokens) % 64 == 0 and not going(len(tokens)):
+        if not going(len(tokens)):
             break
     return {token: i for i, token in enumerate(tokens)}
 
 # -------------------------------------------------------------------------------------------------
 
 def main():
-    smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, 1_000_000
-    common.check(smallest <= vocab_size <= largest,
-                 f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
+    smallest = 256 + len(tok.SPECIAL_TOKENS) + 1
+    common.check(smallest <= vocab_size <= 1_000_000,
+                 f"--vocab_size must be {smallest} to 1000000, not {vocab_size}")
     common.check(max_chars >= 1 and doc_cap >= 1 and workers >= 0,
                  "--max_chars and --doc_cap must be at least 1, --workers at least 0")
     common.check(run.ranks.world == 1,
@@ -247,7 +247,7 @@ def main():
     common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}; {ratio:.2f} bytes "
                   "per token of validation text")
     run.exit_done(vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint,
-                  characters=chars, words=len(words), bytes_per_token={"validation text": ratio})
+                  bytes_per_token={"validation text": ratio})
 
 if __name__ == "__main__":
     main()

@@ -113,8 +113,8 @@ class Tokenizer:
                 tokens = self.encode(text)
                 if kind != "text":
                     marker = kind.removeprefix("python_")  # python or output
-                    start, end = f"<|{marker}_start|>", f"<|{marker}_end|>"
-                    tokens = [self.special(start), *tokens, self.special(end)]
+                    tokens.insert(0, self.special(f"<|{marker}_start|>"))
+                    tokens.append(self.special(f"<|{marker}_end|>"))
                 ids += tokens
                 mask += [int(assistant and kind != "python_output")] * len(tokens)
             ids.append(self.special(f"<|{role}_end|>"))
@@ -158,7 +158,7 @@ def messages_of(conversation):
         kinds = KINDS[role]
         if not isinstance(content, list) or any(part["type"] not in kinds for part in content):
             raise ValueError(f"message {i} of a conversation, by {role}, is neither text nor a "
-                             f"list of parts {', '.join(kinds)}: {str(content)[:80]!r}")
+                             f"list of parts {', '.join(kinds)}")
         parts = []
         for part in content:
             parts.append((part["type"], system + part["text"]))  # a TypeError where it is no text

@@ -308,12 +308,13 @@ def function(draw, half):
 # conversations: make(draw, training half)
 def conversation(draw, half):
     """A talk, or several multiple-choice questions on one list, which stands in the first alone."""
-    options, asked = listed_questions(draw, half) if draw.random() < 0.4 else ([], [])
-    if not asked:
-        return talk(draw, half)
-    turns = [(text, LETTERS[options.index(answer)]) for text, answer in asked[:6]]
-    turns[0] = (tasks.with_choices(turns[0][0], options, LETTERS), turns[0][1])
-    return tasks.conversation(turns)
+    if draw.random() < 0.4:
+        options, asked = listed_questions(draw, half)
+        if asked:
+            turns = [(text, LETTERS[options.index(answer)]) for text, answer in asked[:6]]
+            turns[0] = (tasks.with_choices(turns[0][0], options, LETTERS), turns[0][1])
+            return tasks.conversation(turns)
+    return talk(draw, half)
 
 def talk(draw, half, topics=TABLES["small_talk"], share=0.3):
     """One to three turns; this share of the talks begins with one of the topics."""
@@ -351,11 +352,11 @@ def test_row(draw, world, task):
         effects, gold = choices(draw, cause["effect"], [c["effect"] for c in CAUSES])
         return {"query": f"Suppose that {cause['cause']}. Then", "choices": effects, "gold": gold}
     if task == "toy_who":
-        names = some(draw, NAMES, 2)
-        both = list(zip(*(world.told[name] for name in names)))
-        facts = pick(draw, [pair for pair in both if pair[0].value != pair[1].value] or both[:1])
+        a, b = some(draw, NAMES, 2)
+        pairs = list(zip(world.told[a], world.told[b]))
+        facts = pick(draw, [(f, g) for f, g in pairs if f.value != g.value] or pairs[:1])
         gold = int(draw.integers(2))
-        return {"context_options": names, "continuation": facts[gold].trait, "gold": gold}
+        return {"context_options": [a, b], "continuation": facts[gold].trait, "gold": gold}
     if task == "toy_copying":
         *words, last = some(draw, WORDS, 5)
         start = ", ".join(words)

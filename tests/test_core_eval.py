@@ -365,9 +365,9 @@ class EightBits:
 def plan_of(folder, tokenizer, length):
     folder.mkdir()
     texts = ["na\u00efve banana bandana", "an apple", "banana " * 30]
-    pieces = [(tokenizer.encode(t), None) for t in texts]
-    dataset.write_store(folder / "s", [pieces], "test", tokenizer.vocab_size)
-    return dataset.make_plan([dataset.open_store(folder / "s")], length, tokenizer.bos)
+    documents = [(tokenizer.encode(t), None) for t in texts]
+    dataset.write_store(alone(), folder / "s", "test", documents, tokenizer.vocab_size, None)
+    return dataset.make_plan([dataset.open_store(folder / "s", "test")], length, tokenizer.bos)
 
 def test_bits_per_byte_do_not_depend_on_tokenizer_or_batch(tmp_path):
     pairs = tok.Tokenizer({**BYTES.ranks, b"an": 256, b"ana": 257, b" b": 258})
