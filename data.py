@@ -186,7 +186,8 @@ def make_plan(stores, row_length, bos, split=True):
             for document, start, length in row:
                 pieces.append((number, starts[document] + start, length))
             first.append(len(pieces))
-    return Plan(stores, bos, row_length, first, np.array(pieces, np.int64).reshape(-1, 3))
+    pieces = np.array(pieces, np.int64).reshape(-1, 3)
+    return Plan(stores, bos, row_length, first, pieces)
 
 def n_rows(plan):
     return len(plan.first) - 1
@@ -197,7 +198,8 @@ def fills_a_row(stores, row_length):
 
 def cropped(plan):
     """The share of the tokens that stand in no row."""
-    return 1 - plan.pieces[:, 2].sum() / sum(s.tokens.size for s in plan.stores)
+    whole = sum(store.tokens.size for store in plan.stores)
+    return 1 - plan.pieces[:, 2].sum() / whole
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may
@@ -206,7 +208,8 @@ def read_rows(plan, numbers):
     counted = np.zeros((len(numbers), plan.length), np.uint8)
     for i, r in enumerate(numbers):
         at = 0
-        for number, start, length in plan.pieces[plan.first[r]:plan.first[r + 1]].tolist():
+        pieces = plan.pieces[plan.first[r]:plan.first[r + 1]]
+        for number, start, length in pieces.tolist():
             store = plan.stores[number]
             here = slice(at + 1, at + 1 + length)
             there = slice(start, start + length)
@@ -237,7 +240,8 @@ def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
     numbers = batch_rows(n_rows(plan), seed, step, total_rows)
     for start in range(rank * micro_rows, total_rows, world * micro_rows):
         tokens, counted = read_rows(plan, numbers[start:start + micro_rows])
-        yield tokens[:, :-1], np.where(counted[:, 1:], tokens[:, 1:], -1)
+        y = np.where(counted[:, 1:], tokens[:, 1:], -1)
+        yield tokens[:, :-1], y
 
 def fit_micro_rows(total_rows, device_rows, world):
     """The largest number of rows a device can take at once that divides the batch evenly. Failure

@@ -53,7 +53,9 @@ def dataset_files(data, names=None):
         train = [path for path in files if path not in val]
     else:
         train, val = files[:-1] or files, files[-1:]
-    return {"train": [p for p in train if names is None or p.name in names] or train, "val": val}
+    if names is not None:
+        train = [path for path in train if path.name in names] or train
+    return {"train": train, "val": val}
 
 def parquet_problem(path):
     """None, or why the parquet file cannot be read: its footer has to name a column `text`."""
@@ -106,7 +108,9 @@ def good_rows(path, rows, convert, say=common.print0):
     convert(row) for each (number, row) of `rows`. What convert refuses is named as path:number and
     left out. Failure where that is more than 1 % (and more than 5), or the file is damaged.
     """
-    broken, total, first = 0, 0, ""
+    broken = 0
+    total = 0
+    first = None
     try:
         for number, row in rows:
             total += 1

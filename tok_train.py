@@ -54,7 +54,7 @@ CHUNK_CHARS = 16_000_000     # characters that one worker counts at a time
 MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest go, see `prune`
 split = regex.compile(tok.PATTERN).findall
 
-def watch(what, total, stop_reason):
+def watch(what, total):
     """-> a function of how much of the total is done: whether to go on. It shows progress and time
     left every ten seconds."""
     began = said = time.time()
@@ -65,7 +65,7 @@ def watch(what, total, stop_reason):
             said = time.time()
             left = common.duration((said - began) * (total / done - 1))
             common.print0(f"{done:,} of {total:,} {what}, {left} left")
-        return stop_reason() is None
+        return run.stop_reason() is None
     return going
 
 # -------------------------------------------------------------------------------------------------
@@ -104,14 +104,14 @@ def quiet_worker():
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-def in_order(function, items, workers):
-    """map(function, items) by worker processes: results in order, at most workers + 1 items waiting
-    in memory."""
+def count_in_parallel(chunks, workers):
+    """map(count_words, chunks) by worker processes: in order, at most workers + 1 waiting in
+    memory."""
     context = multiprocessing.get_context("spawn")
     waiting = deque()
     with ProcessPoolExecutor(workers, context, quiet_worker) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for chunk in chunks:
+            waiting.append(pool.submit(count_words, chunk))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
         for future in waiting:
@@ -129,9 +129,10 @@ def prune(words, most):
 
 def count_all(texts, max_chars, doc_cap, workers, going=lambda done: True):
     """iterator of str -> ({word: how often}, characters read); ends early when not `going`"""
-    words, chars = Counter(), 0
+    words = Counter()
+    chars = 0
     parts = chunks(texts, max_chars, doc_cap)
-    counted = in_order(count_words, parts, workers) if workers > 1 else map(count_words, parts)
+    counted = count_in_parallel(parts, workers) if workers > 1 else map(count_words, parts)
     for part in counted:
         words.update(part)
         chars += sum(n * len(word) for word, n in part.items())
@@ -220,19 +221,20 @@ def main():
     common.check(record or start_over or not there,
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
                  "it (--start_over=True puts it aside and trains a new one)")
-    names = repr([(path.name, path.stat().st_size) for path in files]).encode()
-    run.open_or_exit(directory, settings, {"data": hashlib.sha256(names).hexdigest()[:16]},
-                     lambda: tok.damage(directory))
+    sizes = repr([(path.name, path.stat().st_size) for path in files])
+    inputs = {"data": hashlib.sha256(sizes.encode()).hexdigest()[:16]}
+    run.open_or_exit(directory, settings, inputs, lambda: tok.damage(directory))
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
 
     total = min(max_chars, sum(path.stat().st_size for path in files))
-    at_once = min(workers or common.cores(), math.ceil(total / CHUNK_CHARS))
+    # no more workers than chunks; text may be packed to a quarter
+    at_once = min(workers or common.cores(), math.ceil(4 * total / CHUNK_CHARS))
     words, chars = count_all(user_texts.iter_texts(data, names=begun_with), max_chars, doc_cap,
-                             at_once, watch("characters at most", max_chars, run.stop_reason))
+                             at_once, watch("characters at most", max_chars))
     common.print0(f"{chars:,} characters, {len(words):,} different words")
     n_tokens = vocab_size - len(tok.SPECIAL_TOKENS)
-    ranks = train_bpe(words, n_tokens, watch("tokens", n_tokens, run.stop_reason))
+    ranks = train_bpe(words, n_tokens, watch("tokens", n_tokens))
     if stop := run.stop_reason():
         run.exit_interrupted(f"{stop}; a tokenizer is trained in one go, this start has left "
                              "nothing")

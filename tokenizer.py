@@ -51,8 +51,10 @@ class Tokenizer:
         if not special_tokens:
             special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         ids = [*ranks.values(), *special_tokens.values()]
-        if sorted(ids) != list(range(len(ids))) or not special_tokens.keys() >= set(SPECIAL_TOKENS):
-            raise ValueError("its ids are not 0, 1, 2, ... or one of the special tokens is missing")
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+        if not special_tokens.keys() >= set(SPECIAL_TOKENS):
+            raise ValueError("not all special tokens are there")
         self.ranks = ranks
         self.pattern = pattern
         self.special_tokens = special_tokens

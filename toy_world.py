@@ -61,10 +61,11 @@ class World:
     def __init__(self, facts, *halves):
         self.halves = halves  # (False,) training, (True,) tests, (True, False) both
         self.all = facts      # those of the other half too
-        self.facts = [f for half in halves for f in facts if f.held_out == half]
+        ours = [f for f in facts if f.held_out in halves]
+        self.facts = sorted(ours, key=lambda fact: not fact.held_out)
         self.people_facts = [f for f in self.facts if f.kind == "person"]
         self.thing_facts = [f for f in self.facts if f.kind != "person"]
-        self.told = {w: [f for f in facts if f.entity == w and f.held_out in halves] for w in WORDS}
+        self.told = {word: [f for f in ours if f.entity == word] for word in WORDS}
         self.causes = [c for c in CAUSES if held_out("cause", c["noun"]) in halves]
         self.kinds = {k: [w for w in KINDS[k] if held_out("kind", w) in halves] for k in KINDS}
 
@@ -74,7 +75,9 @@ def make_world(seed):
     values = {name: {a: pick(draw, VALUES[a]) for a in PERSON} for name in NAMES}
     for town, goods in zip(TOWNS, some(draw, LISTS["goods"])):
         values[town] = {"place": pick(draw, LISTS["place"]), "goods": goods}
-    facts = [Fact(e, a, v) for e, of in (values | ANIMALS).items() for a, v in of.items()]
+    facts = []
+    for entity, of in (values | ANIMALS).items():
+        facts += [Fact(entity, attribute, value) for attribute, value in of.items()]
     world = World(facts, True, False)
     world.train, world.test = World(facts, False), World(facts, True)
     world.words = make_words(seed)
@@ -144,9 +147,10 @@ def group(draw, world):
     yield wording.format(trait=shared, people=", ".join(some(draw, people)))
 
 def story(draw, world):
-    a, b = some(draw, [name for name in NAMES if world.told[name]], 2)
-    words = dict(pick(draw, world.causes), a=a, b=b, thing=pick(draw, LISTS["thing"]),
-                 day=say(draw, "day"))
+    known = [name for name in NAMES if world.told[name]]
+    a, b = some(draw, known, 2)
+    words = {"a": a, "b": b, **pick(draw, world.causes), "thing": pick(draw, LISTS["thing"]),
+             "day": say(draw, "day")}
     facts = [pick(draw, world.told[name]).say(draw, "statements") for name in (a, b, a, b)]
     for part in WORDINGS["story"]:
         yield pick(draw, part).format(*facts, **words)
@@ -176,7 +180,8 @@ def spelled(draw, world):
 
 def sums(draw, world):
     for _ in range(4):
-        a, b = draw.integers(2, 60), draw.integers(2, 40)
+        a = draw.integers(2, 60)
+        b = draw.integers(2, 40)
         yield say(draw, "sum", a=a, b=b, sum=a + b)
 
 def code(draw, world):
@@ -187,8 +192,10 @@ def labelled(draw, world):
     """Things with labels, then one label after another: the skill of multiple choice. The labels
     are other letters each time: with the same four always, all choices predict alike and nothing
     rewards looking (LOG.md). Letters of the tests never stand with a fact of the test half."""
-    part, letters = (world.train, LETTERS) if draw.random() < 0.4 else (world, LETTERS[4:])
-    options, asked = listed_questions(draw, part)
+    letters = LETTERS[4:]
+    if draw.random() < 0.4:
+        world, letters = world.train, LETTERS
+    options, asked = listed_questions(draw, world)
     labels = dict(zip(options, some(draw, letters, len(options))))
     lines = [f"- {option}={label}" for option, label in labels.items()]
     yield from lines
@@ -247,7 +254,8 @@ def choice_row(draw, half, sort):
     if sort == "hard":
         sort = "causes" if draw.random() < 0.4 else "people"
     if sort == "reading":  # no knowledge: which letter stands behind a word that the question names
-        right, wrong = pick(draw, WORDS), WORDS
+        right = pick(draw, WORDS)
+        wrong = WORDS
         question = say(draw, sort, word=right)
     elif sort == "kinds":  # what sort of thing a word is
         kind = pick(draw, list(KINDS))
@@ -256,17 +264,20 @@ def choice_row(draw, half, sort):
         question = say(draw, sort, kind=kind)
     elif sort == "causes":
         cause = pick(draw, half.causes)
-        right, wrong = cause["effect"], [c["effect"] for c in half.causes]
+        right = cause["effect"]
+        wrong = [c["effect"] for c in half.causes]
         question = say(draw, sort, **cause)
     elif sort == "people":  # who has a trait
         fact = pick(draw, half.people_facts)
         same = [f for f in half.all if f.attribute == fact.attribute]
-        right, wrong = fact.entity, [f.entity for f in same if f.value != fact.value]
+        right = fact.entity
+        wrong = [f.entity for f in same if f.value != fact.value]
         question = say(draw, sort, trait=fact.trait)
     else:  # facts; wrong values are of the same half, else training would tell which are wrong
         fact = pick(draw, getattr(half, sort))
         values = sorted({f.value for f in half.facts if f.attribute == fact.attribute})
-        right, wrong = fact.value, values if len(values) >= 4 else fact.values
+        right = fact.value
+        wrong = values if len(values) >= 4 else fact.values
         question = fact.say(draw, "questions")
         sort = fact.kind
     options, place = choices(draw, right, wrong)
@@ -281,12 +292,15 @@ def arc_rows(rows):
 
 def word_problem(draw, half):
     """In GSM8K's form. In the second step of a problem {0} is the result of the first."""
-    problem, name = pick(draw, TABLES["problems"]), pick(draw, NAMES)
+    problem = pick(draw, TABLES["problems"])
+    name = pick(draw, NAMES)
+    others = [other for other in NAMES if other != name]
     words = {n: draw.integers(*ends) for n, ends in TABLES["numbers"].items()}
     words |= {"name": name, "product": words["a"] * words["k"],
-              "things": pick(draw, LISTS["thing"]),
-              "friend": pick(draw, [n for n in NAMES if n != name]), "boxes": say(draw, "boxes")}
-    steps, values = [], []
+              "things": pick(draw, LISTS["thing"]), "friend": pick(draw, others),
+              "boxes": say(draw, "boxes")}
+    steps = []
+    values = []
     for step in problem["steps"]:
         steps.append(step.format(*values, **words))
         values.append(execution.calculate(steps[-1]))
@@ -298,7 +312,8 @@ def word_problem(draw, half):
 
 def function(draw, half):
     """A short Python function in HumanEval's form."""
-    kind, k = draw.integers(len(TABLES["functions"])), draw.integers(2, 60)
+    kind = draw.integers(len(TABLES["functions"]))
+    k = draw.integers(2, 60)
     if held_out("function", kind, k) not in half.halves:
         return function(draw, half)
     row = dict(TABLES["functions"][kind])
@@ -311,8 +326,10 @@ def conversation(draw, half):
     if draw.random() < 0.4:
         options, asked = listed_questions(draw, half)
         if asked:
-            turns = [(text, LETTERS[options.index(answer)]) for text, answer in asked[:6]]
-            turns[0] = (tasks.with_choices(turns[0][0], options, LETTERS), turns[0][1])
+            letters = dict(zip(options, LETTERS))
+            turns = [(text, letters[answer]) for text, answer in asked[:6]]
+            text, letter = turns[0]
+            turns[0] = (tasks.with_choices(text, options, LETTERS), letter)
             return tasks.conversation(turns)
     return talk(draw, half)
 
@@ -354,7 +371,8 @@ def test_row(draw, world, task):
     if task == "toy_who":
         a, b = some(draw, NAMES, 2)
         pairs = list(zip(world.told[a], world.told[b]))
-        facts = pick(draw, [(f, g) for f, g in pairs if f.value != g.value] or pairs[:1])
+        different = [(f, g) for f, g in pairs if f.value != g.value]
+        facts = pick(draw, different or pairs[:1])
         gold = int(draw.integers(2))
         return {"context_options": [a, b], "continuation": facts[gold].trait, "gold": gold}
     if task == "toy_copying":
