@@ -24,13 +24,15 @@ import heapq
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice, pairwise
+from itertools import islice
 
+import numpy as np
 import regex
 
 import common
@@ -52,7 +54,13 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 CHUNK_CHARS = 16_000_000     # characters that one worker counts at a time
 MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest go, see `prune`
+OTHER_SPACES = ("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+                + "".join(map(chr, range(0x2000, 0x200b))))
+LINE_START = re.compile(r"\n(?=\S)")
 split = regex.compile(tok.PATTERN).findall
+# the same for ASCII text, and twice as fast
+ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
 
 def watch(what, total):
     """-> a function of how much of the total is done: whether to go on. It shows progress and time
@@ -71,11 +79,33 @@ def watch(what, total):
 # -------------------------------------------------------------------------------------------------
 # words and their counts
 
+def cut(text):
+    """
+    Cuts a text into segments, fast, such that splitting the segments by tokenizer.PATTERN gives the
+    same pieces as splitting the whole: so each different segment goes through the slow pattern only
+    once.  example: "One day,  a cat\\nsat" -> ["One", " day,", "  a", " cat\\n", "sat"]
+    Why it holds: no piece has a space behind a character that is no white space, or such a
+    character behind a line break. So pieces always end (1) between non-white and a space, (2)
+    between a line break and non-white, and only there is cut. The one look-ahead does not see past
+    a cut: it asks behind white space, of which there is none at (1), and at (2) the piece that ends
+    with the line break is found before it is asked.
+    """
+    if "\0" in text:
+        return [text]  # \0 marks the cuts
+    text = text.replace(" ", "\0 ").replace(" \0", " ")  # before each space not behind another
+    for space in OTHER_SPACES:
+        if space in text:
+            text = text.replace(space + "\0", space)  # nor between other white space and a space
+    return LINE_START.sub("\n\0", text).split("\0")
+
 def count_words(texts):
     """list of str -> {word: how often}, as tokenizer.PATTERN splits the texts"""
-    words = Counter()
+    segments, words = Counter(), {}
     for text in texts:
-        words.update(split(text))
+        segments.update(cut(text))
+    for segment, n in segments.items():
+        for word in split_ascii(segment) if segment.isascii() else split(segment):
+            words[word] = words.get(word, 0) + n
     return words
 
 def chunks(texts, max_chars, doc_cap):
@@ -146,9 +176,7 @@ def count_all(texts, max_chars, doc_cap, workers, going=lambda done: True):
 # -------------------------------------------------------------------------------------------------
 # merges
 
-def pairs(word):
-    """example: "abca" -> "ab", "bc", "ca" """
-    return map("".join, pairwise(word))
+BITS = 20  # a pair (a, b) of token ids is the number a << BITS | b, so pairs sort by a, then by b
 
 def train_bpe(words, n_tokens, going=lambda done: True):
     """
@@ -156,56 +184,69 @@ def train_bpe(words, n_tokens, going=lambda done: True):
     n_tokens in all or fewer where nothing is left to merge. Ends early, with what it has, when not
     `going`.
 
-    A word is kept as a string with a character chr(id) for each of its tokens, so a merge is
-    str.replace, and pairs sort by their ids. Each pair has one entry in the heap. It gets it when
-    its younger token is made and afterwards only loses occurrences, so an entry is at most out of
-    date upwards: the top one is taken if its count still holds, else put back with the right one.
+    All words lie in one array of ids, a -1 before each; it is a ring. A merge turns the left id
+    into the new token and the right one into -2; `left` and `right` link what is alive. Each pair
+    has one entry in the heap: (-count, pair, positions). A pair gets its positions when its younger
+    token is made and afterwards only loses some, so its count in the heap is at most out of date
+    upwards: the top entry is counted again, and merged if nothing has changed, else put back.
     """
-    spelled = [word.encode().decode("latin-1") for word in words]
-    times = list(words.values())
-    counts = defaultdict(int)   # {pair: how often it occurs}
-    where = defaultdict(list)   # {pair: numbers of the words that it has occurred in}
-    for i, word in enumerate(spelled):
-        for pair in pairs(word):
-            counts[pair] += times[i]
-            where[pair].append(i)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
+    encoded = [b"\xff" + word.encode() for word in words]  # UTF-8 has no byte 255
+    ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int32)
+    ids[ids == 255] = -1
+    positions = np.arange(len(ids), dtype=np.int32)
+    left, right = np.roll(positions, 1), np.roll(positions, -1)
+    # how often the word at a position occurs
+    weight = np.repeat(list(words.values()), [len(word) for word in encoded])
+
+    def entries(positions):
+        """Heap entries of the pairs that begin at these positions (ascending for each pair)"""
+        pairs = ids[positions].astype(np.int64) << BITS | ids[right[positions]]
+        order = np.argsort(pairs, kind="stable")
+        pairs, starts = np.unique(pairs[order], return_index=True)
+        positions = positions[order]
+        counts = np.add.reduceat(weight[positions], starts)
+        groups = np.split(positions, starts[1:])
+        return zip((-counts).tolist(), pairs.tolist(), groups)
+
     tokens = [bytes([i]) for i in range(256)]
+    heap = list(entries(positions[(ids >= 0) & (ids[right] >= 0)]))
+    heapq.heapify(heap)
     while heap and len(tokens) < n_tokens:
-        negative, pair = heapq.heappop(heap)
-        count = counts[pair]
+        negative, pair, at = heapq.heappop(heap)
+        a, b = pair >> BITS, pair & (1 << BITS) - 1
+        at = at[(ids[at] == a) & (ids[right[at]] == b)]
+        count = int(weight[at].sum())
         if count != -negative:
             if count > 0:
-                heapq.heappush(heap, (-count, pair))
+                heapq.heappush(heap, (-count, pair, at))
             continue
-        token = chr(len(tokens))
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        made = set()
-        for i in set(where.pop(pair)):
-            before = spelled[i]
-            after = spelled[i] = before.replace(pair, token)
-            if before == after:
-                continue  # an earlier merge has taken the pair apart there
-            for old in pairs(before):
-                counts[old] -= times[i]
-            for new in pairs(after):
-                counts[new] += times[i]
-                if token in new:
-                    where[new].append(i)
-                    made.add(new)
-        for new in made:
-            heapq.heappush(heap, (-counts[new], new))
-        if not going(len(tokens)):
+        new = len(tokens)
+        tokens.append(tokens[a] + tokens[b])
+        if a == b:  # in a run like aaaaa take the 1st, 3rd, ... pair, from the left
+            taken, second = [], -1
+            for position in at.tolist():
+                if position != second:
+                    taken.append(position)
+                    second = right[position]
+            at = np.array(taken, np.int32)
+        gone = right[at]
+        ids[at], ids[gone] = new, -2
+        right[at] = right[gone]
+        left[right[at]] = at
+        before = left[at]
+        before = before[(ids[before] >= 0) & (ids[before] != new)]  # (new, new): from its left
+        for entry in entries(np.concatenate([before, at[ids[right[at]] >= 0]])):
+            heapq.heappush(heap, entry)
+        if new % 64 == 0 and not going(new):
             break
     return {token: i for i, token in enumerate(tokens)}
 
 # -------------------------------------------------------------------------------------------------
 
 def main():
-    smallest = 256 + len(tok.SPECIAL_TOKENS) + 1
-    common.check(smallest <= vocab_size <= 1_000_000,
-                 f"--vocab_size must be {smallest} to 1000000, not {vocab_size}")
+    smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, (1 << BITS) - 1
+    common.check(smallest <= vocab_size <= largest,
+                 f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
     common.check(max_chars >= 1 and doc_cap >= 1 and workers >= 0,
                  "--max_chars and --doc_cap must be at least 1, --workers at least 0")
     common.check(run.ranks.world == 1,

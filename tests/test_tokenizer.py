@@ -63,7 +63,7 @@ def trained():
 
 # ---- training
 
-def test_words_are_counted_as_the_pattern_cuts_the_text():
+def test_cutting_first_gives_the_words_of_the_plain_pattern():
     rng = random.Random(1)
     texts = [random_text(rng) for _ in range(20_000)]
     texts += ["", " ", "a", (REPO / "tok_train.py").read_text()]
@@ -73,6 +73,9 @@ def test_words_are_counted_as_the_pattern_cuts_the_text():
         assert tok_train.count_words([text]) == plain, repr(text)
     pieces = Counter(p for text in texts for p in regex.findall(tok.PATTERN, text))
     assert tok_train.count_words(texts) == pieces
+
+def test_white_space_is_what_the_pattern_takes_for_it():
+    assert sorted(tok_train.OTHER_SPACES + " ") == [c for c in CHARS if regex.match(r"\s", c)]
 
 def test_numbers_by_two_digits_and_contractions():
     assert regex.findall(tok.PATTERN, "In 12345 it's  fine.\n\nNo") == [
