@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 # -----------------------------------------------------------------------------
 # the calculator: we walk the syntax tree, and Python never evaluates anything
@@ -54,8 +55,7 @@ def calculate(expression):
         return None
     if isinstance(value, int):
         return str(value)
-    digits = f"{value:.6f}".rstrip("0").rstrip(".")
-    return "0" if digits == "-0" else digits
+    return f"{value:z.6f}".rstrip("0").rstrip(".")  # z: no -0
 
 def walk(node):
     """The value of a node of the syntax tree, an int or a float; ValueError for one not allowed."""
@@ -77,10 +77,10 @@ def walk(node):
 # -----------------------------------------------------------------------------
 # the sandbox: this process only starts it; what happens inside is in sandbox.py
 
-SANDBOX = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox.py")
+SANDBOX = str(Path(__file__).with_name("sandbox.py"))
 NAMESPACES = ["--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--mount-proc"]
 
-def run_python(code, timeout=5.0, memory_mb=512, unsafe=False, test="", entry_point=""):
+def run_python(code, timeout=5.0, unsafe=False, test="", entry_point=""):
     """Runs a Python program. -> (True, "passed") if it came to its end without an exception, else
     (False, why).
     With `test`, Python code that defines check(candidate), the verdict is whether
@@ -94,7 +94,7 @@ def run_python(code, timeout=5.0, memory_mb=512, unsafe=False, test="", entry_po
     available, why = sandbox_available()
     if not available and not unsafe:
         return False, f"not run: no sandbox here ({why})"
-    verdict = supervise(code, test, entry_point, timeout, memory_mb, available)
+    verdict = supervise(code, test, entry_point, timeout, available)
     return verdict == "passed", verdict
 
 @functools.cache
@@ -103,16 +103,16 @@ def sandbox_available():
     else (False, why)."""
     if not shutil.which("unshare"):
         return False, "there is no unshare program"
-    verdict = supervise("", "", "", timeout=20.0, memory_mb=512, namespaces=True)
+    verdict = supervise("", "", "", timeout=20.0, namespaces=True)
     if verdict == "passed":
         return True, ""
     return False, verdict
 
-def supervise(code, test, entry_point, timeout, memory_mb, namespaces):
+def supervise(code, test, entry_point, timeout, namespaces):
     """Starts sandbox.py and feeds it. -> its verdict, or "the sandbox died: ..." without one"""
     become_nobody = can_become_nobody()
-    settings = {"timeout": timeout, "memory": memory_mb << 20, "namespaces": namespaces,
-                "become_nobody": become_nobody, "entry_point": entry_point}
+    settings = {"timeout": timeout, "namespaces": namespaces, "become_nobody": become_nobody,
+                "entry_point": entry_point}
     command = [sys.executable, "-I", "-S", SANDBOX, json.dumps(settings)]
     if namespaces:
         users = [] if become_nobody else ["--user", "--map-root-user"]
@@ -130,10 +130,10 @@ def supervise(code, test, entry_point, timeout, memory_mb, namespaces):
     return done.stdout or f"the sandbox died: {reason}"
 
 def can_become_nobody():
-    """Whether we are root with the two user ids that sandbox.py needs: root of a namespace or of a
-    container may have its own alone."""
-    if os.geteuid() != 0 or not os.path.exists("/proc/self/uid_map"):
+    """Whether we are root with the user id of nobody, 65534: root of a namespace or of a container
+    may have its own alone."""
+    if os.geteuid() != 0:
         return False
-    with open("/proc/self/uid_map") as lines:
-        ranges = [list(map(int, line.split())) for line in lines]
-    return any(first <= 65533 and 65534 < first + count for first, _, count in ranges)
+    with open("/proc/self/uid_map") as f:
+        counts = f.read().split()[2::3]
+    return sum(map(int, counts)) > 65534
