@@ -14,8 +14,6 @@ from run import Run
 
 run = Run.start("base_eval")  # a signal counts from here on; importing torch takes seconds
 
-import time
-
 import checkpoint
 import common
 import configurator
@@ -46,10 +44,9 @@ import numpy as np
 import core_eval
 import evaluation
 import gpt
-import scores
 import training
 
-BLOCK = 64  # items dealt to a rank, measured and kept together; fixed, so that the batches are
+BLOCK = 64  # items measured and kept together; fixed, so that the batches are
 PROMPTS = ["The capital of France is", "The opposite of hot is",
            "If yesterday was Friday, then tomorrow will be", "Once upon a time",
            "My favourite colour is", "The planets of the solar system are:",
@@ -58,12 +55,8 @@ PROMPTS = ["The capital of France is", "The opposite of hot is",
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
-common.check(core_items >= -1, f"--core_items must be -1 (all), 0 (no CORE) or a number of items, "
-             f"not {core_items}")
-common.check(max_prompt == -1 or max_prompt >= 2,
-             f"--max_prompt must be at least 2 (or -1), not {max_prompt}")
-common.check(memory_gb >= 0 and eval_tokens >= 0,
-             "--memory_gb and --eval_tokens must not be negative")
+common.check(core_items >= -1, "--core_items is -1 (all), 0 (no CORE) or a number of items")
+common.check(max_prompt == -1 or max_prompt >= 2, "--max_prompt is at least 2, or -1 for a row's")
 core_tasks, missing, bundle = [], [], None
 if core_items:
     where = pipeline.eval_bundle_dir(data)
@@ -82,23 +75,39 @@ if eval_tokens:
     splits = {split: dataset.tokenize_files(run, data, split, tokenizer, begun_with)
               for split in ("train", "val")}
 stores = [store for part in splits.values() for store in part]
-inputs = {"weights": checkpoint.fingerprint(folder, step), "step": step,
-          "tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(stores),
-          "bundle": bundle, "missing": missing,
-          "settings": {**settings.defining, "tag": folder.name}}
+inputs = {
+    "weights": checkpoint.fingerprint(folder, step),
+    "step": step,
+    "tokenizer": tokenizer.fingerprint,
+    "data": dataset.fingerprint(stores),
+    "bundle": bundle,
+    "missing": missing,
+    "settings": {**settings.defining, "tag": folder.name},
+}
 path = pipeline.state_path("base-eval", data, folder.name)
 measured = evaluation.open_or_exit(run, path, inputs, settings)
 
 # -------------------------------------------------------------------------------------------------
 # bits per byte and samples
 
-ranks, compute = run.ranks, measured.compute
+compute = measured.compute
 model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 length = model.config.sequence_len
-common.print0(f"base {folder.name}, step {step:,}: {ranks.world} x {compute}")
+common.print0(f"base {folder.name}, step {step:,}: {run.ranks.world} x {compute}")
 
 def going():
     return run.stop_reason() is None
+
+def bits_per_byte(stores):
+    """Of the first eval_tokens of a split; None if stopped. Collective."""
+    few = []
+    for store in stores:  # to pack every shard would take longer than to measure
+        few.append(store)
+        if sum(store.facts["tokens"] for store in few) >= 2 * eval_tokens:
+            break
+    plan = dataset.make_plan(few, length + 1, tokenizer.bos)
+    return training.bits_per_byte(run, model, plan, tokenizer, eval_tokens, device_batch_size,
+                                  compute.device)
 
 def write_samples():
     """Greedy continuations of PROMPTS, and four texts out of nothing, drawn.
@@ -113,79 +122,38 @@ def write_samples():
     return texts if going() else None
 
 for split, stores in splits.items():
-    if f"{split} bpb" not in measured.pieces:
-        enough, tokens = 0, 0  # to pack every shard would take longer than to measure
-        while enough < len(stores) and tokens < 2 * eval_tokens:
-            tokens += stores[enough].facts["tokens"]
-            enough += 1
-        plan = dataset.make_plan(stores[:enough], length + 1, tokenizer.bos)
-        common.check(dataset.n_rows(plan), f"the {split} split of {data} is too small for one row "
-                     f"of {length + 1} tokens")
-        measured.keep(f"{split} bpb", training.bits_per_byte(
-            run, model, plan, tokenizer, eval_tokens, device_batch_size, compute.device))
-    common.print0(f"{split}: {measured.pieces[f'{split} bpb']:.4f} bits per byte")
+    piece = f"{split} bpb"
+    if piece not in measured.pieces:
+        measured.keep(piece, bits_per_byte(stores))
+    common.print0(f"{split}: {measured.pieces[piece]:.4f} bits per byte")
 if show_samples and "samples" not in measured.pieces:
-    measured.keep("samples", ranks.on_rank0(write_samples))
-for sample in measured.pieces.get("samples", []):
+    measured.keep("samples", run.ranks.on_rank0(write_samples))
+samples = measured.pieces.get("samples", [])
+for sample in samples:
     common.print0(f"  {sample['prompt']} | {sample['text']}".replace("\n", "\\n"))
 
 # -------------------------------------------------------------------------------------------------
-# CORE: blocks of items are dealt to the ranks in turns
+# CORE
 
 name = "toy-CORE" if data == "toy" else "CORE"
 longest = length if max_prompt == -1 else max_prompt
 usual_gb = 0.2 if compute.device.type == "cpu" else 4.0  # on a CPU more is no faster
 budget = 1e9 * (memory_gb or usual_gb)
-
-def blocks_of(task):
-    n = len(task["items"]) if core_items == -1 else min(core_items, len(task["items"]))
-    return [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-
-def piece(task, numbers):
-    return f"{task['label']} {numbers.start}"
-
-def effort(work):
-    """How long blocks take, relatively: as long as their prompts are."""
-    return sum((task["shots"] + 1) * task["bytes"] / len(task["items"]) for task, _ in work)
-
-todo = [(task, numbers) for task in core_tasks for numbers in blocks_of(task)
-        if piece(task, numbers) not in measured.pieces]
-results, items, total = {}, 0, effort(todo)
-began = shown = time.monotonic()
-while True:
-    for task in core_tasks:
-        kept = [measured.pieces.get(piece(task, numbers)) for numbers in blocks_of(task)]
-        if task["label"] not in results and None not in kept:
-            outcomes = [right for block in kept for right in block]
-            result = results[task["label"]] = core_eval.summary(task, outcomes)
-            common.print0(f"  {task['label']:<32} {result['accuracy']:.4f}  "
-                          f"({result['low']:.4f} to {result['high']:.4f}, centred "
-                          f"{result['centred']:+.4f}, {result['n']} of {result['of']} items)")
-    if not todo:
-        break
-    due, todo = todo[:ranks.world], todo[ranks.world:]
-    mine = [core_eval.evaluate(model, tokenizer, task, numbers, longest, budget, compute.threads,
-                               going) for task, numbers in due[ranks.rank:ranks.rank + 1]]
-    values = [value for part in ranks.gather(mine) for value in part]
-    # what was stopped (None) ends the process, so the whole ones are kept first
-    for work, value in sorted(zip(due, values), key=lambda pair: pair[1] is None):
-        measured.keep(piece(*work), value)
-        items += len(value)
-    now = time.monotonic()
-    if now - shown > 10:
-        shown, left = now, (now - began) * effort(todo) / (total - effort(todo))
-        common.print0(f"{name}: {len(results)} of {len(core_tasks)} tasks, "
-                      f"{items / (now - began):.1f} items/s, about {common.duration(left)} left")
+results = {}
+for task in core_tasks:
+    def answers(numbers, task=task):
+        return core_eval.evaluate(model, tokenizer, task, numbers, longest, budget, going)
+    label, n = task["label"], len(task["items"])
+    asked = range(n if core_items == -1 else min(core_items, n))
+    results[label] = core_eval.summary(task, measured.outcomes(label, asked, BLOCK, answers))
+    evaluation.print_score(label, results[label], n)
 
 core, reason, mean = core_eval.core_of(results, missing)
-part = ", ".join(f"{task} {n}" for task, n in scores.parts(data, results).items())
-if core is not None:
-    common.print0(f"{name} {core:.4f}" + (f" in part: {part} items" if part else ""))
-else:
-    common.print0(f"no {name}: {reason}"
-                  + (f" (mean of what was measured: {mean:.4f})" if results else ""))
+part = ", ".join(f"{task} {n}" for task, n in evaluation.parts(data, results).items())
+note = f" in part ({reason or part})" if reason or part else ""
+if results:
+    common.print0(f"{name}{note} {mean:.4f}")
 measured.exit_done(
     stage="base", data=data, tag=folder.name, step=step, label=name, core=core, reason=reason,
     train_bpb=measured.pieces.get("train bpb"), val_bpb=measured.pieces.get("val bpb"),
-    mean_centred=mean, missing=missing, tasks=results,
-    samples=measured.pieces.get("samples", []))
+    mean_centred=mean, missing=missing, tasks=results, samples=samples)

@@ -10,11 +10,11 @@ leaves.
 """
 import codecs
 import contextlib
-import os
+import secrets
 import signal
 import sys
+from collections import namedtuple
 
-import checkpoint
 import common
 import configurator
 import execution
@@ -47,54 +47,49 @@ common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {s
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
+Model = namedtuple("Model", "saved data stage tag state")  # state: a word of status.py
+
 def find_models():
-    """[(when, data set, stage, tag, state)] of everything with a checkpoint, the newest last; state
-    is "done" or what status.py says, "nanochat's" where it is not adopted yet"""
+    """A Model for everything with a checkpoint, the newest last"""
     found = []
     for name in [data] if data else status.data_sets():
         for stage in STAGES:
             for tag in models.tags(stage, name):
                 folder = pipeline.state_path(stage, name, tag)
-                when = models.saved_at(folder)
                 state = status.describe(folder)[0]
-                if not checkpoint.steps(folder):
-                    state = "nanochat's"
-                found.append((when, name, stage, tag, state))
+                found.append(Model(models.saved_at(folder), name, stage, tag, state))
     return sorted(found)
 
 def fail_without_model(found):
     """Failure (code 2): what is missing, what there is, and the command that makes it."""
-    sets = list(dict.fromkeys(name for _, name, *_ in found))
-    exists = "; ".join(f"{name}: {', '.join(models.what_exists(name))}" for name in sets)
-    half = [f"{stage} {name}" for _, _, stage, name, state in found if state != "done"]
-    wanted = " ".join(filter(None, [source or "trained", "model", tag, data and f"of {data}"]))
-    of = data or (sets or ["toy"])[-1]
-    command = f"bash speedrun.sh --data={of}"
-    if any(state == "nanochat's" for *_, state in found):
-        command = f"python adopt.py --data={of}"
-    elif found:
-        first = STAGES.index(source or found[-1][2])
-        for stage in STAGES[first::-1]:  # back to what can be made now
-            folder = pipeline.state_path(stage, of, tag or found[-1][3])
-            if status.describe(folder)[0] == "done":
+    exists = "; ".join(f"{name}: {', '.join(models.what_exists(name))}"
+                       for name in sorted({model.data for model in found}))
+    half = [f"{model.stage} {model.tag}" for model in found if model.state != "done"]
+    of_data = f"of {data}" if data else ""
+    command = f"bash speedrun.sh --data={data or 'toy'}"
+    if found:
+        last = found[-1]
+        for stage in STAGES[STAGES.index(source or last.stage)::-1]:  # back to what can be made now
+            try:
+                models.find_model(stage, last.data, tag or last.tag)
                 break
-            record = status.read(folder / "phase.json")
-            command = record.get("next") or models.command_for(stage, of, folder.name)
-    unfinished = f" (not finished: {', '.join(half)})" if half else ""
-    common.fail(f"there is no {wanted} in {pipeline.base_dir()}; there is: {exists or 'nothing'}"
-                f"{unfinished}", next_command=command)
+            except common.Failure as e:
+                command = e.next_command
+    common.fail(f"there is no {source or 'trained'} model {tag} {of_data} in "
+                f"{pipeline.base_dir()}; there is: {exists or 'nothing'} (not finished: "
+                f"{', '.join(half) or 'none'})", next_command=command)
 
 found = find_models()
-usable = [m for m in found if m[4] == "done" and source in ("", m[2]) and tag in ("", m[3])]
+usable = [m for m in found if m.state == "done" and source in ("", m.stage) and tag in ("", m.tag)]
 if not usable:
     fail_without_model(found)
-data = usable[-1][1]
-_, _, source, tag, _ = max((m for m in usable if m[1] == data),
-                           key=lambda m: (STAGES.index(m[2]), m[0]))
-for _, name, stage, other, state in found:
-    later = (name, other) == (data, tag) and STAGES.index(stage) > STAGES.index(source)
-    if later and state != "done":
-        say(f"({stage} {other} is not finished, python status.py says why; this is what comes "
+data = usable[-1].data
+chosen = max((m for m in usable if m.data == data), key=lambda m: (STAGES.index(m.stage), m.saved))
+source, tag = chosen.stage, chosen.tag
+for m in found:
+    later = STAGES.index(m.stage) > STAGES.index(source)
+    if later and (m.data, m.tag) == (data, tag) and m.state != "done":
+        say(f"({m.stage} {tag} is not finished, python status.py says why; this is what comes "
             "before it)")
 
 # Ctrl-C stops an answer; where there is none to stop it leaves
@@ -118,21 +113,36 @@ tokenizer = models.load_tokenizer_of(folder, step, data)
 compute = choose_compute(Ranks(0, 0, 1), settings)
 model, meta = models.load_model(folder, step, compute.device, compute.dtype)
 context = model.config.sequence_len
-room = min(max_new_tokens, context // 2)    # kept free for the answer
-loss = meta.get("loss") if source != "rl" else None
+longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
+loss = meta.get("loss")
 say(f"{source} model {tag} of {data}, step {meta['step']:,}"
-    + (f", loss {loss:.3f}" if isinstance(loss, float) else "")
+    + (f", loss {loss:.3f}" if loss else "")
     + ("" if prompt else "; /new, /quit"))
-seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+seed = secrets.randbits(32) if seed is None else seed
 
 # -------------------------------------------------------------------------------------------------
 # answers
 
-DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-MARKS = {tokenizer.special("<|python_start|>"): DIM + "[",    # the calculator's part is dimmed
-         tokenizer.special("<|python_end|>"): "]" + PLAIN,
-         tokenizer.special("<|output_start|>"): DIM + "[= ",
-         tokenizer.special("<|output_end|>"): "]" + PLAIN}
+MARKS = {tokenizer.special("<|python_start|>"): "[", tokenizer.special("<|python_end|>"): "]",
+         tokenizer.special("<|output_start|>"): "[= ", tokenizer.special("<|output_end|>"): "]"}
+
+def asked(text):
+    """What the user says, as token ids; the base model knows no turns, it goes on with the text."""
+    if source == "base":
+        return tokenizer.encode(text)
+    return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
+
+def prompt_of(turns):
+    """The token ids of all turns (lists of ids: what was asked and answered). The oldest leave the
+    list where the context would overflow; of a single one only the end is read."""
+    while len(turns) > 1 and 1 + sum(map(len, turns)) > longest_prompt:
+        say("(the conversation is longer than the model's context: its oldest turn is forgotten)")
+        del turns[0]
+    ids = [token for turn in turns for token in turn]
+    too_many = max(0, 1 + len(ids) - longest_prompt)
+    if too_many:
+        say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
+    return [tokenizer.bos, *ids[too_many:]]
 
 def answer(ids, number):
     """Streams the answer to the prompt `ids` to the terminal. -> its token ids"""
@@ -141,51 +151,27 @@ def answer(ids, number):
 
     def show(row, token):
         if token in MARKS:
-            print(decoder.decode(b"", True) + MARKS[token], end="", flush=True)
+            text = decoder.decode(b"", True) + MARKS[token]
         else:
-            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    most = max(1, min(max_new_tokens, context - len(ids)))
-    uniforms = None
-    if temperature > 0:
-        uniforms = common.rng(seed, number).random((1, max_new_tokens))
-    calculate = None if source == "base" else execution.calculate
+            text = decoder.decode(tokenizer.decode_bytes([token]))
+        print(text, end="", flush=True)
+    most = min(max_new_tokens, context - len(ids))
+    uniforms = common.rng(seed, number).random((1, max_new_tokens))
     interrupted, answering = False, True
-    tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms, calculate,
-                             on_token=show, keep_going=lambda: not interrupted)[0]
+    tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
+                             execution.calculate, on_token=show,
+                             keep_going=lambda: not interrupted)[0]
     answering = False
-    print(decoder.decode(b"", True) + PLAIN, flush=True)
+    print(decoder.decode(b"", True), flush=True)
     if len(tokens) == most and source != "base":
         why = "--max_new_tokens" if most == max_new_tokens else "the context is full"
         say(f"(cut after {most} tokens: {why})")
     return tokens
 
-def wrap(role, ids):
-    return [tokenizer.special(f"<|{role}_start|>"), *ids, tokenizer.special(f"<|{role}_end|>")]
-
-def prompt_ids(turns):
-    """Token ids for turns [user, assistant, user, ...], the user's as text and the assistant's as
-    ids. The oldest are removed from the list where the context would overflow; of a single one that
-    is too long only the end is read."""
-    while True:
-        parts = [wrap("assistant", turn) if i % 2 else wrap("user", tokenizer.encode(turn))
-                 for i, turn in enumerate(turns)]
-        too_many = sum(map(len, parts)) + 2 - (context - room)
-        if too_many <= 0 or len(turns) == 1:
-            break
-        say("(the conversation is longer than the model's context: its oldest turn is forgotten)")
-        del turns[:2]
-    if too_many > 0:
-        say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
-        parts = [wrap("user", tokenizer.encode(turns[0])[too_many:])]
-    if source == "base":  # it knows no turns: it goes on with the text
-        return [tokenizer.bos, *parts[0][1:-1]]
-    ids = [token for part in parts for token in part]
-    return [tokenizer.bos, *ids, tokenizer.special("<|assistant_start|>")]
-
 # -------------------------------------------------------------------------------------------------
 
 if prompt:
-    answer(prompt_ids([prompt]), 0)
+    answer(prompt_of([asked(prompt)]), 0)
     raise SystemExit(130 if interrupted else 0)
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (the arrow keys in input())
@@ -199,6 +185,9 @@ while said != "/quit":
         turns = []
         print("(a new conversation)")
     elif said not in ("", "/quit"):
-        turns = [said] if source == "base" else [*turns, said]
-        turns.append(answer(prompt_ids(turns), number))
+        if source == "base":
+            turns = []
+        turns.append(asked(said))
+        tokens = answer(prompt_of(turns), number)
+        turns[-1] += [*tokens, tokenizer.special("<|assistant_end|>")]
         number += 1

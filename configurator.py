@@ -33,7 +33,8 @@ KINDS = {type(None): "None or a number", int: "a whole number", float: "a number
 # what settings may be that several scripts have
 LEAST = {"seed": 0, "threads": 0, "depth": 1, "keep": 1, "rows": 1, "device_batch_size": 1,
          "max_new_tokens": 1}
-LEAST_1_OR_NONE = ("num_steps", "max_steps", "total_batch_size")  # -1 stands for none
+# -1 stands for none
+LEAST_1_OR_NONE = ("num_steps", "max_steps", "total_batch_size", "max_items")
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False")}
 

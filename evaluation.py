@@ -1,6 +1,6 @@
 """
-What base_eval.py and chat_eval.py share. Beside the result file, say report/chat_sft_d4.json, there
-is until it is written
+What base_eval.py and chat_eval.py share: an evaluation whose pieces survive a death, and scores.
+Beside the result file, say report/chat_sft_d4.json, there is until it is written
 
     report/chat_sft_d4.partial.jsonl   a line of inputs, then one for each piece that is measured,
                                        last why the evaluation ended
@@ -9,73 +9,111 @@ so that an interrupted evaluation continues with the next piece, and status.py a
 name one that failed.
 """
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from compute import Compute, choose_compute
+import status
 from records import differences
+
+# items of the public test sets
+FULL = {"arc_easy": 2376, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 1319, "humaneval": 164,
+        "squad": 10570}
+
+# -------------------------------------------------------------------------------------------------
+# pieces
 
 @dataclass
 class Evaluation:
     run: object
     path: Path        # of the result
     start: dict       # what it was begun with: inputs, chosen
-    compute: Compute
+    compute: object
     pieces: dict      # {piece: value} that are measured
-    seconds: float    # spent on them
-    last: float       # when the last one was measured
+    began: float      # on time.monotonic(), as if it had never been interrupted
 
     def keep(self, piece, value):
         """Keeps a piece that is measured; collective. None is the answer of one that was asked to
         stop: it ends the process with 75."""
         if value is None:
-            why = self.run.stop_reason() or "another rank was asked"
-            self.run.exit_interrupted(f"{why}; the {len(self.pieces)} pieces measured so far are "
-                                      "kept")
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        self.seconds += seconds
+            self.run.exit_interrupted(f"{self.run.should_stop()}; the {len(self.pieces)} pieces "
+                                      "measured so far are kept")
         self.pieces[piece] = value
-        if self.run.ranks.rank == 0:
+        if self.run.partial:
+            seconds = round(time.monotonic() - self.began, 3)
+            line = {"piece": piece, "value": value, "seconds": seconds}
             with open(self.run.partial, "a") as f:
-                line = {"piece": piece, "value": value, "seconds": round(seconds, 3)}
                 f.write(json.dumps(line) + "\n")
+
+    def outcomes(self, task, items, size, measure):
+        """
+        measure(part) -> list of bool, for `size` items at a time: parts are dealt to the ranks in
+        turns, and each is a piece. -> the outcomes of all items. measure gives None where it was
+        asked to stop. Collective.
+        """
+        todo = [start for start in range(0, len(items), size)
+                if f"{task} {start}" not in self.pieces]
+        ranks = self.run.ranks
+        t0 = next_line = time.monotonic()
+        for turn in range(0, len(todo), ranks.world):
+            due = todo[turn:turn + ranks.world]
+            mine = None
+            if ranks.rank < len(due):
+                start = due[ranks.rank]
+                mine = measure(items[start:start + size])
+            for start, value in zip(due, ranks.gather(mine)):
+                self.keep(f"{task} {start}", value)
+            done = due[-1] + size
+            now = time.monotonic()
+            if done < len(items) and now >= next_line:
+                next_line = now + 10
+                left = (len(items) - done) * (now - t0) / (done - todo[0])
+                common.print0(f"  {task}: {done:,} of {len(items):,} items, about "
+                              f"{common.duration(left)} left")
+        outcomes = []
+        for start in range(0, len(items), size):
+            outcomes += self.pieces[f"{task} {start}"]
+        return outcomes
 
     def exit_done(self, **result):
         """Writes the result file, which makes the pieces superfluous; ends the process with 0."""
-        if self.run.ranks.rank == 0:
-            whole = {**self.start, **result, "seconds": round(self.seconds, 1)}
+        seconds = time.monotonic() - self.began
+        if self.run.partial:
+            whole = {**self.start, **result, "seconds": round(seconds, 1)}
             common.atomic_write(self.path, json.dumps(whole, indent=1))
             self.run.partial.unlink(missing_ok=True)
-        common.print0(f"done in {common.duration(self.seconds)} ({self.path})")
+        common.print0(f"done in {common.duration(seconds)} ({self.path})")
         self.run.leave(0, "done")
 
-def open_or_exit(run, path, inputs, settings, enough=lambda result: True):
+def open_or_exit(run, path, inputs, settings, needed=()):
     """
     Opens the evaluation with the result file `path` -> Evaluation, with the pieces that are there
     already. Ends the process with 0 where that is of these inputs, of the dtype that is asked for,
-    and enough(result). Collective.
+    and has all `needed` tasks. Collective.
     """
+    from compute import choose_compute  # report.py needs scores alone, and no torch
+
     def fits(begun):
         same_dtype = settings["dtype"] in ("auto", begun.get("chosen", {}).get("dtype"))
         return begun.get("inputs") == inputs and same_dtype
 
     run.settings = settings
-    found = run.ranks.on_rank0(common.read_json, path)
-    if isinstance(found, dict) and fits(found) and enough(found):
+    found = run.ranks.on_rank0(status.read, path)
+    if fits(found) and all(name in found["results"] for name in needed):
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
     partial = path.with_suffix(".partial.jsonl")
     lines = run.ranks.on_rank0(common.read_json_lines, partial)
-    if lines and not fits(lines[0]):
-        changed = ", ".join(differences(lines[0].get("inputs", {}), inputs)) or "dtype"
-        common.print0(f"what an evaluation with other inputs left is dropped: {changed}")
-        lines = []
-    compute = choose_compute(run.ranks, settings, lines[0]["chosen"] if lines else None)
-    start = {"inputs": inputs, "chosen": compute.recorded()}
+    begun = lines[0] if lines else {}
     kept = [line for line in lines if "piece" in line]
+    if lines and not fits(begun):
+        changed = ", ".join(differences(begun.get("inputs", {}), inputs)) or "dtype"
+        common.print0(f"what an evaluation with other inputs left is dropped: {changed}")
+        begun, kept = {}, []
+    compute = choose_compute(run.ranks, settings, begun.get("chosen"))
+    start = {"inputs": inputs, "chosen": compute.recorded()}
     if run.ranks.rank == 0:  # without a line torn by a death
         whole = "".join(json.dumps(line) + "\n" for line in [start, *kept])
         common.atomic_write(partial, whole)
@@ -83,5 +121,43 @@ def open_or_exit(run, path, inputs, settings, enough=lambda result: True):
     if kept:
         common.print0(f"continuing, {len(kept)} pieces are there already")
     run.set_deadline(settings["time_limit"])
-    return Evaluation(run, path, start, compute, {line["piece"]: line["value"] for line in kept},
-                      sum(line["seconds"] for line in kept), time.monotonic())
+    pieces = {line["piece"]: line["value"] for line in kept}
+    earlier = max((line["seconds"] for line in kept), default=0.0)
+    return Evaluation(run, path, start, compute, pieces, time.monotonic() - earlier)
+
+# -------------------------------------------------------------------------------------------------
+# scores
+
+def score(outcomes, chance):
+    """list of bool -> accuracy with its 95 % interval (Wilson 1927), and the accuracy centred:
+    guessing 0, perfection 1.
+    example: ([True, False] * 5, 0.25) -> accuracy 0.5, low 0.237, high 0.763, centred 0.333"""
+    n = len(outcomes)
+    p = sum(outcomes) / n
+    z = 1.96
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    shrink = 1 + z * z / n
+    return {
+        "accuracy": p,
+        "n": n,
+        "low": max(0.0, (middle - half) / shrink),
+        "high": min(1.0, (middle + half) / shrink),
+        "chance": chance,
+        "centred": (p - chance) / (1 - chance),
+        "outcomes": outcomes,
+    }
+
+def parts(data, results):
+    """Which results are of a part of a public test set only: {task: "30 of 164"}; they are not
+    called by the name of the whole."""
+    if data == "toy":
+        return {}
+    return {name: f"{result['n']:,} of {FULL[name]:,}" for name, result in results.items()
+            if result["n"] < FULL.get(name, 0)}
+
+def print_score(name, result, of):
+    """of: how many items the whole task has"""
+    common.print0(f"{name:<32} {result['accuracy']:.4f}  ({result['low']:.4f} to "
+                  f"{result['high']:.4f}, centred {result['centred']:+.4f}, {result['n']:,} items "
+                  f"of {of:,})")

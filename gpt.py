@@ -42,7 +42,7 @@ class GPTConfig:
 def config_from_depth(depth, vocab_size, sequence_len, arch="modern"):
     """depth -> GPTConfig: width 64 * depth rounded up to whole heads of 128.
     example: 20 -> 1280 wide, 10 heads"""
-    n_head = (64 * depth + HEAD_DIM - 1) // HEAD_DIM
+    n_head = (depth + 1) // 2
     n_embd = n_head * HEAD_DIM
     return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_embd, arch)
 
@@ -93,7 +93,9 @@ class Attention(nn.Module):
         if self.config.modern:
             # normed queries and keys of 128 channels are too blunt (nanochat found 1.2 * 1.2)
             q = q * 1.44
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         mask = None  # plain causal attention
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
@@ -254,9 +256,7 @@ class GPT(nn.Module):
         (embeddings are looked up, not multiplied) and 12 * width * sequence_len per layer for
         attention (PaLM, arXiv 2204.02311)."""
         config = self.config
-        looked_up = ("wte", "value_embeds", "lambdas")
-        multiplied = sum(p.numel() for name, p in self.named_parameters()
-                         if not any(word in name for word in looked_up))
+        multiplied = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.sequence_len
 
 # --------------------------------------------------------------------------------------------------
@@ -272,15 +272,10 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
 
-    @property
-    def longest(self):
-        """The largest of lengths, an int: waits for the device."""
-        return int(self.lengths.max())
-
     def extend(self, T, counts):
         """Prepares, once for all layers, a pass over T more tokens in each row, of which counts
         [rows] are real, or all: their positions [rows, T] and the mask of the keys they see."""
-        longest = self.longest
+        longest = int(self.lengths.max())  # waits for the device
         device = self.lengths.device
         self.end = longest + T
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]

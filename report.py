@@ -22,9 +22,9 @@ import numpy as np
 
 import common
 import configurator
+import evaluation
 import pipeline
 import records
-import scores
 import status
 import trial
 
@@ -268,7 +268,7 @@ def in_part(core):
     """Why a result of base_eval.py is not the whole CORE, "" where it is."""
     if core and core["core"] is None:
         return core.get("reason") or "not all of its tasks were measured"
-    parts = scores.parts(data, core.get("tasks", {}))
+    parts = evaluation.parts(data, core.get("tasks", {}))
     return ", ".join(f"{task} {n} items" for task, n in parts.items())
 
 def table(stages):
@@ -282,7 +282,7 @@ def table(stages):
     rows = [["", "BASE", "MID", "SFT", "RL"]]
     rows.append([name, cell(core.get(key), halves, 4), "-", "-", "-"])
     results = [stage.chat.get("results", {}) for stage in stages]
-    parts = [scores.parts(data, result) for result in results]
+    parts = [evaluation.parts(data, result) for result in results]
     shown = {**TASKS, "facts": "Facts"} if data == "toy" else TASKS
     for task, title in shown.items():
         of = dict.fromkeys(part[task] for part in parts if task in part)

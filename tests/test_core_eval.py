@@ -319,8 +319,9 @@ def test_what_is_shared_is_run_once(monkeypatch):
     monkeypatch.setattr(model, "logits", counted_logits)
     item = {"query": "q" * 98, "choices": ["a", "b", "c", "d"], "gold": 0}
     core_eval.evaluate(model, BYTES, a_task("multiple_choice", [item]), [0], 1000, 1e9)
-    # bos and the question without the space, then the space before each of four
-    assert run == [99, 4] and scored == [4]
+    # bos and the question without the space, then the space before each of four; logits of the
+    # last token of each
+    assert run == [99, 4] and scored == [1] * 5
 
 def test_asked_to_stop_between_batches():
     answers = iter([True, False])

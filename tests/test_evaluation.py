@@ -1,10 +1,10 @@
-"""evaluation.py: pieces that are kept, an evaluation that dies or is stopped. scores.py: intervals
+"""evaluation.py: pieces that are kept, an evaluation that dies or is stopped; intervals
 against Wilson's by hand."""
 import json
 
 import pytest
 
-import scores
+import evaluation
 import status
 from conftest import script
 
@@ -67,6 +67,6 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
 @pytest.mark.parametrize("right,n,low,high", [
     (5, 10, 0.237, 0.763), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (560, 1000, 0.529, 0.590)])
 def test_intervals_as_in_wilsons_tables(right, n, low, high):
-    r = scores.score([True] * right + [False] * (n - right), 0.25)
+    r = evaluation.score([True] * right + [False] * (n - right), 0.25)
     assert (r["low"], r["high"]) == pytest.approx((low, high), abs=1e-3) and r["n"] == n
     assert r["centred"] == pytest.approx((right / n - 0.25) / 0.75)

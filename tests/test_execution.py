@@ -208,6 +208,33 @@ def f(x):
         if p.isdigit() and int(p) != os.getpid() and libc.ptrace(16, int(p), 0, 0) == 0:
             return x + 1
     return None""",
+    "copies what the other processes hold": """
+import ctypes, os
+libc = ctypes.CDLL(None)
+class Part(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+def f(x):
+    mine = ctypes.create_string_buffer(8)
+    here, there = Part(ctypes.addressof(mine), 8), Part(id(os), 8)
+    for p in os.listdir('/proc'):
+        if p.isdigit() and int(p) != os.getpid():
+            parts = ctypes.byref(here), 1, ctypes.byref(there), 1, 0
+            if libc.process_vm_readv(int(p), *parts) > 0: return x + 1
+            pidfd = libc.syscall(434, int(p), 0)
+            if any(libc.syscall(438, pidfd, fd, 0) >= 0 for fd in range(20)): return x + 1
+    return None""",
+    "answers before it is asked": """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'(None, None)\\n' + b'(None, 2)\\n' * 50)
+    except OSError: pass
+def f(x): return 2""",
+    "raises what would end the checker": """
+import os
+def f(x):
+    for fd in range(3, 64):
+        try: os.write(fd, b"('SystemExit', None)\\n")
+        except OSError: pass""",
+    "kills its process group": "import os\ndef f(x): os.killpg(0, 9)",
     "stops the others and waits": """
 import os, time
 def f(x):
