@@ -46,7 +46,6 @@ import evaluation
 import gpt
 import training
 
-BLOCK = 64  # items measured and kept together; fixed, so that the batches are
 PROMPTS = ["The capital of France is", "The opposite of hot is",
            "If yesterday was Friday, then tomorrow will be", "Once upon a time",
            "My favourite colour is", "The planets of the solar system are:",
@@ -99,7 +98,10 @@ def going():
     return run.stop_reason() is None
 
 def bits_per_byte(stores):
-    """Of the first eval_tokens of a split; None if stopped. Collective."""
+    """Of the first eval_tokens of a split; None if stopped. Failure (code 2) where it does not fill
+    a row. Collective."""
+    common.check(dataset.fills_a_row(stores, length + 1), f"a split of {data} has too little text "
+                 f"for a row of {length} tokens")
     few = []
     for store in stores:  # to pack every shard would take longer than to measure
         few.append(store)
@@ -145,7 +147,7 @@ for task in core_tasks:
         return core_eval.evaluate(model, tokenizer, task, numbers, longest, budget, going)
     label, n = task["label"], len(task["items"])
     asked = range(n if core_items == -1 else min(core_items, n))
-    results[label] = core_eval.summary(task, measured.outcomes(label, asked, BLOCK, answers))
+    results[label] = core_eval.summary(task, measured.outcomes(label, asked, answers))
     evaluation.print_score(label, results[label], n)
 
 core, reason, mean = core_eval.core_of(results, missing)

@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
 import common
 import configurator
@@ -93,14 +94,13 @@ for m in found:
             "before it)")
 
 # Ctrl-C stops an answer; where there is none to stop it leaves
-answering = interrupted = False
+now = SimpleNamespace(answering=False, interrupted=False)
 
 def on_interrupt(signum, frame):
-    global interrupted
-    if interrupted or not answering:
+    if now.interrupted or not now.answering:
         print()
         sys.exit(130)
-    interrupted = True
+    now.interrupted = True
 
 signal.signal(signal.SIGINT, on_interrupt)  # before torch is imported, which takes seconds
 sys.stdout.reconfigure(errors="replace")    # a terminal that lacks a character shows ? instead
@@ -146,7 +146,6 @@ def prompt_of(turns):
 
 def answer(ids, number):
     """Streams the answer to the prompt `ids` to the terminal. -> its token ids"""
-    global interrupted, answering
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be cut in tokens
 
     def show(row, token):
@@ -157,11 +156,12 @@ def answer(ids, number):
         print(text, end="", flush=True)
     most = min(max_new_tokens, context - len(ids))
     uniforms = common.rng(seed, number).random((1, max_new_tokens))
-    interrupted, answering = False, True
+    now.interrupted = False
+    now.answering = True
     tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
                              execution.calculate, on_token=show,
-                             keep_going=lambda: not interrupted)[0]
-    answering = False
+                             keep_going=lambda: not now.interrupted)[0]
+    now.answering = False
     print(decoder.decode(b"", True), flush=True)
     if len(tokens) == most and source != "base":
         why = "--max_new_tokens" if most == max_new_tokens else "the context is full"
@@ -172,7 +172,7 @@ def answer(ids, number):
 
 if prompt:
     answer(prompt_of([asked(prompt)]), 0)
-    raise SystemExit(130 if interrupted else 0)
+    raise SystemExit(130 if now.interrupted else 0)
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (the arrow keys in input())
 turns, number, said = [], 0, ""

@@ -18,7 +18,6 @@ from itertools import repeat
 import checkpoint
 import common
 import configurator
-import data as dataset
 import execution
 import models
 import pipeline
@@ -43,7 +42,6 @@ try_out = False              # only the end of a longest answer, on any model of
 settings = configurator.configure(globals())
 
 CHATCORE = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee"]
-BLOCK = 256  # items measured and kept together; fixed, so that the batches are
 
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
@@ -105,7 +103,8 @@ def prompt_of(item):
 def categorical(items):
     """Whether the letter of the right choice has the largest logit of the item's letters."""
     outcomes = []
-    for part in dataset.in_batches(items, rows):
+    for start in range(0, len(items), rows):
+        part = items[start:start + rows]
         prompts = [prompt_of(item) for item in part]
         logits = gpt.prefill(model, prompts, max(map(len, prompts)))[1]
         for item, row in zip(part, logits.cpu()):
@@ -139,7 +138,7 @@ prefix = "toy-" if data == "toy" else ""
 results = {}
 for name in tasks:
     items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
-    outcomes = measured.outcomes(name, items, BLOCK, outcomes_of)
+    outcomes = measured.outcomes(name, items, outcomes_of)
     results[name] = evaluation.score(outcomes, task_list.TASKS[name]["chance"])
     of = len(items)
     if evaluation.parts(data, {name: results[name]}):

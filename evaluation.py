@@ -18,6 +18,8 @@ import common
 import status
 from records import differences
 
+BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
+
 # items of the public test sets
 FULL = {"arc_easy": 2376, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 1319, "humaneval": 164,
         "squad": 10570}
@@ -47,14 +49,15 @@ class Evaluation:
             with open(self.run.partial, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def outcomes(self, task, items, size, measure):
+    def outcomes(self, task, items, measure):
         """
-        measure(part) -> list of bool, for `size` items at a time: parts are dealt to the ranks in
+        measure(part) -> list of bool, for BLOCK items at a time: parts are dealt to the ranks in
         turns, and each is a piece. -> the outcomes of all items. measure gives None where it was
         asked to stop. Collective.
         """
-        todo = [start for start in range(0, len(items), size)
-                if f"{task} {start}" not in self.pieces]
+        pieces = {start: f"{task} {start} to {start + BLOCK}"
+                  for start in range(0, len(items), BLOCK)}
+        todo = [start for start, piece in pieces.items() if piece not in self.pieces]
         ranks = self.run.ranks
         t0 = next_line = time.monotonic()
         for turn in range(0, len(todo), ranks.world):
@@ -62,20 +65,17 @@ class Evaluation:
             mine = None
             if ranks.rank < len(due):
                 start = due[ranks.rank]
-                mine = measure(items[start:start + size])
+                mine = measure(items[start:start + BLOCK])
             for start, value in zip(due, ranks.gather(mine)):
-                self.keep(f"{task} {start}", value)
-            done = due[-1] + size
+                self.keep(pieces[start], value)
+            done = due[-1] + BLOCK
             now = time.monotonic()
             if done < len(items) and now >= next_line:
                 next_line = now + 10
                 left = (len(items) - done) * (now - t0) / (done - todo[0])
                 common.print0(f"  {task}: {done:,} of {len(items):,} items, about "
                               f"{common.duration(left)} left")
-        outcomes = []
-        for start in range(0, len(items), size):
-            outcomes += self.pieces[f"{task} {start}"]
-        return outcomes
+        return [outcome for piece in pieces.values() for outcome in self.pieces[piece]]
 
     def exit_done(self, **result):
         """Writes the result file, which makes the pieces superfluous; ends the process with 0."""

@@ -30,11 +30,9 @@ needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(
 needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(),
                                 reason="speedrun.sh would install .venv; tests/run.sh makes it")
 
-
 def alone(name="test"):
     """A Run of one process that no signal reaches."""
     return Run(name, Ranks(0, 0, 1))
-
 
 @contextlib.contextmanager
 def ends():
@@ -51,12 +49,10 @@ def ends():
     else:
         raise AssertionError("the process would go on")
 
-
 def exit_code(function, *args, **kwargs):
     with ends() as end:
         function(*args, **kwargs)
     return end.code
-
 
 def nanochats_own(folder):
     """-> (tokenizer, converted in `folder`; model) of a checkpoint that nanochat made"""
@@ -73,7 +69,6 @@ def nanochats_own(folder):
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return tok.read_tokenizer(folder), model
 
-
 @pytest.fixture
 def state(tmp_path, monkeypatch):
     """An empty state folder of its own."""
@@ -81,13 +76,11 @@ def state(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
     return folder
 
-
 def environment(state):
     """This process's, without what a job or another state folder has put there."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NANOCHAT_"))}
     # two ranks on one GPU would be refused
     return {**kept, "NANOCHAT_BASE_DIR": str(state), "CUDA_VISIBLE_DEVICES": ""}
-
 
 def script(state, *args, env=None, timeout=300, said=None):
     """Runs `python ARGS` in the repository with the given state folder -> CompletedProcess, text"""
@@ -95,13 +88,11 @@ def script(state, *args, env=None, timeout=300, said=None):
                           env={**environment(state), **(env or {})}, capture_output=True,
                           timeout=timeout, check=False)
 
-
 def wait_for(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None and time.time() < deadline, "the instant never came"
         time.sleep(0.002)
-
 
 def random_model(*shape):
     """A GPT of this config whose logits differ much more than those of a fresh one"""
@@ -116,7 +107,6 @@ def random_model(*shape):
             p.data.normal_(0, 0.2, generator=generator)
     return model.eval()
 
-
 def save_model(stage, data, tag, model, tokenizer, step=7, **meta):
     """Saves a model as a phase would that is done. -> its folder"""
     folder = pipeline.state_path(stage, data, tag)
@@ -125,7 +115,6 @@ def save_model(stage, data, tag, model, tokenizer, step=7, **meta):
             **meta}
     checkpoint.save(folder, step, model.state_dict(), {}, meta)
     return folder
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):

@@ -442,9 +442,9 @@ def test_an_interrupted_evaluation_continues(state, ready):
     assert 7 <= kept < 1 + 3 + 24 + 8, "the signal must have come in the middle"
     assert not path.exists(), "the signal must have come in the middle"
     lines = common.read_json_lines(partial)
-    block = next(line["value"] for line in lines if line.get("piece") == "choose 0")
+    block = next(line["value"] for line in lines if line.get("piece") == "choose 0 to 64")
     block.reverse()  # another value, of which all scores are the same: not measured again
-    torn = '{"piece": "choose 1408", "val'  # as a death in the middle of a line leaves it
+    torn = '{"piece": "choose 1408 to 1472", "val'  # as a death in the middle of a line leaves it
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     resumed = script(state, *args)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -459,7 +459,7 @@ def test_an_interrupted_evaluation_continues(state, ready):
 def test_parts_missing_tasks_and_stale_pieces(state, ready):
     partial = pipeline.state_path("base-eval", ready, "d2").with_suffix(".partial.jsonl")
     lines = [{"inputs": {"weights": "others"}, "chosen": {}},
-             {"piece": "choose 0", "value": [True] * 64, "seconds": 1.0}]
+             {"piece": "choose 0 to 64", "value": [True] * 64, "seconds": 1.0}]
     common.atomic_write(partial, "".join(json.dumps(r) + "\n" for r in lines))
     (pipeline.eval_bundle_dir(ready) / "eval_data/some/go_on.jsonl").unlink()
     done = script(state, "base_eval.py", f"--data={ready}", "--core_items=100", "--eval_tokens=0",

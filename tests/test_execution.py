@@ -18,7 +18,6 @@ from execution import SANDBOX, calculate, run_python, sandbox_available
 
 REPO = Path(SANDBOX).parent
 
-
 @pytest.mark.parametrize("expression,value", [
     ("1+1", "2"), ("(1+2)*3", "9"), ("7/2", "3.5"), ("8/2", "4"), ("1,000/4", "250"), ("-3+5", "2"),
     ("2**10", "1024"), ("7//2", "3"), ("7%4", "3"), ("'hello'.count('l')", "2"),
@@ -27,7 +26,6 @@ REPO = Path(SANDBOX).parent
     (".5*8", "4")])
 def test_what_the_calculator_computes(expression, value):
     assert calculate(expression) == value
-
 
 @pytest.mark.parametrize("expression", [
     "", "x", "1+", "open('/etc/passwd')", "__import__('os')", "9**9**9", "2**100000", "10**60",
@@ -43,10 +41,8 @@ def test_what_it_refuses(expression):
     assert calculate(expression) is None
     assert time.time() - t0 < 5.0
 
-
 needs_sandbox = pytest.mark.skipif(not sandbox_available()[0],
                                    reason=f"no namespaces here: {sandbox_available()[1]}")
-
 
 @needs_sandbox
 def test_right_and_wrong_programs():
@@ -55,7 +51,6 @@ def test_right_and_wrong_programs():
     assert run_python(imports) == (True, "passed")
     assert run_python("assert 1 == 2") == (False, "failed")
     assert run_python("def f(:") == (False, "failed")
-
 
 ATTACKS = {
     "exit 0 early": "import os\nos._exit(0)",
@@ -146,14 +141,12 @@ def check(c):
     assert False
 """
 
-
 @needs_sandbox
 def test_a_function_is_judged_by_tests_in_another_process():
     assert run_python(HONEST, test=CHECK, entry_point="f") == (True, "passed")
     assert run_python("def f(x): return x", test=CHECK, entry_point="f") == (False, "failed")
     assert run_python("f = 3", test=CHECK, entry_point="f") == (False, "failed")
     assert run_python(CROSSING, test=CHECK_CROSSING, entry_point="f") == (True, "passed")
-
 
 # programs that know how they are judged: each claims to pass without solving anything
 FORGERIES = {
@@ -296,7 +289,6 @@ def f(x):
     time.sleep(100)""",
 }
 
-
 @needs_sandbox
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_program_can_forge_the_verdict(name):
@@ -305,7 +297,6 @@ def test_no_program_can_forge_the_verdict(name):
     assert not ok, why
     assert time.time() - t0 < 30
     assert run_python(HONEST, test=CHECK, entry_point="f") == (True, "passed")
-
 
 STALL = """
 def f(x): return 9 ** 1000
@@ -320,7 +311,6 @@ for _ in range(20):
 """
 CHECK_POWER = "def check(candidate): assert 3 ** candidate(2) == 81\n"
 
-
 @needs_sandbox
 def test_an_answer_that_stalls_the_test_stalls_neither_the_clock_nor_the_look_at_the_memory():
     assert run_python("def f(x): return 4", test=CHECK_POWER, entry_point="f") == (True, "passed")
@@ -329,12 +319,10 @@ def test_an_answer_that_stalls_the_test_stalls_neither_the_clock_nor_the_look_at
     memory = run_python(STALL + HOARD, timeout=20.0, test=CHECK_POWER, entry_point="f")
     assert memory == (False, "too much memory")
 
-
 @needs_sandbox
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail_where_tests_judge(name):
     assert not run_python(ATTACKS[name], timeout=2.0, test=CHECK, entry_point="f")[0]
-
 
 @needs_sandbox
 def test_disks_are_read_only_but_for_a_small_folder_in_memory(tmp_path):
@@ -350,7 +338,6 @@ def test_disks_are_read_only_but_for_a_small_folder_in_memory(tmp_path):
     assert run_python("open('here', 'w').write('y')\nassert open('here').read() == 'y'")[0]
     too_much = "for i in range(40): open(f'f{i}', 'wb').write(b'x' * 1000000)"
     assert not run_python(too_much)[0]  # more than the folder holds
-
 
 AS_ORDINARY_USER = """
 import json, sys
@@ -368,7 +355,6 @@ assert open(precious + '/file').read() == 'x'
 assert run_python(honest, test=check, entry_point='f')[0]
 print('held')
 """
-
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_the_same_for_an_ordinary_user():
@@ -388,19 +374,19 @@ def test_the_same_for_an_ordinary_user():
 
     def can_start(python):
         new = f"{python} -c 'import sys; assert sys.version_info >= (3, 11)'"
-        return subprocess.run([*setpriv, "sh", "-c", new], capture_output=True).returncode == 0
+        out = subprocess.run([*setpriv, "sh", "-c", new], capture_output=True, check=False)
+        return out.returncode == 0
 
     pythons = [sys.executable, "/usr/bin/python3", "/usr/bin/python3.11"]
     python = next(filter(can_start, pythons), None)
     if python is None:
         pytest.skip("an ordinary user cannot start Python here")
     done = subprocess.run([*setpriv, python, "all.py"], capture_output=True, text=True, cwd=folder,
-                          env={"PATH": os.environ["PATH"]})
+                          env={"PATH": os.environ["PATH"]}, check=False)
     shutil.rmtree(folder)
     if done.returncode == 3:
         pytest.skip(f"an ordinary user gets no namespaces here: {done.stdout.strip()}")
     assert done.stdout.strip() == "held", done.stderr
-
 
 AS_ROOT_WITH_ONE_ID = """
 import json
@@ -413,21 +399,19 @@ print(sandbox_available(), run_python(honest, test=check, entry_point='f')[0], f
       run_python('import os\\nos.kill(-1, 9)')[0])
 """
 
-
 @needs_sandbox
 def test_root_with_a_single_user_id_has_a_sandbox_too(tmp_path):
     """As in a container without root: it cannot become nobody, and gets a user namespace."""
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here")
     home = tmp_path / "home"
     home.mkdir()
     (home / "precious").write_text("x")
     out = subprocess.run(["unshare", "-rn", sys.executable, "-c", AS_ROOT_WITH_ONE_ID],
                          input=json.dumps([FORGERIES, HONEST, CHECK, str(home)]),
-                         capture_output=True, text=True, cwd=REPO)
+                         capture_output=True, text=True, cwd=REPO, check=False)
     assert out.stdout.strip() == "(True, '') True [] False False", out.stdout + out.stderr
     assert (home / "precious").read_text() == "x"
-
 
 @needs_sandbox
 @pytest.mark.parametrize("name", ATTACKS)
@@ -437,7 +421,6 @@ def test_attacks_fail_and_the_evaluator_goes_on(name):
     assert not ok, why
     assert time.time() - t0 < 30
     assert run_python("assert True") == (True, "passed")
-
 
 @needs_sandbox
 def test_the_home_folder_the_environment_and_the_network_are_out_of_reach(tmp_path, monkeypatch):
@@ -457,7 +440,6 @@ def test_the_home_folder_the_environment_and_the_network_are_out_of_reach(tmp_pa
     with pytest.raises(TimeoutError):
         server.accept()
     assert not run_python(f"import os\nos.kill({os.getpid()}, {int(signal.SIGTERM)})")[0]
-
 
 @needs_sandbox
 def test_nothing_is_left_behind():

@@ -111,7 +111,7 @@ def two_ranks(folder):
     poisoned = restore({"params": half["params"], "optim": box[0]["optim"]})
     before, refused = snapshot(*poisoned), []
     for bad in (math.nan, math.inf):
-        for n, p in poisoned[0].items():
+        for p in poisoned[0].values():
             p.grad = torch.ones_like(p)
         if dist.get_rank() == 1:
             poisoned[0]["tall.3"].grad[2, 1] = bad
