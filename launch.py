@@ -8,11 +8,13 @@ the job goes on. Before the first training it tries out all that are to come (tr
 Exit codes are the phases': 0 done, 2 nothing was started, 75 saved (the same command goes on), else
 a failure. torchrun turns every code into 1, so a phase leaves its own in a file, $NANOCHAT_OUTCOME.
 """
+import contextlib
 import ctypes
+import json
 import os
-import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,8 @@ from lock import holder_name, living_holder
 from records import load_record
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
+HELP = "bash speedrun.sh --help"
+FLAGS = {"--data", "--depth", "--nproc", "--from", "--only", "--dry-run", "--skip-trial", "--slurm"}
 
 # -------------------------------------------------------------------------------------------------
 # what is to be run
@@ -39,24 +43,24 @@ class Plan:
     data: str
     tag: str
     nproc: int       # processes on a machine
-    lines: dict      # {phase: [script, arguments]} of those that are to run
+    listed: dict     # {phase: [script, arguments]} of all phases
+    names: list      # of those that are to run
     settings: list   # behind the --, for every phase that has them
     given: list      # speedrun.sh's own arguments
     in_slurm: bool = False
     dry_run: bool = False
     trial: bool = True
-    launches: int = 0
 
     def phases(self, *kinds):
-        return [p for p in pipeline.PHASES if p.name in self.lines and p.kind in kinds]
+        return [p for p in pipeline.PHASES if p.name in self.names and p.kind in kinds]
 
     def words(self, name):
         """The script of a phase and all its arguments."""
         own = configurator.accepted(pipeline.find_phase(name), self.settings)
         if name == "data":  # alone it brings what all phases read
-            names = [] if list(self.lines) == ["data"] else self.lines
-            own = [f"--phases={','.join(names)}", *own]
-        return [*self.lines[name], *own]
+            readers = [] if self.names == ["data"] else self.names
+            own = [f"--phases={','.join(readers)}", *own]
+        return [*self.listed[name], *own]
 
     def folder(self, name):
         return pipeline.state_path(name, self.data, self.tag)
@@ -75,48 +79,46 @@ def split_at(words, mark):
             parts[-1].append(word)
     return parts
 
+def check_number(flag, text, most):
+    numbers = [str(n) for n in range(1, most + 1)]
+    common.check(text in numbers, f"{flag} takes a whole number from 1 to {most}, not {text!r}")
+
 def make_plan(words):
     """This script's arguments -> Plan. Failure (code 2) where a flag or setting makes no sense."""
+    common.check("--given" in words, "launch.py is not started by hand", "bash speedrun.sh")
     at = words.index("--given")
-    (data, depth), *listed = split_at(words[:at], "--run")
+    (data, depth), *lines = split_at(words[:at], "--run")
+    listed = {name: line for name, *line in lines}
     given = words[at + 1:]
-    flag_words, *rest = split_at(given, "--")
-    settings = rest[0] if rest else []
-    lines = {name: line for name, *line in listed}
-    flags, skipped = {}, set()
-    for word in flag_words:
-        key, _, value = word.partition("=")
-        if word.startswith("--skip-"):
-            skipped.add(word.removeprefix("--skip-"))
-        else:
-            flags[key] = value
-    unknown = flags.keys() - {"--data", "--depth", "--nproc", "--from", "--only", "--dry-run",
-                              "--slurm"}
-    common.check(not unknown, f"unknown flag: {' '.join(unknown)} (bash speedrun.sh --help)")
-    only = [name for name in flags.get("--only", "").split(",") if name]
-    first = flags.get("--from") or "data"
-    for name in [*only, first, *skipped - {"trial"}]:
-        common.check(name in lines, f"no such phase: {name} (bash speedrun.sh --help)")
-    names = list(lines)
-    names = [name for name in names[names.index(first):]
-             if name not in skipped and (not only or name in only)]
-    common.check(names, "these flags leave nothing to run (bash speedrun.sh --help)")
-    common.check(data, "--data is empty")
-    common.check(re.fullmatch(r"[1-9][0-9]?", depth),
-                 f"--depth takes a whole number from 1 to 99, not '{depth}'")
-    nproc = flags.get("--nproc") or str(default_nproc("--slurm" in flags))
-    common.check(re.fullmatch(r"[1-9][0-9]{0,3}", nproc),
-                 f"--nproc takes a whole number, not '{nproc}'")
+    end = given.index("--") if "--" in given else len(given)
+    flags = dict(word.partition("=")[::2] for word in given[:end])
+    settings = given[end + 1:]
+
+    skipped = {flag for flag in flags if flag.startswith("--skip-")} - FLAGS
+    unknown = flags.keys() - skipped - FLAGS
+    common.check(not unknown, f"unknown flag: {' '.join(unknown)} (flags are written --key=value; "
+                 f"{HELP} prints them all)")
+    skipped = {flag.removeprefix("--skip-") for flag in skipped}
+    only = flags["--only"].split(",") if "--only" in flags else listed
+    first = flags.get("--from", "data")
+    for name in [*only, first, *skipped]:
+        common.check(name in listed, f"no such phase: {name!r}; the phases are {' '.join(listed)}")
+    names = list(listed)
+    names = [n for n in names[names.index(first):] if n in only and n not in skipped]
+    common.check(names, f"these flags leave nothing to run ({HELP})")
+    common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
+    check_number("--depth", depth, 99)
+    nproc = flags.get("--nproc", default_nproc("--slurm" in flags))
+    check_number("--nproc", nproc, 9999)
     configurator.check_arguments(settings)
-    return Plan(pipeline.whole_path(data), f"d{depth}", int(nproc),
-                {name: lines[name] for name in names}, settings,
+    return Plan(pipeline.whole_path(data), f"d{depth}", int(nproc), listed, names, settings,
                 [word for word in given if word != "--slurm"],
-                "--slurm" in flags, "--dry-run" in flags, "trial" not in skipped)
+                "--slurm" in flags, "--dry-run" in flags, "--skip-trial" not in flags)
 
 def default_nproc(in_slurm):
     if in_slurm:
-        return int(os.environ.get("SLURM_GPUS_ON_NODE") or "1")
-    return len(trial.gpu_names()) or 1
+        return os.environ.get("SLURM_GPUS_ON_NODE") or "1"
+    return str(len(trial.gpu_names()) or 1)
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""
@@ -134,25 +136,19 @@ def srun(plan, words, alone=False):
     """One task a node, which ignores the signals that Slurm sends to all processes of a step;
     torchrun's workers hear them. alone: one process a node."""
     node_count = int(os.environ["SLURM_NNODES"])
-    if alone or plan.nproc * node_count == 1:
-        inner = ["python", *words]
-    else:
-        plan.launches += 1  # a dead one may still hold the port of the one before
-        job = int(os.environ["SLURM_JOB_ID"])
-        port = 12000 + (job * 97 + slurm.attempt() * 13 + plan.launches) % 20000
-        inner = ["torchrun", f"--nnodes={node_count}", f"--nproc_per_node={plan.nproc}",
-                 "--signals-to-handle=SIGQUIT", "--node_rank=NODE",
-                 f"--master_addr={slurm.nodes()[0]}", f"--master_port={port}", *words]
-    shell = 'trap "" USR1 TERM; exec "${@/#--node_rank=NODE/--node_rank=$SLURM_NODEID}"'
+    start = "python"
+    if not alone and plan.nproc * node_count > 1:
+        start = (f"torchrun --nnodes={node_count} --nproc_per_node={plan.nproc} "
+                 f"--signals-to-handle=SIGQUIT --node_rank=$SLURM_NODEID "
+                 f"--master_addr={slurm.nodes()[0]} --master_port={free_port()}")
     return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
             f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK') or 1}",
-            "bash", "-c", shell, "node", *inner]
+            "bash", "-c", f'trap "" USR1 TERM; exec {start} "$@"', "node", *words]
 
-def shown(plan, name, words):
-    """The command of a phase as it is printed: what srun and torchrun are told is of no use."""
-    if plan.in_slurm and pipeline.find_phase(name).kind != "single":
-        return f"{shlex.join(words)} on {os.environ['SLURM_NNODES']} x {plan.nproc} processes"
-    return shlex.join(command_for(plan, name, words))
+def free_port():
+    """A port of this node, the first of the job, where the ranks meet."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 # -------------------------------------------------------------------------------------------------
 # running one command
@@ -162,17 +158,17 @@ class Supervisor:
     """Runs one command at a time; a signal asks it to save and stop."""
     outcome_path: Path
     popen: object = subprocess.Popen
-    asked: bool = False         # a signal came
-    told_to_end: bool = False   # it was SIGTERM, as from scancel or a preemption
+    stopping: bool = False     # a signal came
+    terminated: bool = False   # it was SIGTERM, as from scancel or a preemption
     child: object = None
     command: tuple = ()
 
     def on_signal(self, signum, frame):
-        self.asked = True
-        self.told_to_end = self.told_to_end or signum == signal.SIGTERM
-        self.tell()
+        self.stopping = True
+        self.terminated = self.terminated or signum == signal.SIGTERM
+        self.pass_on()
 
-    def tell(self):
+    def pass_on(self):
         """Asks the processes of the phase itself to save and stop."""
         if self.child is None:
             return
@@ -184,15 +180,16 @@ class Supervisor:
             self.child.send_signal(signal.SIGTERM)
 
     def run(self, command):
-        """-> (exit code, outcome: what the phase has left of its end, {} for nothing)"""
+        """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
+        signal came, 130 where a second Ctrl-C has ended it at once."""
         self.outcome_path.unlink(missing_ok=True)
         environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
-                                preexec_fn=end_with_parent)
+                                preexec_fn=before_exec)
         while True:
-            if self.asked:
-                self.tell()  # again and again, in case it was not yet listening
+            if self.stopping:
+                self.pass_on()  # again and again, in case it was not yet listening
             try:
                 code = self.child.wait(timeout=3)
                 break
@@ -200,138 +197,145 @@ class Supervisor:
                 continue
         self.child = None
         outcome = common.read_json(self.outcome_path) or {}
-        # what the phase itself has said also holds where a signal hit it after its end
+        # the phase's own word also holds where a signal hit it after its end
         code = outcome.get("code", code if code >= 0 else 128 - code)
-        if code in (128 + signal.SIGINT, 128 + signal.SIGUSR1, 128 + signal.SIGTERM):
+        if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
             code = 75  # before its handlers stood: it had not begun
-        if self.asked and code == 0:
+        if self.stopping and code == 0:
             code = 75
         return code, outcome
 
-def end_with_parent():
-    """In a new process: where the one that started it is killed outright, it is told to save and
-    stop instead of running on unseen."""
+def before_exec():
+    """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it
+    (torchrun, which would kill its workers) ignores it, and this launcher passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
+        # where the launcher is killed outright it saves and stops instead of running on unseen
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 def run_phase(plan, supervisor, name, words):
-    """Runs a phase, once more with fewer rows where it says that memory is out. -> (exit code, the
-    arguments that were added, outcome)"""
-    fewer = []
+    """Runs a phase, once more with fewer rows where its memory is out. -> (exit code, the arguments
+    that were added for it, outcome)"""
+    added = []
     while True:
-        code, outcome = supervisor.run(command_for(plan, name, [*words, *fewer]))
+        code, outcome = supervisor.run(command_for(plan, name, [*words, *added]))
         retry = outcome.get("retry_with")
-        if code in (0, 75) or not retry or fewer:
+        if code in (0, 75) or not retry or added:
             break
-        print(f"{name} runs out of memory; trying it once with {' '.join(retry)}", flush=True)
-        fewer = retry
+        print(f"{name} ran out of memory; trying it once with {' '.join(retry)}", flush=True)
+        added = retry
     if code == 128 + signal.SIGKILL:
         print(f"{name} was killed (SIGKILL), probably because the host ran out of memory: fewer "
               "rows at once (--device_batch_size) need less", file=sys.stderr, flush=True)
-    return code, fewer, outcome
+    return code, added, outcome
 
-def wait_for_holder(plan, name, sleep=time.sleep):
+def wait_for_holder(folder, sleep=time.sleep):
     """Where the process of a killed launcher is still saving, it is given time to do so."""
-    folder = plan.folder(name)
-    holder = living_holder(folder)
-    if holder:
-        print(f"waiting for {holder_name(holder)}, which writes in {folder}", flush=True)
-    for _ in range(2 * PATIENCE):
-        if not living_holder(folder):
+    for second in range(PATIENCE):
+        holder = living_holder(folder)
+        if not holder:
             return
-        sleep(0.5)
-
-def said_done_already(plan, supervisor, name, words):
-    """A phase that its record calls done verifies that in one process, long before processes on all
-    nodes would have met; where it finds that it is not it stops at once."""
-    alone = command_for(plan, name, words)[0] == "python"
-    if alone or not plan.is_done(name):
-        return False
-    code, _ = supervisor.run(["python", *words, "--time_limit=0"])
-    return code == 0
+        if second == 0:
+            print(f"waiting for {holder_name(holder)}, which writes in {folder}", flush=True)
+        sleep(1)
 
 def without_start_over(plan, name, words):
     """--start_over=True holds for one beginning: what this very command has begun anew and is done
     is left alone."""
-    record = load_record(plan.folder(name)) or {}
     kept = [word for word in words if not word.startswith("--start_over=")]
+    record = load_record(plan.folder(name)) or {"free": {}}
+    began_so = record["free"].get("start_over") and plan.is_done(name)
     same = record.get("command") == shlex.join(["python", *kept])
-    began_so = same and record.get("free", {}).get("start_over")
-    return kept if began_so and record.get("status") == "done" else words
+    return kept if began_so and same else words
 
 def check_inputs(plan, supervisor):
     """What the phases build on and this run does not make must be there, whole, before anything
     starts. -> exit code"""
     import models  # which needs the packages; a dry run does not
     for phase in plan.phases("training", "evaluation"):
-        if phase.parent in plan.lines:
+        if phase.parent in plan.names:
             continue
         if phase.parent == "tok":
             models.tok.load_tokenizer(plan.data)
             continue
-        folder = plan.folder(phase.parent)
-        if checkpoint.made_by_nanochat(folder) not in (None, *checkpoint.steps(folder)):
+        if checkpoint.made_by_nanochat(plan.folder(phase.parent)) is not None:
             code, _ = supervisor.run(["python", "adopt.py", f"--data={plan.data}",
                                       f"--stage={phase.parent}"])
             if code:
                 return code
         models.find_model(phase.parent, plan.data, plan.tag)
     # only the toy world is made in a job itself: there is no network
-    brings = "data" in plan.lines and not (plan.in_slurm and plan.data != "toy")
-    if brings or list(plan.lines) == ["report"]:
+    brings = "data" in plan.names and not (plan.in_slurm and plan.data != "toy")
+    if brings or plan.names == ["report"]:
         return 0
-    words = ["prepare_data.py", f"--data={plan.data}", f"--depth={plan.tag[1:]}",
-             f"--phases={','.join(plan.lines)}"]
-    own = configurator.accepted(pipeline.find_phase("data"), plan.settings)
-    return supervisor.run(["python", *words, *own, "--check=True"])[0]
+    return supervisor.run(["python", *plan.words("data"), "--check=True"])[0]
 
 # -------------------------------------------------------------------------------------------------
+# running all of them
 
 def run_all(plan, supervisor):
-    """Runs the plan. -> (exit code, None where another attempt of the job is there; the last line
-    to print). Failure (code 2) where it cannot begin."""
+    """Runs the plan. -> (exit code, the last line to print). Failure where it cannot begin (code
+    2), or another attempt of the job has begun (code 1)."""
     code = check_inputs(plan, supervisor)
     if code == 0 and plan.in_slurm:
         slurm.guard(plan.data, plan.tag)
         code = check_nodes(plan, supervisor)
     if code:
         return code, "nothing was started: mend what it says above"
-    failed, fewer, tried = [], {}, not plan.trial
-    for name in plan.lines:
+    failed, added = [], None
+    for name in plan.names:
         phase = pipeline.find_phase(name)
-        if plan.in_slurm and slurm.given_up():
-            return None, "Slurm has given this attempt up and started another: going no further"
-        if supervisor.asked:
+        if supervisor.stopping:
             return 75, f"stopped before {name} with everything saved"
-        if phase.kind == "training" and not tried:
-            tried = True
-            code, fewer = trial.try_out(plan, lambda *call: run_phase(plan, supervisor, *call))
+        if phase.kind == "training" and plan.trial and added is None:
+            code, added = trial.try_out(plan, lambda *call: run_phase(plan, supervisor, *call))
             if code == 75:
                 return 75, "stopped while trying out the trainings to come"
             if code:
                 return code, f"the trial ended with code {code}; mend what it says above"
-        words = without_start_over(plan, name, [*plan.words(name), *fewer.get(name, [])])
-        print(f"\n=== {name}: {shown(plan, name, words)}", flush=True)
-        if said_done_already(plan, supervisor, name, words):
-            continue
-        wait_for_holder(plan, name)
-        code, _, _ = run_phase(plan, supervisor, name, words)
+        words = [*plan.words(name), *(added or {}).get(name, [])]
+        code = start(plan, supervisor, name, without_start_over(plan, name, words))
         if code == 75:
             return 75, f"stopped in {name} with everything saved"
+        if code == 128 + signal.SIGINT:
+            return 75, f"{name} was ended at once by a second Ctrl-C; its last save is there"
         if code and (phase.kind == "evaluation" or name == "report"):
             print(f"{name} failed with code {code}; going on, since the models do not depend on it",
                   file=sys.stderr, flush=True)
             failed.append(name)
         elif code:
-            if plan.in_slurm and slurm.given_up():
-                return None, "Slurm has given this attempt up: going no further"
-            if phase.kind == "training" and "report" in plan.lines:
-                supervisor.run(["python", *plan.words("report")])
+            if phase.kind == "training" and "report" in plan.names:
+                start(plan, supervisor, "report", plan.words("report"))
             return code, (f"{name} failed with code {code}; mend what it says above and run the "
                           "same command again: what is done stays done")
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
     return 0, "all done; talk to it: python chat_cli.py"
+
+def start(plan, supervisor, name, words):
+    """Runs a phase unless it is done. -> exit code; Failure (code 1) where Slurm has given the
+    nodes to the next attempt of the job."""
+    if plan.in_slurm and slurm.given_up():
+        common.fail("Slurm has started another attempt of this job: going no further", code=1)
+    print(f"\n=== {name}: python {shlex.join(words)}", flush=True)
+    if not plan.is_done(name):
+        note_command(plan)
+    elif command_for(plan, name, words)[0] != "python":
+        # one process sees that it is done long before processes on all nodes would have met
+        code, _ = supervisor.run(["python", *words, "--time_limit=0"])
+        if code == 0:
+            return 0
+    wait_for_holder(plan.folder(name))
+    return run_phase(plan, supervisor, name, words)[0]
+
+def note_command(plan):
+    """Keeps what goes on with this run, for status.py."""
+    command = ["bash", "speedrun.sh", *plan.given]
+    if plan.in_slurm:
+        command = slurm.sbatch_command(plan.given)
+    with contextlib.suppress(OSError):  # a folder that cannot be written: the phase says so
+        common.atomic_write(pipeline.command_file(plan.data, plan.tag), json.dumps(
+            {"command": shlex.join(command), "phases": plan.names}))
 
 def check_nodes(plan, supervisor):
     """-> exit code: whether all nodes of the job have what is needed"""
@@ -343,19 +347,19 @@ def check_nodes(plan, supervisor):
 
 def end_attempt(plan, supervisor, code):
     """In a Slurm job that is not done: what is to become of it. -> exit code"""
-    ended = slurm.TOLD if code == 75 and supervisor.told_to_end else code
     try:
+        ended = slurm.KILLED if code == 75 and supervisor.terminated else code
         slurm.guard(plan.data, plan.tag, ended)
-    except common.Failure as e:  # the last of too many that got nothing done
+    except common.Failure as e:  # the last of too many without progress
         print(f"error: {e}", flush=True)
         code = 1
     if code == 0:
         return 0
-    line, requeued = slurm.after_attempt(code, supervisor.told_to_end, plan.given)
+    line, requeued = slurm.after_attempt(code, supervisor.terminated, plan.given)
     print(line, flush=True)
-    supervisor.told_to_end = False
+    supervisor.terminated = False
     for _ in range(300 if requeued else 0):  # Slurm ends this attempt now; nothing more may happen
-        if supervisor.told_to_end:
+        if supervisor.terminated:
             break
         time.sleep(1)
     return code
@@ -363,19 +367,19 @@ def end_attempt(plan, supervisor, code):
 def main():
     plan = make_plan(sys.argv[1:])
     if plan.dry_run:
-        for name in plan.lines:
+        for name in plan.names:
             print(shlex.join(command_for(plan, name, plan.words(name))))
         return 0
     folder = Path(tempfile.gettempdir())
     if plan.in_slurm:  # seen by all nodes of the job; an earlier attempt has its own file
         folder = pipeline.base_dir()
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"\n{slurm.describe_job(plan.given)}", flush=True)
     number = os.environ.get("SLURM_JOB_ID", os.getpid())
     supervisor = Supervisor(folder / f"outcome-{number}-{slurm.attempt()}")
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for signum in signals:
         signal.signal(signum, supervisor.on_signal)
-    if plan.in_slurm:
-        print(f"\n{slurm.describe_job(plan.given)}", flush=True)
     try:
         code, line = run_all(plan, supervisor)
     except common.Failure as e:
@@ -385,19 +389,15 @@ def main():
     finally:
         supervisor.outcome_path.unlink(missing_ok=True)
     print(flush=True)
-    if code is not None:
-        said = subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False,
-                              capture_output=True, text=True).stdout
-        # what comes next is the job's own business
-        print(said.rpartition("next: ")[0] if plan.in_slurm else said, end="", flush=True)
-    if code == 75 and not plan.in_slurm:
-        line += ": run the same command again"
-    print(line, flush=True)
-    if code is not None and plan.in_slurm:
+    if plan.in_slurm:
+        print(line, flush=True)
         code = end_attempt(plan, supervisor, code)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    else:
+        subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False)
+        print(line + ": run the same command again" * (code == 75), flush=True)
+    for signum in signals:
         signal.signal(signum, signal.SIG_IGN)  # what comes while Python winds up changes nothing
-    return 1 if code is None else code
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -82,6 +82,10 @@ def base_data_dir(data):
         return Path(whole_path(data))
     return data_root(data) / ("base_data_climbmix" if data == "climbmix" else "base_data")
 
+def command_file(data, tag):
+    """What the launcher was last given for a run."""
+    return data_root(data) / f"speedrun_{tag}.json"
+
 def tokenizer_dir(data):
     return data_root(data) / "tokenizer"
 

@@ -3,10 +3,9 @@ What Slurm is asked and told: when this job ends, whether an attempt of a job is
 when one has ended. A job is started again and again (requeued) until all is done; each start is an
 attempt. Every command is a function, so that tests put their own in its place.
 
-    python slurm.py NPROC PATH     on each node before a job's work: packages, GPUs, a shared folder
+    python slurm.py NPROC PATH     on each node before a job's work: GPUs, a shared folder
 """
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import common
 import pipeline
+from records import source_version
 
 SBATCH = pipeline.REPO / "slurm_speedrun.sbatch"
 
@@ -42,24 +42,8 @@ def job_name():
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
-def end_time():
-    """When this job ends, in seconds since the epoch, or None. Slurm 22.05 (Debian 12) sets no
-    SLURM_JOB_END_TIME, so squeue or scontrol is asked."""
-    if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(os.environ["SLURM_JOB_END_TIME"])
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        return None
-    for command in (["squeue", "-h", "-j", job, "-o", "EndTime=%e"],
-                    ["scontrol", "show", "job", "-o", job]):
-        answer = ask(*command)
-        found = re.search(r"\bEndTime=(\S+)", answer.stdout if answer else "")
-        with contextlib.suppress(ValueError, TypeError):
-            return time.mktime(time.strptime(found and found[1], "%Y-%m-%dT%H:%M:%S"))
-    return None
-
 def show_jobs(job):
-    """-> (facts of each job that scontrol shows for this name, dicts; all that it has said)"""
+    """-> (facts of each job that scontrol shows for this name, dicts; all that it has answered)"""
     answer = ask("scontrol", "show", "job", "-o", job)
     if answer is None:
         return [], ""
@@ -67,28 +51,35 @@ def show_jobs(job):
              for line in answer.stdout.splitlines()]
     return [facts for facts in lines if "JobId" in facts], answer.stdout + answer.stderr
 
+def show_this_job():
+    """What scontrol shows of this job, a dict; {} where it does not answer, or outside of one."""
+    shown = show_jobs(job_name())[0] if job_name() else []
+    return shown[0] if shown else {}
+
+def end_time():
+    """When this job ends, in seconds since the epoch, or None. Slurm 22.05 (Debian 12) sets no
+    SLURM_JOB_END_TIME, so scontrol is asked."""
+    if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    with contextlib.suppress(ValueError):  # "Unknown"
+        return time.mktime(time.strptime(show_this_job().get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    return None
+
 def attempt_over(job, restart):
     """Whether the attempt number `restart` of `job` has ended; None where nobody can say."""
-    shown, said = show_jobs(job)
+    shown, answer = show_jobs(job)
     if not shown:
-        return True if "Invalid job id" in said else None
+        return True if "Invalid job id" in answer else None
     for facts in shown:  # for an array's last element all its elements are shown
         if facts["JobId"] == job:
             living = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
             return facts.get("Restarts") != restart or facts.get("JobState") not in living
     return None
 
-def given_up(shown=None):
+def given_up():
     """Whether Slurm has started another attempt of this job: where it has lost a node, the batch
-    script there lives on, and must start nothing more in the nodes of the next attempt.
-    shown: what show_jobs has said of it, if it was asked just now"""
-    shown = show_jobs(job_name())[0] if shown is None else shown
-    return bool(shown) and shown[0].get("Restarts", str(attempt())) != str(attempt())
-
-def time_limit():
-    """This job's limit as sbatch takes it, "" where nobody can say.  example: "12:00:00" """
-    answer = ask("squeue", "-h", "-j", job_name(), "-o", "%l")
-    return answer.stdout.strip() if answer else ""
+    script there lives on, and must start nothing more in the nodes of the next attempt."""
+    return show_this_job().get("Restarts", str(attempt())) != str(attempt())
 
 def nodes():
     """The names of this job's nodes."""
@@ -102,19 +93,20 @@ def sbatch_command(flags):
               "gpus-per-node": os.environ.get("SLURM_GPUS_PER_NODE"),
               "cpus-per-task": os.environ.get("SLURM_CPUS_PER_TASK"),
               "mem": os.environ.get("SLURM_MEM_PER_NODE"),
-              "time": time_limit()}
+              "time": show_this_job().get("TimeLimit")}
     own = [f"--{k}={v}" for k, v in actual.items() if v and v != usual[k]]
     return ["sbatch", *own, SBATCH.name, *flags]
 
 def describe_job(flags):
     """The first lines of a job's log."""
-    git = ask("git", "-C", str(pipeline.REPO), "describe", "--always", "--dirty", "--abbrev=40")
+    commit, difference = source_version()
     lines = [f"job {job_name()}, attempt {attempt() + 1} of it, {time.strftime('%F %T')}",
-             f"limit {time_limit() or 'unknown'}, flags: {shlex.join(flags) or 'none'}",
+             f"limit {show_this_job().get('TimeLimit', 'unknown')}, flags: "
+             + (shlex.join(flags) or "none"),
              f"nodes: {os.environ['SLURM_JOB_NODELIST']}, GPUs per node: "
              + os.environ.get("SLURM_GPUS_ON_NODE", "0"),
              f"state: {pipeline.base_dir()}",
-             f"commit: {git.stdout.strip() if git else 'unknown'}"]
+             f"commit: {commit}" + " with uncommitted changes" * bool(difference)]
     return "\n".join(lines)
 
 # -------------------------------------------------------------------------------------------------
@@ -122,24 +114,24 @@ def describe_job(flags):
 
 NOTHING_TO_TYPE = "nothing needs to be typed"
 
-def after_attempt(code, told_to_end, flags):
+def after_attempt(code, terminated, flags, sleep=time.sleep):
     """
     What happens when an attempt of this job has ended: where it is saved and not done the job is
-    put back into the queue, or its successor submitted. code: its exit code; told_to_end: it got
+    put back into the queue, or its successor submitted. code: its exit code; terminated: it got
     SIGTERM, as by scancel or a preemption; flags: speedrun.sh's. -> (what to say, requeued)
     """
     again = shlex.join(sbatch_command(flags))
-    job = job_name()
-    shown, _ = show_jobs(job)
-    facts = shown[0] if shown else {}
-    if given_up(shown):
+    job, state = job_name(), show_this_job().get("JobState")
+    if state is None:  # the controller may be busy for a moment
+        sleep(10)
+        state = show_this_job().get("JobState", "unknown")
+    if given_up():
         return f"Slurm has put job {job} back into the queue itself: {NOTHING_TO_TYPE}", False
     if code != 75:
         return ("the job has failed and is not started again: mend what the lines above say, "
                 f"then type: {again}"), False
-    state = facts.get("JobState", "")
-    if told_to_end and state not in ("", "TIMEOUT", "PREEMPTED"):
-        return (f"somebody, or Slurm, has ended this job ({state}); everything is saved; "
+    if terminated and state not in ("TIMEOUT", "PREEMPTED"):
+        return (f"somebody, or Slurm, has ended this job (state {state}); everything is saved; "
                 f"to go on, type: {again}"), False
     answer = ask("scontrol", "requeue", job)
     if answer and answer.returncode == 0:
@@ -171,73 +163,56 @@ def submit_successor(again, job):
 # -------------------------------------------------------------------------------------------------
 # the guard against attempts that get nowhere
 
-OWN_ENDS, KILLED = 3, 10  # attempts in a row without progress: ended by themselves, by others
-TOLD = 143                # their exit code instead of 75 where they were told to end by SIGTERM
+KILLED = "killed"  # how an attempt has ended that was preempted, cancelled or lost its node
+MOST_STOPPED, MOST_KILLED = 3, 10  # attempts in a row without progress, of each kind
 
 def progress(data, tag):
     """What changes when something got done: checkpoints, finished phases, pieces of tokens and of
     evaluations. -> a sorted list of texts"""
-    root, marks = pipeline.data_root(data), []
-    phases = [p for p in pipeline.PHASES if p.kind != "evaluation" and p.name != "report"]
-    for folder in [pipeline.state_path(p.name, data, tag) for p in phases]:
+    marks, files = [], [*pipeline.token_dir(data).rglob("*"),
+                        *pipeline.report_dir(data).glob("*.json*")]
+    for phase in pipeline.PHASES[:-1]:  # all but the report
+        folder = pipeline.state_path(phase.name, data, tag)
         if (common.read_json(folder / "phase.json") or {}).get("status") == "done":
             marks.append(f"{folder} done")
-        marks += [f"{p.name} in {folder}" for p in folder.glob("manifest_*.json")]
-    files = [*pipeline.token_dir(data).rglob("*"), *pipeline.report_dir(data).glob("*.json*")]
-    if root in pipeline.base_data_dir(data).parents:  # it is not the user's own folder
-        files += pipeline.base_data_dir(data).glob("*")
+        if phase.name != "data":
+            files += folder.glob("manifest_*.json")
+        elif not pipeline.is_folder_data(data):
+            files += folder.glob("*")
     for path in files:
         if path.is_file() and not path.name.startswith(".") and path.stem not in ("phase", "lock"):
-            marks.append(f"{path.relative_to(root)} {path.stat().st_size}")
+            marks.append(f"{path} {path.stat().st_size}")
     return sorted(marks)
 
-def count_without_progress(path, marks, ended):
-    """-> (how many attempts in a row got nothing done and ended by themselves, how many were ended
-    from outside: preempted, or with their node). ended: the exit code of this attempt, -1 where it
-    begins. `path` keeps both, the marks, and whether the last attempt has said how it ended."""
-    old = common.read_json(path) or {}
-    same = old.get("marks") == marks
-    runs = old["runs"] if same else 0
-    killed = old.get("killed", 0) if same else 0
-    if same and ended == 75:
-        runs += 1
-    if same and (ended == TOLD or (ended == -1 and old.get("open", True))):
-        killed += 1
-    common.atomic_write(path, json.dumps(
-        {"runs": runs, "killed": killed, "marks": marks, "open": ended == -1}))
-    return runs, killed
-
-def guard(data, tag, ended=-1):
-    """Called when an attempt begins and when it has ended: a Failure (code 1) where it is the last
-    of too many that got nothing done."""
+def guard(data, tag, ended=None):
+    """Called when an attempt begins (None) and when it has ended (its exit code or KILLED): a
+    Failure (code 1) where too many in a row got nothing done. Their ends are kept in a file."""
+    if given_up():
+        return  # the file is the next attempt's
     path = pipeline.data_root(data) / f"slurm_{tag}.json"
-    if ended not in (-1, 75, TOLD):
+    if ended not in (None, 75, KILLED):
         path.unlink(missing_ok=True)
         return
-    runs, killed = count_without_progress(path, progress(data, tag), ended)
-    if runs >= OWN_ENDS or killed >= KILLED:
+    old, marks = common.read_json(path) or {}, progress(data, tag)
+    same = old.get("marks") == marks
+    ends = old.get("ends", []) if same else []
+    if same and ended:
+        ends = [*ends[:-1], ended]
+    if ends.count(75) >= MOST_STOPPED or ends.count(KILLED) >= MOST_KILLED:
         path.unlink()  # whoever starts it again after looking gets as many tries
-        common.fail(f"{runs + killed} attempts in a row got nothing done, so this one is the last: "
-                    "see why in the log above (is the time limit shorter than the start and one "
+        common.fail(f"{len(ends)} attempts in a row got nothing done, so this one is the last: see "
+                    "why in the log above (is the time limit shorter than the start and one "
                     "save?)", code=1)
+    if ended is None:
+        ends = [*ends, KILLED]  # until it says how it has ended
+    common.atomic_write(path, json.dumps({"marks": marks, "ends": ends}))
 
 # -------------------------------------------------------------------------------------------------
 # on each node
 
-def check_packages():
-    for line in (pipeline.REPO / "requirements.txt").read_text().split():
-        name, wanted = line.split("==")
-        try:
-            found = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        common.check(found == wanted, f"{name} {wanted} is required and {found} is installed; "
-                     "on the login node", "bash speedrun.sh --only=setup")
-
 def check_node(nproc, shared):
-    """A node's packages and GPUs, and that it sees the state folder of the first node (`shared`, a
-    path in it). Failure with code 2 where it cannot work."""
-    check_packages()
+    """A node's GPUs, and that it sees the state folder of the first node (`shared`, a path in it).
+    Failure with code 2 where it cannot work."""
     node = platform.node()
     common.check(Path(shared).exists(), f"the first node's state folder {pipeline.base_dir()} "
                  f"cannot be seen from {node}: set NANOCHAT_BASE_DIR in site.env to a folder that "
@@ -246,16 +221,15 @@ def check_node(nproc, shared):
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         import torch
         count = torch.cuda.device_count()
-        common.check(torch.cuda.is_available(), f"torch {torch.__version__} cannot use the GPUs "
-                     f"{os.environ['CUDA_VISIBLE_DEVICES']} of {node}: look at its driver",
-                     "nvidia-smi")
-        common.check(count >= nproc, f"{nproc} processes were asked for and {node} has {count} "
-                     "GPUs: give --nproc or --gpus-per-node")
+        common.check(count >= nproc, f"{nproc} processes were asked for and torch "
+                     f"{torch.__version__} can use {count} GPUs on {node}: give --nproc or "
+                     "--gpus-per-node, or look at its driver", "nvidia-smi")
         gpus = f"{count} x {torch.cuda.get_device_name()}"
     if os.environ.get("SLURM_NODEID", "0") == "0":
-        torch_version = importlib.metadata.version("torch")
-        print(f"node check: Python {platform.python_version()}, torch {torch_version}, {gpus}, "
-              f"{nproc} processes a node", flush=True)
+        print(f"node check: Python {platform.python_version()}, {gpus}, {nproc} processes a node",
+              flush=True)
 
 if __name__ == "__main__":
+    common.check(len(sys.argv) == 3, "slurm.py is started by a job; to submit one",
+                 "sbatch slurm_speedrun.sbatch")
     check_node(int(sys.argv[1]), sys.argv[2])

@@ -128,12 +128,15 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     nats = torch.zeros((), dtype=precise, device=device)
     total_bytes = torch.zeros((), dtype=torch.long, device=device)
-    turn, began = micro_rows * run.ranks.world, time.monotonic()
+    turn = micro_rows * run.ranks.world
     if run.try_out:
         n, whole = min(n, 2 * turn), n
     for start in range(0, n, turn):  # as many turns on every rank, since they agree in each
         if run.should_stop():
             return None
+        if run.try_out:
+            nats.item()  # waits for the device: the last turn is timed, since the first is slow
+            began = time.monotonic()
         first = start + run.ranks.rank * micro_rows
         mine = range(first, min(n, first + micro_rows))
         if not mine:
@@ -144,9 +147,9 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
         losses = model(x, y, reduction="none")
         nats += (losses * (sizes > 0)).sum(dtype=nats.dtype)
         total_bytes += sizes.sum()
-    if run.try_out:
-        run.eval_seconds = (time.monotonic() - began) * whole / n
     nats, total_bytes = run.ranks.all_reduce_sum(nats), run.ranks.all_reduce_sum(total_bytes)
+    if run.try_out:
+        run.eval_seconds = (time.monotonic() - began) * whole / (n - start)
     return nats / (math.log(2) * total_bytes)
 
 def print_samples(run, model, tokenizer, prompts, max_new_tokens=48):

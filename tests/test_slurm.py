@@ -44,14 +44,11 @@ def fake(tmp_path, monkeypatch):
 def test_the_end_of_the_job(fake, monkeypatch):
     assert slurm.end_time() is None and not fake.calls(), "without Slurm nobody is asked"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    fake("squeue", "echo EndTime=2026-11-24T12:00:00")
-    fake("scontrol", "echo 'JobId=7 EndTime=2026-11-24T13:00:00 Deadline=N/A'")
-    assert slurm.end_time() == NOON and fake.calls() == ["squeue -h -j 7 -o EndTime=%e"]
-    for broken in ("exit 1", "echo EndTime=N/A", "echo 'slurm_load_jobs error' >&2"):
-        fake("squeue", broken)
-        assert slurm.end_time() == NOON + 3600, "then scontrol is asked"
-    fake("scontrol", "echo 'EndTime=Unknown'")
-    assert slurm.end_time() is None
+    fake("scontrol", "echo 'JobId=7 EndTime=2026-11-24T12:00:00 Deadline=N/A'")
+    assert slurm.end_time() == NOON and fake.calls() == ["scontrol show job -o 7"]
+    for broken in ("exit 1", "echo JobId=7 EndTime=Unknown", "echo 'slurm_load_jobs error' >&2"):
+        fake("scontrol", broken)
+        assert slurm.end_time() is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
     assert slurm.end_time() == 1234.0
 
@@ -68,18 +65,18 @@ def test_the_last_element_of_an_array_does_not_take_the_restarts_of_another_for_
 
 @pytest.fixture
 def job(fake, monkeypatch):
-    """job(code, told_to_end, ...) -> (what is said, requeued, calls of scontrol requeue and sbatch)
+    """job(code, terminated, ...) -> (what is said, requeued, calls of scontrol requeue and sbatch)
     of slurm.after_attempt in a job whose commands answer so"""
-    def after(code, told_to_end=False, requeue="exit 0", submit="echo 8", state="RUNNING",
-              restarts=None, **environment):
+    def after(code, terminated=False, requeue="exit 0", submit="echo 8", state="RUNNING",
+              restarts=None, sleep=None, **environment):
         for name, value in {**JOB, **environment}.items():
             monkeypatch.setenv(name, value)
         restarts = environment.get("SLURM_RESTART_COUNT", "0") if restarts is None else restarts
-        fake("squeue", "echo 4:00:00")
-        fake("scontrol", f'[ "$1" != show ] || echo "JobId=7 JobState={state} Restarts={restarts}"'
-                         f'\n[ "$1" != requeue ] || {{ {requeue}; }}')
+        facts = f"JobId=7 TimeLimit=4:00:00 JobState={state} Restarts={restarts}"
+        show = f'[ "$1" != show ] || [ -e "$(dirname "$0")/busy" ] || echo "{facts}"'
+        fake("scontrol", f'{show}\n[ "$1" != requeue ] || {{ {requeue}; }}')
         fake("sbatch", f'{submit}\necho "array: $SLURM_ARRAY_TASK_ID" >> "$(dirname "$0")/seen"')
-        said, requeued = slurm.after_attempt(code, told_to_end, FLAGS)
+        said, requeued = slurm.after_attempt(code, terminated, FLAGS, sleep)
         done = [c for c in fake.calls() if c.startswith(("scontrol requeue", "sbatch"))]
         return said, requeued, done
     return after
@@ -124,9 +121,20 @@ def test_a_command_to_type_where_neither_is_permitted(job):
 @pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False),
                                            ("TIMEOUT", True), ("PREEMPTED", True)])
 def test_a_cancelled_job_stays_cancelled(job, state, goes_on):
-    said, requeued, calls = job(75, told_to_end=True, state=state)
+    said, requeued, calls = job(75, terminated=True, state=state)
     assert requeued is goes_on and bool(calls) is goes_on
     assert goes_on or ("ended this job" in said and said.endswith(AGAIN))
+
+def test_a_cancelled_job_stays_cancelled_where_slurm_does_not_answer_for_a_moment(job, tmp_path):
+    busy = tmp_path / "fakes/busy"
+    busy.touch()
+    said, requeued, calls = job(75, terminated=True, state="TIMEOUT",
+                                sleep=lambda seconds: busy.unlink())
+    assert requeued and calls == ["scontrol requeue 7"], "it was asked again"
+    busy.touch()
+    said, requeued, calls = job(75, terminated=True, state="TIMEOUT", sleep=lambda seconds: None)
+    assert not requeued and len(calls) == 1, "it may be cancelled"
+    assert "state unknown" in said and "type: sbatch" in said
 
 # ---- slurm_speedrun.sbatch
 
@@ -176,8 +184,7 @@ def test_one_torchrun_a_node_with_a_meeting_point_from_the_allocation(fake, tmp_
 
 @needs_venv
 def test_a_job_whose_inputs_are_missing_ends_at_once_with_the_reason(fake, tmp_path):
-    fake("squeue", "echo 4:00:00")
-    fake("scontrol", "echo 'JobId=7 JobState=RUNNING Restarts=0'")
+    fake("scontrol", "echo 'JobId=7 TimeLimit=4:00:00 JobState=RUNNING Restarts=0'")
     for data in ("fineweb_edu", "/no/such/folder"):
         out = speedrun(tmp_path / "state", f"--data={data}")
         assert out.returncode == 2 and "error: " in out.stdout + out.stderr
@@ -197,17 +204,24 @@ def test_a_job_does_not_install(tmp_path):
 
 # ---- the guard
 
-def test_attempts_without_progress_are_counted(tmp_path):
-    path = tmp_path / "slurm_d4.json"
-    told = slurm.TOLD
-    attempts = [(["a"], -1), (["a"], 75),   # the first: nothing done
-                (["a"], -1), (["a"], 75),   # the second, started again at the same place
-                (["b"], -1), (["c"], 75),   # somebody moved it on; this one did get on
+def test_attempts_without_progress_are_counted(state, monkeypatch):
+    path = state / "toy/slurm_d4.json"
+    killed = slurm.KILLED
+    attempts = [(["a"], None, []), (["a"], 75, [75]),      # the first: nothing done
+                # the second, started again at the same place
+                (["a"], None, [75]), (["a"], 75, [75, 75]),
+                (["b"], None, []), (["c"], 75, []),   # somebody moved it on; this one did get on
                 # killed twice before it could say so, told to end once
-                (["c"], -1), (["c"], -1), (["c"], -1), (["c"], told), (["c"], -1), (["c"], 75)]
-    counted = [slurm.count_without_progress(path, marks, ended) for marks, ended in attempts]
-    assert counted == [(0, 0), (1, 0), (1, 0), (2, 0), (0, 0), (0, 0),
-                       (0, 0), (0, 1), (0, 2), (0, 3), (0, 3), (1, 3)]
+                (["c"], None, []), (["c"], None, [killed]), (["c"], None, [killed] * 2),
+                (["c"], killed, [killed] * 3), (["c"], None, [killed] * 3),
+                (["c"], 75, [killed] * 3 + [75])]
+    for marks, ended, counted in attempts:
+        monkeypatch.setattr(slurm, "progress", lambda data, tag, marks=marks: marks)
+        slurm.guard("toy", "d4", ended)
+        ends = json.loads(path.read_text())["ends"]
+        if ended is None:
+            assert ends.pop() == killed, "until it says how it has ended"
+        assert ends == counted, (marks, ended)
 
 def test_what_counts_as_progress(state):
     folder = state / "toy/base_checkpoints/d4"
@@ -243,16 +257,16 @@ def test_downloaded_shards_count_as_progress_and_a_users_own_folder_is_not_read(
 
 def test_the_guard_ends_what_gets_nowhere(state, capsys):
     path = state / "toy/slurm_d4.json"
-    for attempt in range(slurm.OWN_ENDS - 1):
+    for attempt in range(slurm.MOST_STOPPED - 1):
         slurm.guard("toy", "d4")
-        assert json.loads(path.read_text())["runs"] == attempt
+        assert json.loads(path.read_text())["ends"].count(75) == attempt
         slurm.guard("toy", "d4", ended=75)
     slurm.guard("toy", "d4")
     with ends() as end:
         slurm.guard("toy", "d4", ended=75)
     assert end.code == 1 and not path.exists()
     assert "3 attempts in a row got nothing done" in capsys.readouterr().err
-    for _ in range(slurm.KILLED):
+    for _ in range(slurm.MOST_KILLED):
         slurm.guard("toy", "d4")  # each is killed, as by a preemption or a node that fails
     with ends():
         slurm.guard("toy", "d4")
@@ -268,15 +282,12 @@ def test_a_node_that_does_not_see_the_state_folder_is_named(state, capsys):
         slurm.check_node(1, state / "seen by the first node alone")
     assert end.code == 2 and "all nodes share" in capsys.readouterr().err
 
-def test_a_node_wants_the_packages_that_are_pinned(monkeypatch, capsys):
-    monkeypatch.setattr(slurm.importlib.metadata, "version", lambda name: "0.1")
-    with ends() as end:
-        slurm.check_packages()
-    assert end.code == 2 and "0.1 is installed" in capsys.readouterr().err
-
 def test_the_check_runs_as_a_script_on_each_node(state):
     state.mkdir()
     out = subprocess.run([sys.executable, "slurm.py", "3", str(state)], cwd=REPO, text=True,
                          capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
                          check=False)
     assert out.returncode == 0 and "no GPU, 3 processes a node" in out.stdout
+    out = subprocess.run([sys.executable, "slurm.py"], cwd=REPO, text=True, capture_output=True,
+                         check=False)
+    assert out.returncode == 2 and "sbatch slurm_speedrun.sbatch" in out.stderr
