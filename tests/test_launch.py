@@ -1,8 +1,11 @@
 """launch.py: which phases run and how, signals, exit codes, retries; with processes that only
 pretend, and a few real ones."""
 import json
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -443,6 +446,44 @@ def test_a_signal_to_speedrun_reaches_the_phase_and_not_what_the_phase_has_start
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out
     assert "stopped in data with everything saved" in out
+
+RANK = """
+import os, signal, time
+asked = []
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda *heard: asked.append(1))
+open("listening" + os.environ["RANK"], "w").close()
+while not (asked and os.path.exists("over")):
+    time.sleep(0.05)
+print("saved by rank", os.environ["RANK"], flush=True)
+"""
+LAUNCHER = """
+import pathlib, signal, sys, types
+sys.path.insert(0, sys.argv[1])
+import launch
+supervisor = launch.Supervisor(pathlib.Path("outcome"))
+signal.signal(signal.SIGINT, supervisor.on_signal)
+plan = types.SimpleNamespace(in_slurm=False, nproc=2)
+command = launch.command_for(plan, "base", ["rank.py"])
+print("ended with", supervisor.run(command)[0])
+"""
+
+def test_ctrl_c_reaches_the_ranks_and_torchrun_does_not_end_them(tmp_path):
+    """A terminal sends it to all processes; torchrun by itself would then kill those that take more
+    than half a minute to save."""
+    (tmp_path / "rank.py").write_text(RANK)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, REPO], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**environment(tmp_path / "state"), "PATH": path})
+    wait_for(lambda: len(list(tmp_path.glob("listening*"))) == 2, process)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "over").touch()
+    out, _ = process.communicate(timeout=120)
+    assert out.count("saved by rank") == 2 and "ended with 75" in out, out
+    assert "Traceback" not in out, out
 
 def test_a_phase_is_told_where_the_launcher_is_killed_outright(tmp_path):
     copy_with_phases(tmp_path, PHASE.replace('print("the phase was told", flush=True)',
