@@ -126,31 +126,34 @@ def phases_of(name, tag):
     return states
 
 def next_command(states, name, tag):
-    """What to run next, given phases_of(): trainings before evaluations, what was begun first."""
+    """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
+    speedrun.sh was given last, where it runs that; else what the phase itself was given."""
     left = [phase for phase, (state, _) in states.items() if state != "done"]
     if not left:
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
-    words = ["bash", "speedrun.sh", f"--data={name}"]
-    if re.fullmatch(r"d\d+", tag) and tag != ("d4" if name == "toy" else "d20"):
-        words.append(f"--depth={tag[1:]}")
-    command = shlex.join(words)
-    if states[first][0] == "running":
-        return f"wait for {first}, then {command}"
-    if first in pipeline.STAGES:
-        record = read(pipeline.state_path(first, name, tag) / "phase.json")
-        return record.get("next") or command
-    return command
+    running = states[first][0] == "running"
+    given = read(pipeline.command_file(name, tag))
+    record = read(pipeline.state_path(first, name, tag) / "phase.json")
+    if first in given.get("phases", []):
+        command = given["command"]
+    elif first in pipeline.STAGES and record.get("next") and not running:
+        command = record["next"]
+    else:
+        words = ["bash", "speedrun.sh", f"--data={name}"]
+        if re.fullmatch(r"d\d+", tag):
+            words.append(f"--depth={tag[1:]}")
+        command = shlex.join(words)
+    return f"wait for {first}, then {command}" if running else command
 
 def data_sets():
     """The data sets that have a state, as records name them, the one touched last at the end."""
     found = {}
-    for pattern in ("*/phase.json", "*/*/phase.json", "*/*/*/phase.json"):
-        for path in pipeline.base_dir().glob(pattern):
-            if record := read(path):
-                usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
-                name = record["settings"].get("data", usual)  # adopt.py's has none
-                found[name] = max(written(path.parent), found.get(name, 0.0))
+    for path in pipeline.base_dir().rglob("phase.json"):
+        if record := read(path):
+            usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
+            name = record["settings"].get("data", usual)  # adopt.py's has none
+            found[name] = max(written(path.parent), found.get(name, 0.0))
     if not found.keys() & {*pipeline.SHARED_DATA} and tags("fineweb_edu"):  # nanochat's own
         found = {"fineweb_edu": 0.0, **found}
     return sorted(found, key=found.get)
@@ -158,7 +161,8 @@ def data_sets():
 def check_folder(name):
     """Failure (code 2) where a data set is the user's own folder and that is not there."""
     there = pipeline.base_data_dir(name).is_dir()
-    common.check(there or not pipeline.is_folder_data(name), f"there is no {name}")
+    common.check(there or not pipeline.is_folder_data(name), f"there is no {name}: --data takes "
+                 "toy, fineweb_edu, climbmix or a folder of texts")
 
 def main():
     if data:

@@ -14,6 +14,7 @@ import common
 import launch
 import pipeline
 import run as launch_run
+import status
 import trial
 from conftest import REPO, ends, environment, script, wait_for
 
@@ -243,7 +244,7 @@ def test_what_a_second_ctrl_c_has_ended_is_not_called_saved(run_all):
 def record(state):
     def write(name="base", **facts):
         folder = pipeline.state_path(name, "toy", "d4")
-        usual = {"settings": {}, "inputs": {}, "free": {}, "status": "done"}
+        usual = {"settings": {}, "inputs": {}, "free": {}, "status": "done", "updated": 0.0}
         common.atomic_write(folder / "phase.json", json.dumps({**usual, **facts}))
         return folder
     return write
@@ -292,6 +293,30 @@ def test_every_phase_waits_for_the_process_of_a_killed_launcher(run_all, monkeyp
     monkeypatch.setattr(launch, "wait_for_holder", waited.append)
     run_all({})
     assert waited == [given().folder(phase.name) for phase in pipeline.PHASES]
+
+def next_after(done, **others):
+    """The next command that status.py names, where these phases are done."""
+    states = {p.name: ("done" if p.name in done else others.get(p.name, "absent"), "")
+              for p in pipeline.PHASES[:-1]}
+    return status.next_command(states, "toy", "d4")
+
+def test_status_names_what_speedrun_was_given_last(supervise, record):
+    flags = ["--only=base,mid", "--depth=4", "--", "--mid.mixture=my chats.jsonl"]
+    launch.start(given(*flags), supervise(0), "base", ["base_train.py"])
+    record("base", status="interrupted", next="python base_train.py --depth=4")
+    command = "bash speedrun.sh --only=base,mid --depth=4 -- '--mid.mixture=my chats.jsonl'"
+    assert next_after(["data", "tok"], base="half") == command
+    assert next_after(["data", "tok", "base"]) == command, "which goes on with mid"
+    done = ["data", "tok", "base", "mid"]
+    assert next_after(done) == "bash speedrun.sh --data=toy --depth=4", "it does not run sft"
+    record("sft", status="failed", next="python chat_sft.py --tag=d4")
+    assert next_after(done, sft="failed") == "python chat_sft.py --tag=d4", "as it was started"
+
+def test_a_command_whose_phases_are_done_is_not_what_goes_on(supervise, record):
+    record("base")
+    launch.start(given("--skip-rl"), supervise(0), "mid", ["mid_train.py"])
+    launch.start(given("--only=base"), supervise(0), "base", ["base_train.py"])
+    assert next_after(["data", "tok", "base"], mid="half") == "bash speedrun.sh --skip-rl"
 
 def test_a_signal_after_the_end_changes_nothing(state, monkeypatch):
     plan = given()

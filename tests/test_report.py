@@ -248,7 +248,7 @@ def test_scores_of_other_weights_are_left_out(whole):
     write(path, path.read_text().replace("rl-weights", "xy-weights"))
     text, _ = run(whole)
     assert row(text, "toy-GSM8K")[3] == "-" and "of other weights" in text
-    assert status_of(whole)[1] == "next: bash speedrun.sh --data=toy"
+    assert status_of(whole)[1] == "next: bash speedrun.sh --data=toy --depth=4"
 
 def test_nothing_at_all(state):
     text, printed = run(state)
@@ -297,7 +297,7 @@ def test_half_done_running_and_dead(whole):
     lock.release()
     running = rf"rl d4 +running, saved at step 40 of 60, .*process {os.getpid()} on "
     assert re.search(running, said)
-    assert last == "next: wait for rl, then bash speedrun.sh --data=toy"
+    assert last == "next: wait for rl, then bash speedrun.sh --data=toy --depth=4"
 
     write(result_of(root, "rl").with_suffix(".partial.jsonl"), "{}\n")
     write_record(folder, "chat_rl")
