@@ -30,11 +30,10 @@ MARKER = "# ---- settings below may change at every resume"
 KINDS = {type(None): "None or a number", int: "a whole number", float: "a number",
          bool: "True or False", str: "a text", list: "a list"}
 
-# what settings may be that several scripts have
+# what settings may be that several scripts have; -1 only where it is the default: not given
 LEAST = {"seed": 0, "threads": 0, "depth": 1, "keep": 1, "rows": 1, "device_batch_size": 1,
-         "max_new_tokens": 1}
-# -1 stands for none
-LEAST_1_OR_NONE = ("num_steps", "max_steps", "total_batch_size", "max_items")
+         "max_new_tokens": 1, "num_steps": 1, "max_steps": 1, "total_batch_size": 1,
+         "max_items": 1}
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False")}
 
@@ -94,24 +93,18 @@ def convert(name, value, default):
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
     if name == "data" and found:
         found = pipeline.whole_path(found)
-    check_range(name, found)
+    check_range(name, found, default)
     return found
 
-def check_range(name, value):
+def check_range(name, value, default):
     """Failure where the value of a setting that several scripts have makes no sense."""
     key = name.rpartition(".")[2]
     if key in CHOICES:
-        sound = str(value) in CHOICES[key]
-        rule = ", ".join(CHOICES[key])
-    elif key in LEAST:
-        sound = value is None or (type(value) is int and value >= LEAST[key])
-        rule = f"a whole number from {LEAST[key]} on"
-    elif key in LEAST_1_OR_NONE:
-        sound = value == -1 or value >= 1
-        rule = "-1 or at least 1"
-    else:
-        return
-    common.check(sound, f"--{name} must be {rule}, not {value!r}")
+        choices = CHOICES[key]
+        common.check(str(value) in choices, f"--{name} must be {', '.join(choices)}, not {value!r}")
+    if key in LEAST and value is not None and not value == default == -1:
+        sound = type(value) is int and value >= LEAST[key]
+        common.check(sound, f"--{name} must be a whole number from {LEAST[key]} on, not {value!r}")
 
 def split(argument):
     """An argument as (name, value).
@@ -204,11 +197,10 @@ def check_arguments(arguments):
         name, value = split(argument)
         part, _, key = name.rpartition(".")
         common.check(key not in ("data", "depth", "tag"), f"--{key} cannot stand behind the --: "
-                     "--data and --depth stand before it, and the tag is d<depth>")
-        phases = [phase for phase in pipeline.PHASES if part in ("", phase.name)]
-        common.check(phases, f"there is no phase {part!r} ({argument}); there are "
+                     "put --data and --depth before it (the tag is d<depth>)")
+        known = [defaults(phase.script) for phase in pipeline.PHASES if part in ("", phase.name)]
+        common.check(known, f"there is no phase {part!r} ({argument}); there are "
                      f"{', '.join(phase.name for phase in pipeline.PHASES)}")
-        known = [defaults(phase.script) for phase in phases]
         having = [settings for settings in known if key in settings]
         whose = f"the phase {part} has no" if part else "no phase has a"
         common.check(having, f"{whose} setting {key!r}; the nearest is "

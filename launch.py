@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +48,7 @@ class Plan:
     names: list      # of those that are to run
     settings: list   # behind the --, for every phase that has them
     given: list      # speedrun.sh's own arguments
-    in_slurm: bool = False
-    dry_run: bool = False
-    trial: bool = True
+    in_slurm: bool
 
     def phases(self, *kinds):
         return [p for p in pipeline.PHASES if p.name in self.names and p.kind in kinds]
@@ -112,8 +111,7 @@ def make_plan(words):
     check_number("--nproc", nproc, 9999)
     configurator.check_arguments(settings)
     return Plan(pipeline.whole_path(data), f"d{depth}", int(nproc), listed, names, settings,
-                [word for word in given if word != "--slurm"],
-                "--slurm" in flags, "--dry-run" in flags, "--skip-trial" not in flags)
+                [word for word in given if word != "--slurm"], "--slurm" in flags)
 
 def default_nproc(in_slurm):
     if in_slurm:
@@ -281,18 +279,19 @@ def run_all(plan, supervisor):
         slurm.guard(plan.data, plan.tag)
         code = check_nodes(plan, supervisor)
     if code:
-        return code, "nothing was started: mend what it says above"
-    failed, added = [], None
+        return code, "nothing was started: mend what the error above names"
+    failed = []
+    added = {} if "--skip-trial" in plan.given else None  # {phase: arguments that make it fit}
     for name in plan.names:
         phase = pipeline.find_phase(name)
         if supervisor.stopping:
             return 75, f"stopped before {name} with everything saved"
-        if phase.kind == "training" and plan.trial and added is None:
+        if phase.kind == "training" and added is None:
             code, added = trial.try_out(plan, lambda *call: run_phase(plan, supervisor, *call))
             if code == 75:
                 return 75, "stopped while trying out the trainings to come"
             if code:
-                return code, f"the trial ended with code {code}; mend what it says above"
+                return code, f"the trial ended with code {code}; mend what the error above names"
         words = [*plan.words(name), *(added or {}).get(name, [])]
         code = start(plan, supervisor, name, without_start_over(plan, name, words))
         if code == 75:
@@ -306,8 +305,8 @@ def run_all(plan, supervisor):
         elif code:
             if phase.kind == "training" and "report" in plan.names:
                 start(plan, supervisor, "report", plan.words("report"))
-            return code, (f"{name} failed with code {code}; mend what it says above and run the "
-                          "same command again: what is done stays done")
+            return code, (f"{name} failed with code {code}; mend what the error above names and "
+                          "run the same command again: what is done stays done")
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
     return 0, "all done; talk to it: python chat_cli.py"
@@ -357,26 +356,23 @@ def end_attempt(plan, supervisor, code):
         return 0
     line, requeued = slurm.after_attempt(code, supervisor.terminated, plan.given)
     print(line, flush=True)
-    supervisor.terminated = False
-    for _ in range(300 if requeued else 0):  # Slurm ends this attempt now; nothing more may happen
-        if supervisor.terminated:
-            break
-        time.sleep(1)
+    if requeued:  # Slurm ends this attempt now; nothing more may happen in it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(300)
     return code
 
 def main():
     plan = make_plan(sys.argv[1:])
-    if plan.dry_run:
+    if "--dry-run" in plan.given:
         for name in plan.names:
             print(shlex.join(command_for(plan, name, plan.words(name))))
         return 0
     folder = Path(tempfile.gettempdir())
-    if plan.in_slurm:  # seen by all nodes of the job; an earlier attempt has its own file
+    if plan.in_slurm:  # which all nodes of the job see
         folder = pipeline.base_dir()
         folder.mkdir(parents=True, exist_ok=True)
         print(f"\n{slurm.describe_job(plan.given)}", flush=True)
-    number = os.environ.get("SLURM_JOB_ID", os.getpid())
-    supervisor = Supervisor(folder / f"outcome-{number}-{slurm.attempt()}")
+    supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for signum in signals:
         signal.signal(signum, supervisor.on_signal)

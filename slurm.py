@@ -25,10 +25,11 @@ SBATCH = pipeline.REPO / "slurm_speedrun.sbatch"
 # -------------------------------------------------------------------------------------------------
 # asking
 
-def ask(*command):
+def ask(*command, env=None):
     """-> what a command of Slurm's answers, a CompletedProcess; None where it cannot be run"""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False,
+                              env=env)
     return None
 
 def attempt():
@@ -89,12 +90,12 @@ def sbatch_command(flags):
     """What to type to submit this job again: sbatch's own flags where they differ from the
     directives in the file, then speedrun.sh's."""
     usual = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text(), re.MULTILINE))
-    actual = {"nodes": os.environ.get("SLURM_JOB_NUM_NODES"),
-              "gpus-per-node": os.environ.get("SLURM_GPUS_PER_NODE"),
-              "cpus-per-task": os.environ.get("SLURM_CPUS_PER_TASK"),
-              "mem": os.environ.get("SLURM_MEM_PER_NODE"),
-              "time": show_this_job().get("TimeLimit")}
-    own = [f"--{k}={v}" for k, v in actual.items() if v and v != usual[k]]
+    names = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
+             "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
+             "cpus-per-task": "CPUS_PER_TASK", "mem": "MEM_PER_NODE"}
+    actual = {flag: os.environ.get(f"SLURM_{name}") for flag, name in names.items()}
+    actual["time"] = show_this_job().get("TimeLimit")
+    own = [f"--{k}={v}" for k, v in actual.items() if v and v != usual.get(k)]
     return ["sbatch", *own, SBATCH.name, *flags]
 
 def describe_job(flags):
@@ -149,15 +150,11 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
 def submit_successor(again, job):
     """Submits a job that begins when this one has ended. -> its number, None where it may not"""
     sbatch, *rest = shlex.split(again)
-    options = ["--parsable", f"--dependency=afterany:{job}", "--no-requeue"]
-    for flag, name in (("job-name", "SLURM_JOB_NAME"), ("partition", "SLURM_JOB_PARTITION"),
-                       ("account", "SLURM_JOB_ACCOUNT"), ("qos", "SLURM_JOB_QOS")):
-        if os.environ.get(name):
-            options.append(f"--{flag}={os.environ[name]}")
     # the successor is a job of its own, and no element of an array
-    unset = [name for name in os.environ if name.startswith("SLURM_ARRAY")]
-    drop = [word for name in [*unset, "SLURM_RESTART_COUNT"] for word in ("-u", name)]
-    answer = ask("env", *drop, sbatch, *options, *rest)
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("SLURM_ARRAY", "SLURM_RESTART"))}
+    answer = ask(sbatch, "--parsable", "--no-requeue", f"--dependency=afterany:{job}", *rest,
+                 env=environment)
     return answer.stdout.strip() if answer and answer.returncode == 0 else None
 
 # -------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_flags_choose_the_phases():
     assert given().names == [p.name for p in pipeline.PHASES]
     assert given("--from=sft", "--skip-rl-eval").names == ["sft", "sft-eval", "rl", "report"]
     assert given("--only=base,tok").names == ["tok", "base"]
-    assert not given("--skip-trial").trial and given().trial
+    assert given("--skip-trial").names == given().names
 
 @pytest.mark.parametrize("flags,says", [
     (["--skip-nothing"], "no such phase"), (["--from=x"], "no such phase"),
@@ -185,8 +185,8 @@ def run_all(supervise, state, monkeypatch):
     """run_all({phase: exit code}, *flags) -> (exit code, last line, phases that were started)"""
     monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 0)
 
-    def run(codes, *flags):
-        plan = given("--nproc=1", "--skip-trial", *flags)
+    def run(codes, *flags, trial=("--skip-trial",)):
+        plan = given("--nproc=1", *trial, *flags)
         started = []
 
         def popen(command, **more):
@@ -199,6 +199,14 @@ def run_all(supervise, state, monkeypatch):
         code, line = launch.run_all(plan, supervisor)
         return code, line, started
     return run
+
+def test_before_the_first_training_all_are_tried_out(run_all, monkeypatch):
+    tried = []
+    monkeypatch.setattr(trial, "try_out", lambda plan, run_phase: (tried.append(1), (75, {}))[1])
+    assert run_all({})[0] == 0 and not tried, "not with --skip-trial"
+    code, line, started = run_all({}, trial=())
+    assert tried == [1] and code == 75 and line == "stopped while trying out the trainings to come"
+    assert started == ["prepare_data.py", "tok_train.py"]
 
 def test_all_done(run_all):
     code, line, started = run_all({})

@@ -17,7 +17,8 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2",
        "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NAME": "speedrun", "SLURM_JOB_PARTITION": "main",
        "SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_ACCOUNT": "lab"}
 FLAGS = ["--depth=4", "--skip-rl"]
-AGAIN = "sbatch --nodes=2 --time=4:00:00 slurm_speedrun.sbatch --depth=4 --skip-rl"
+AGAIN = ("sbatch --partition=main --account=lab --nodes=2 --time=4:00:00 slurm_speedrun.sbatch "
+         "--depth=4 --skip-rl")
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
