@@ -293,7 +293,7 @@ def run_all(plan, supervisor):
             if code:
                 return code, f"the trial ended with code {code}; mend what the error above names"
         words = [*plan.words(name), *(added or {}).get(name, [])]
-        code = start(plan, supervisor, name, without_start_over(plan, name, words))
+        code, reason = start(plan, supervisor, name, without_start_over(plan, name, words))
         if code == 75:
             return 75, f"stopped in {name} with everything saved"
         if code == 128 + signal.SIGINT:
@@ -305,15 +305,15 @@ def run_all(plan, supervisor):
         elif code:
             if phase.kind == "training" and "report" in plan.names:
                 start(plan, supervisor, "report", plan.words("report"))
-            return code, (f"{name} failed with code {code}; mend what the error above names and "
-                          "run the same command again: what is done stays done")
+            return code, (f"{name} failed with code {code}; {reason}: mend that and run the same "
+                          "command again, what is done stays done")
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
     return 0, "all done; talk to it: python chat_cli.py"
 
 def start(plan, supervisor, name, words):
-    """Runs a phase unless it is done. -> exit code; Failure (code 1) where Slurm has given the
-    nodes to the next attempt of the job."""
+    """Runs a phase unless it is done. -> (exit code, why it has ended so); Failure (code 1) where
+    Slurm has given the nodes to the next attempt of the job."""
     if plan.in_slurm and slurm.given_up():
         common.fail("Slurm has started another attempt of this job: going no further", code=1)
     print(f"\n=== {name}: python {shlex.join(words)}", flush=True)
@@ -323,9 +323,10 @@ def start(plan, supervisor, name, words):
         # one process sees that it is done long before processes on all nodes would have met
         code, _ = supervisor.run(["python", *words, "--time_limit=0"])
         if code == 0:
-            return 0
+            return 0, "done already"
     wait_for_holder(plan.folder(name))
-    return run_phase(plan, supervisor, name, words)[0]
+    code, _, outcome = run_phase(plan, supervisor, name, words)
+    return code, outcome.get("reason", "the lines above say why")
 
 def note_command(plan):
     """Keeps what goes on with this run, for status.py."""

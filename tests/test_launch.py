@@ -225,6 +225,17 @@ def test_a_training_that_fails_does_stop_it_and_the_report_is_written(run_all, f
     assert started[-2:] == ["mid_train.py", "report.py"]
     assert run_all({"mid": failure}, "--skip-report")[2][-1] == "mid_train.py"
 
+def test_the_last_line_names_the_reason_which_torchrun_buries(supervise, state, monkeypatch,
+                                                              tmp_path):
+    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 0)
+    leaves.path = tmp_path / "outcome"
+    process = FakeProcess(1, 1, leaves({"code": 2, "reason": "--depth must be 1 to 100, not 0"}))
+    plan = given("--nproc=2", "--skip-trial", "--only=base")
+    code, line = launch.run_all(plan, supervise(process))
+    assert code == 2 and line == (
+        "base failed with code 2; --depth must be 1 to 100, not 0: mend that and run the same "
+        "command again, what is done stays done")
+
 def test_what_is_interrupted_ends_the_run_with_75(run_all):
     code, line, started = run_all({"mid": 75})
     assert code == 75 and started[-1] == "mid_train.py"
@@ -264,7 +275,7 @@ def test_a_done_phase_says_so_in_one_process(supervise, record):
     def commands(name, codes, *flags):
         supervisor = supervise(*codes)
         script = pipeline.find_phase(name).script
-        assert launch.start(given(*flags), supervisor, name, [script]) == 0
+        assert launch.start(given(*flags), supervisor, name, [script])[0] == 0
         return supervisor.commands
     assert commands("base", [0], "--nproc=2") == [alone]
     found = commands("base", [75, 0], "--nproc=2")
