@@ -34,7 +34,8 @@ from records import load_record
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 HELP = "bash speedrun.sh --help"
-FLAGS = {"--data", "--depth", "--nproc", "--from", "--only", "--dry-run", "--skip-trial", "--slurm"}
+FLAGS = {"--data=", "--depth=", "--nproc=", "--from=", "--only=", "--dry-run", "--skip-trial",
+         "--slurm"}
 
 # -------------------------------------------------------------------------------------------------
 # what is to be run
@@ -90,16 +91,19 @@ def make_plan(words):
     listed = {name: line for name, *line in lines}
     given = words[at + 1:]
     end = given.index("--") if "--" in given else len(given)
-    flags = dict(word.partition("=")[::2] for word in given[:end])
     settings = given[end + 1:]
+    flags = {}
+    for word in given[:end]:
+        key, equals, value = word.partition("=")
+        flags[key + equals] = value
 
     skipped = {flag for flag in flags if flag.startswith("--skip-")} - FLAGS
     unknown = flags.keys() - skipped - FLAGS
-    common.check(not unknown, f"unknown flag: {' '.join(unknown)} (flags are written --key=value; "
-                 f"{HELP} prints them all)")
+    common.check(not unknown, f"unknown flag: {' '.join(unknown)} ({HELP} prints all, and how "
+                 "they are written)")
     skipped = {flag.removeprefix("--skip-") for flag in skipped}
-    only = flags["--only"].split(",") if "--only" in flags else listed
-    first = flags.get("--from", "data")
+    only = flags["--only="].split(",") if "--only=" in flags else listed
+    first = flags.get("--from=", "data")
     for name in [*only, first, *skipped]:
         common.check(name in listed, f"no such phase: {name!r}; the phases are {' '.join(listed)}")
     names = list(listed)
@@ -107,7 +111,7 @@ def make_plan(words):
     common.check(names, f"these flags leave nothing to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", depth, 99)
-    nproc = flags.get("--nproc", default_nproc("--slurm" in flags))
+    nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
     check_number("--nproc", nproc, 9999)
     configurator.check_arguments(settings)
     return Plan(pipeline.whole_path(data), f"d{depth}", int(nproc), listed, names, settings,
