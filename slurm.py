@@ -227,6 +227,6 @@ def check_node(nproc, shared):
               flush=True)
 
 if __name__ == "__main__":
-    common.check(len(sys.argv) == 3, "slurm.py is started by a job; to submit one",
+    common.check(len(sys.argv) == 3, "slurm.py is not started by hand, but by a job",
                  "sbatch slurm_speedrun.sbatch")
     check_node(int(sys.argv[1]), sys.argv[2])
