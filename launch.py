@@ -99,8 +99,8 @@ def make_plan(words):
 
     skipped = {flag for flag in flags if flag.startswith("--skip-")} - FLAGS
     unknown = flags.keys() - skipped - FLAGS
-    common.check(not unknown, f"unknown flag: {', '.join(sorted(unknown))} ({HELP} prints all, and how "
-                 "they are written)")
+    common.check(not unknown, f"unknown flag: {', '.join(sorted(unknown))} ({HELP} prints "
+                 "all, and how they are written)")
     skipped = {flag.removeprefix("--skip-") for flag in skipped}
     only = flags["--only="].split(",") if "--only=" in flags else listed
     first = flags.get("--from=", "data")
