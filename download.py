@@ -37,23 +37,15 @@ class Progress:
     sizes: dict        # path: bytes of the whole file, a guess until the server states them
     received: int = 0  # bytes; the threads add to it without a lock, so it may miss a few
 
-class Patience(urllib3.Retry):
-    """urllib3's own gives up at a Retry-After that it cannot read, and obeys one of hours."""
-    def parse_retry_after(self, retry_after):
-        try:
-            return min(600, super().parse_retry_after(retry_after))
-        except urllib3.exceptions.InvalidHeader:
-            return 0  # as if there were none
-
 def open_session():
-    """A session that asks up to RETRIES times for an answer, where another attempt may help."""
-    retry = Patience(total=RETRIES - 1, status_forcelist=[408, 425, 429, *range(500, 600)],
-                     raise_on_status=False, backoff_factor=BACKOFF, backoff_jitter=BACKOFF,
-                     backoff_max=60)
-    adapter = requests.adapters.HTTPAdapter(max_retries=retry)
+    """A session that asks up to RETRIES times for an answer, where another attempt may help, and
+    waits as long as the server's Retry-After says, but no more than ten minutes."""
+    retry = urllib3.Retry(total=RETRIES - 1, status_forcelist=[408, 425, 429, *range(500, 600)],
+                          raise_on_status=False, backoff_factor=BACKOFF, backoff_jitter=BACKOFF,
+                          backoff_max=60, retry_after_max=600)
     session = requests.Session()
-    session.mount("https://", adapter)
-    session.mount("http://", adapter)
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     return session
 
 def part_of(path):
@@ -71,6 +63,13 @@ def open_part(part):
             if os.path.samestat(part.stat(), os.fstat(f.fileno())):
                 return f
         f.close()  # the other process has finished and renamed it
+
+def make_room(path):
+    """Renames what is at `path`: it may be the user's own, and is not written over."""
+    if os.path.lexists(path):
+        old = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        os.rename(path, old)
+        common.print0(f"{path} has to make room, it is kept as {old.name}")
 
 def size_of(f):
     return os.fstat(f.fileno()).st_size
@@ -150,6 +149,7 @@ def fetch(url, path, opens, progress):
                 raise requests.exceptions.RetryError(f"nothing new came: {wrong}")
             time.sleep(BACKOFF * 2 ** failures)
         os.fsync(f.fileno())
+        make_room(path)
         os.replace(part, path)
         common.fsync_dir(path.parent)
 

@@ -9,6 +9,7 @@ After it nothing needs the internet. What the phases read is taken from their ow
 
 A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that you put (or link)
 into task_data/. Settings of one phase are taken too: --sft.mixture=gsm8k,arc_easy
+Nothing that is there is ever written over: what has to make room is renamed.
 """
 from run import Run
 
@@ -18,6 +19,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 import zipfile
 from dataclasses import dataclass
 from itertools import product
@@ -36,21 +38,20 @@ seed = 1337                  # of the toy world
 size = 1.0                   # of the toy world: how much text, relative
 # ---- settings below may change at every resume
 check = False                # only look, write nothing
-depth = 20                   # fineweb_edu, climbmix: text for a model of this depth
-shards = -1                  # how many shards of it (and the one held out); -1: what it needs
-tokens_per_param = -1.0      # the horizon, as base_train.py takes it; -1: its default
+depth = 20                   # fineweb_edu, climbmix: text enough for a model of this depth
+shards = -1                  # how many shards of training text; -1: as many as base_train.py needs
+tokens_per_param = -1.0      # as given to base_train.py, it decides how many; -1: its default
 target_flops = -1.0          # likewise
 num_steps = -1               # likewise
 total_batch_size = -1        # likewise
-phases = []                  # what is required is what these read, e.g. tok,base; empty: all
-mixture = []                 # what mid and sft learn from; empty: as they declare it
-held_out = []                # what they are measured on; empty: as they declare it
-tasks = []                   # what the chat models are measured on; empty: as chat_eval.py has it
-task = ""                    # what rl practises; empty: as chat_rl.py declares it
-extra_conversations = ""     # your own conversations for mid and sft
-core_items = -1              # 0: no CORE
-workers = 8                  # files downloaded at once
-start_over = False           # put the old data aside and make it again
+phases = []                  # bring only what these phases read, e.g. tok,base; empty: all phases
+mixture = []                 # as given to mid_train.py and chat_sft.py; empty: their defaults
+held_out = []                # likewise
+tasks = []                   # as given to chat_eval.py; empty: its default
+task = ""                    # as given to chat_rl.py; empty: its default
+extra_conversations = ""     # a .jsonl file of your own conversations, for mid and sft
+core_items = -1              # 0: without CORE
+start_over = False           # rename the old data and make it again
 settings = configurator.configure(globals(), of_phases=True)
 
 # settings of the phases that name tasks, and which splits of them are read
@@ -61,15 +62,15 @@ READS = {
     "tasks": ["test"],
     "task": ["train", "test"],
 }
+KNOWN = ("text", "CORE", *task_list.TASK_OF)  # all else is a file of the user's conversations
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
-LARGE = 500_000_000        # bytes of a file that a check does not read to its end
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
-common.check(workers >= 1, f"--workers must be at least 1, not {workers}")
 readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
 unknown = {*phases} - {*readers, "data", "report"}
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are "
              f"{', '.join(readers)}")
+configurator.check_arguments([f"--{name}={value}" for name, value in settings.of_phases.items()])
 phases = [name for name in readers if name in phases] or readers
 directory, root = pipeline.base_data_dir(data), pipeline.data_root(data)
 again = run.command.replace(" --check=True", "")
@@ -89,22 +90,22 @@ def setting_of(name, key):
     return settings[key] if settings[key] not in ([], "", -1) else usual
 
 def needed():
-    """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
-    Path of a file of the user's own conversations."""
+    """-> {what: phases that read it}; what is one of KNOWN (of a task the stem of its files), or
+    the path of a file of the user's own conversations."""
     found = {}
     for name in phases:
+        read = []
         if name in ("tok", "base", "base-eval"):
-            found.setdefault("text", []).append(name)
+            read.append("text")
         if setting_of(name, "core_items"):
-            found["CORE"] = [name]
+            read.append("CORE")
         for key, splits in READS.items():
             value = setting_of(name, key) or []
             specs = value if isinstance(value, list) else [value]
             for spec, split in product(specs, splits):
-                task = task_list.parse(spec)[0]
-                what = task_list.TASKS.get(task, {split: Path(task)}).get(split)
-                common.check(what, f"the task {task} has no {split} split ({name} reads it)")
-                found.setdefault(what, []).append(name)
+                read.append(task_list.stem_of(task_list.parse(spec)[0], split))
+        for what in dict.fromkeys(read):
+            found.setdefault(what, []).append(name)
     return found
 
 def shards_needed():
@@ -121,30 +122,61 @@ def shards_needed():
         tokens = steps * (2 ** 19 if batch == -1 else batch)
     return math.ceil(tokens / SHARD_TOKENS) + 1
 
+@dataclass
+class File:
+    what: str         # as in needed()
+    path: Path
+    url: str = ""     # where it comes from, "here" where it is made; "": the user's own
+    size: int = 0     # bytes, roughly
+    wrong: str | None = None
+
+def text_files():
+    if pipeline.is_folder_data(data):
+        return [File("text", path) for path in texts.text_files(data)]
+    address, many, about = download.ADDRESSES[data]
+    wanted = min(many - 1, shards if shards != -1 else shards_needed())
+    # a damaged one that nobody asked for would stop a phase too
+    there = [int(path.stem[6:]) for path in directory.glob("shard_?????.parquet")]
+    return [File("text", directory / f"shard_{i:05d}.parquet", address.format(i), about)
+            for i in sorted({*range(wanted), many - 1, *there})]
+
+def task_files(stem):
+    """The files of a split of a task: the ones that are there, or those to come."""
+    address, many, about = download.ADDRESSES.get(stem, ("", 1, 0))
+    files = {}
+    for i in range(many):
+        part = f"-{i:05d}-of-{many:05d}" if many > 1 else ""
+        ending = Path(address).suffix or ".jsonl"
+        path = pipeline.task_dir(data) / f"{stem}{part}{ending}"
+        files[path] = File(stem, path, address.format(i), about)
+    found = task_list.located(stem, data)
+    if stem == "identity_train" and not found:
+        return [File(stem, path, "here") for path in files]
+    return [files.get(path, File(stem, path)) for path in found or files]
+
+def toy_files(what):
+    """The files of the toy world that were made, or their folder where none was."""
+    folder = {"text": "base_data/", "CORE": "eval_bundle/"}.get(what, f"task_data/{what}.")
+    made = [name for name in written if name.startswith(folder)]
+    return [File(what, root / name, "here") for name in made or [folder]]
+
+def files_of(what):
+    if what not in KNOWN:
+        return [File(what, Path(what))]
+    if data == "toy":
+        return toy_files(what)
+    if what == "text":
+        return text_files()
+    if what == "CORE":
+        url, _, about = download.ADDRESSES["eval_bundle"]
+        return [File("CORE", pipeline.eval_bundle_dir(data), url, about)]
+    return task_files(what)
+
 # -------------------------------------------------------------------------------------------------
-# what is wrong with a file: None, or words
+# what is wrong with it
 
-def text_problem(path):
-    """Of parquet the footer is read, of a large .jsonl the first lines."""
-    if path.suffix == ".parquet":
-        return texts.parquet_problem(path)
-    if path.suffix == ".txt":
-        return None
-    enough = None if path.stat().st_size < LARGE else 10_000
-    return texts.problem(path, texts.read_lines(path), texts.text_of, enough)
-
-def word_of(line):
-    if len(line) > 100:
-        raise ValueError("no word")
-    return task_list.word_of(line)
-
-def task_problem(name, path):
-    """Of parquet the footer and the first rows are read, of other files everything."""
-    if name in ("spellingbee", "simplespelling"):
-        return texts.problem(path, texts.read_lines(path), word_of)
-    enough = 100 if path.suffix == ".parquet" else None
-    convert = functools.partial(task_list.convert, name)
-    return texts.problem(path, texts.read_rows(path), convert, enough)
+def facts_of(path):
+    return [path.stat().st_size, common.sha256_file(path)]
 
 def bundle_problem(path):
     """path: the folder of the CORE bundle, or the .zip that it comes in"""
@@ -159,113 +191,49 @@ def bundle_problem(path):
     except (common.Failure, OSError, ValueError, zipfile.BadZipFile) as e:
         return f"{path}: {e}"
 
-def toy_problem(written, path):
-    same = [path.stat().st_size, common.sha256_file(path)] == written
-    return None if same else f"{path} is not as it was written"
-
-# -------------------------------------------------------------------------------------------------
-# what has to be there
-
-@dataclass
-class File:
-    what: str        # its name in the table
-    path: Path
-    needs: list      # phases that read it
-    problem: object  # problem(path) -> None or what is wrong with it
-    url: str | None  # where it comes from, "here" where it is made; None: the user puts it right
-    size: int = 0    # bytes, roughly
-    wrong: str | None = None
-
-def text_files(needs):
-    if pipeline.is_folder_data(data):
-        return [File("text", path, needs, text_problem, None) for path in texts.text_files(data)]
-    address, many, about = download.ADDRESSES[data]
-    wanted = min(many - 1, shards if shards != -1 else shards_needed())
-    # a damaged one that nobody asked for would stop a phase too
-    there = [int(path.stem[6:]) for path in directory.glob("shard_?????.parquet")]
-    return [File("text", directory / f"shard_{i:05d}.parquet", needs, text_problem,
-                 address.format(i), about) for i in sorted({*range(wanted), many - 1, *there})]
-
-def task_files(stem, needs):
-    """The files of a split of a task: the ones that are there, which may be the user's own, or
-    those to come."""
-    address, many, about = download.ADDRESSES.get(stem, ("", 1, 0))
-    ending = address.rpartition(".")[2] or "jsonl"
-    urls = {}
-    for i in range(many):
-        part = f"-{i:05d}-of-{many:05d}" if many > 1 else ""
-        urls[pipeline.task_dir(data) / f"{stem}{part}.{ending}"] = address.format(i) or None
-    paths = task_list.located(stem, data)
-    if stem == "identity_train" and not paths:
-        urls = dict.fromkeys(urls, "here")
-    problem = functools.partial(task_problem, task_list.TASK_OF[stem])
-    return [File(stem, path, needs, problem, urls.get(path), about) for path in paths or urls]
-
-def toy_files(needs):
-    """The files of the toy world, as they were written."""
-    written = records.find_record(directory, settings).get("files")
-    if not written:
-        return [File("toy world", directory, phases, lambda path: f"{path} was never filled",
-                     "here")]
-    files = []
-    for name, stated in written.items():
-        top, stem = name.split("/")[0], Path(name).name.split(".")[0]
-        what = {"base_data": "text", "eval_bundle": "CORE"}.get(top, stem)
-        problem = functools.partial(toy_problem, stated)
-        files.append(File(what, root / name, needs.get(what, []), problem, "here"))
-    return files
-
-def required_files():
-    """-> list of File: everything that the phases read"""
-    needs = needed()
-    files = toy_files(needs) if data == "toy" else []
-    for what, names in needs.items():
-        if isinstance(what, Path):
-            problem = functools.partial(task_problem, str(what))
-            files.append(File("conversations", what, names, problem, None))
-        elif data == "toy":
-            continue
-        elif what == "text":
-            files += text_files(names)
-        elif what == "CORE":
-            url, _, about = download.ADDRESSES["eval_bundle"]
-            folder = pipeline.eval_bundle_dir(data)
-            if folder.is_symlink():
-                url = None  # never unpacked over the user's own
-            files.append(File("CORE", folder, names, bundle_problem, url, about))
-        else:
-            files += task_files(what, names)
-    return files
+def problem(what, path):
+    """None, or what is wrong with a file, in words. Of parquet only the footer and the first rows
+    are read."""
+    if not path.exists():
+        return f"{path} is missing"
+    if data == "toy" and what in KNOWN:
+        stated = written.get(str(path.relative_to(root)))
+        return None if stated and stated == facts_of(path) else f"{path} is not as it was made"
+    if what == "text":
+        return texts.text_problem(path)
+    if what == "CORE":
+        return bundle_problem(path)
+    convert = functools.partial(task_list.convert, task_list.TASK_OF.get(what, what))
+    enough = 100 if path.suffix == ".parquet" else None
+    return texts.problem(path, texts.read_rows(path), convert, enough)
 
 def look():
-    """Opens everything, prints the table. -> the Files with which something is wrong"""
-    files = required_files()
+    """Opens everything that the phases read. -> list of File"""
+    files = [file for what in needs for file in files_of(what)]
     for file in files:
-        there = file.path.exists()
-        file.wrong = file.problem(file.path) if there else f"{file.path} is missing"
-    common.print0(f"{'':<9}{'what':<26}{'files':>12}{'MB':>12}   {'read by':<30} what to do")
-    for what in dict.fromkeys(file.what for file in files):
-        show(what, [file for file in files if file.what == what])
-    return [file for file in files if file.wrong]
+        if file.path.is_symlink():
+            file.url = ""  # the user's own
+        file.wrong = problem(file.what, file.path)
+    return files
 
-def show(what, files):
-    """Prints a line of the table, and what is damaged."""
-    bad = [file for file in files if file.wrong]
-    damaged = [file.wrong for file in bad if file.path.exists()]
-    state, to_do = "have", ""
-    if bad:
-        state = "damaged" if damaged else "missing"
-        to_do = again if all(file.url for file in bad) else "put it right"
-        if what in task_list.TASK_OF and data != "toy":
-            to_do += (f", or link or copy your own to {pipeline.task_dir(data) / what}.jsonl, or "
-                      "take it out of the settings")
-    good = [file.path for file in files if not file.wrong]
-    size = sum(path.stat().st_size for top in good for path in (top, *top.rglob("*")))
-    needs = " ".join(dict.fromkeys(files[0].needs))
-    there = f"{len(good)} of {len(files)}"
-    common.print0(f"{state:<9}{what:<26}{there:>12}{size / 1e6:>12,.1f}   {needs:<30} {to_do}")
-    for why in damaged[:5]:
-        common.print0(f"{'':9}{why}")
+def show(files):
+    """Prints the table, what is damaged, and how to do without a download."""
+    common.print0(f"{'':<9}{'what':<26}{'files':>12}   read by")
+    for what, phases in needs.items():
+        rows = [file for file in files if file.what == what]
+        wrong = [file for file in rows if file.wrong]
+        damaged = [file.wrong for file in wrong if file.path.exists()]
+        state = "missing" if wrong else "have"
+        if damaged:
+            state = "damaged"
+        there = f"{len(rows) - len(wrong)} of {len(rows)}"
+        common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
+        for why in damaged[:5]:
+            common.print0(f"{'':9}{why}")
+    if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
+        common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
+                      "NAME.jsonl, with NAME as in the table; one that you take out of the "
+                      "settings (--mixture, --held_out, --tasks) is not needed.")
 
 # -------------------------------------------------------------------------------------------------
 # what is made here
@@ -277,73 +245,107 @@ def identity_conversations():
     lines = []
     for i in range(1000):
         draw = common.rng(21, i)
-        messages = []
+        turns = []
         for number in draw.permutation(len(topics))[:1 + draw.integers(3)]:
             topic = topics[number]
-            opening = "" if messages else draw.choice(openings)
+            opening = "" if turns else draw.choice(openings)
             question = opening + draw.choice(topic["questions"])
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": draw.choice(topic["answers"])})
-        lines.append(json.dumps({"messages": messages}) + "\n")
+            turns.append((question, draw.choice(topic["answers"])))
+        lines.append(json.dumps(task_list.conversation(turns)) + "\n")
     return "".join(lines)
 
-def generate_toy_world():
+def make_toy_world():
+    """Makes it in a folder of its own first: what stands at its places may be the user's own.
+    -> {"counts": {what: how many}, "files": {name: size and checksum}}"""
     import toy_world
-    counts = toy_world.generate(root, seed, size)
-    made = [*directory.glob("shard_*"), *pipeline.task_dir(data).glob("[!.]*"),
-            *pipeline.eval_bundle_dir(data).rglob("[!.]*.*")]
-    files = {str(path.relative_to(root)): [path.stat().st_size, common.sha256_file(path)]
-             for path in sorted(made)}
+    new = root / ".new"
+    counts = toy_world.generate(new, seed, size)
+    files = {}
+    for made in sorted(new.rglob("[!.]*.*")):
+        name = str(made.relative_to(new))
+        files[name] = facts_of(made)
+        path = root / name
+        if not path.exists() or facts_of(path) != files[name]:
+            download.make_room(path)
+            common.atomic_write(path, made.read_bytes())
+    shutil.rmtree(new)
     common.print0("the toy world: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
-    run.exit_done(counts=counts, files=files)
+    return {"counts": counts, "files": files}
 
 def unpack_bundle(zipped):
-    """File by file, so that a death leaves none that looks whole and is not."""
+    """Writes what is missing, file by file; what is there may be the user's own."""
     with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:
         # gone: another process has unpacked it
         for name in bundle.namelist():
-            if name.startswith("eval_bundle/") and ".." not in name and name[-1] != "/":
-                common.atomic_write(zipped.parent / name, bundle.read(name))
+            if not name.startswith("eval_bundle/") or ".." in name or name.endswith("/"):
+                continue
+            path, content = zipped.parent / name, bundle.read(name)
+            if not path.exists():
+                common.atomic_write(path, content)
+            elif path.read_bytes() != content:
+                common.print0(f"left alone, since it may be your own: {path} (rename it, and the "
+                              "next start brings CORE's)")
     zipped.unlink(missing_ok=True)
+
+def bring(files):
+    """Makes or downloads files."""
+    for file in files:
+        if file.url == "here":
+            common.atomic_write(file.path, identity_conversations())
+    zipped = pipeline.eval_bundle_dir(data).with_name(".eval_bundle.zip")
+    jobs = [(file.url, zipped if file.what == "CORE" else file.path,
+             functools.partial(problem, file.what), file.size)
+            for file in files if file.url != "here"]
+    if jobs:
+        tokens = SHARD_TOKENS * sum(file.what == "text" for file in files)  # of two bytes
+        download.fetch_all(jobs, again, run.stop_reason, also=2 * tokens)
+    if zipped.exists():
+        unpack_bundle(zipped)
 
 # -------------------------------------------------------------------------------------------------
 # only looking, or making and bringing what is not there
 
-bad = look()
+needs = needed()
+written = records.find_record(directory, settings).get("files", {})  # of the toy world, as made
+files = look()
+bad = [file for file in files if file.wrong]
+by_hand = [file.wrong for file in bad if not file.url]
+if check or by_hand:
+    show(files)
+common.check(not by_hand, f"{len(by_hand)} files have to be put right by hand: "
+             f"{'; '.join(by_hand[:3])}")
+if pipeline.is_folder_data(data):
+    split = texts.dataset_files(data)
+    common.print0(f"{len(split['train'])} files to train on and {len(split['val'])} to validate on "
+                  f"in {directory}")
+    read = [path.name for path in texts.text_files(data)]
+    others = sorted(path.name for path in directory.glob("[!.]*") if path.name not in read)
+    if others:
+        common.print0(f"not read, since only files ending in {', '.join(texts.ENDINGS)} are: "
+                      f"{', '.join(others[:9])}")
 if check:
-    bad = [file for file in bad if file.needs]  # what no phase reads is only shown
     common.check(not bad, f"{len(bad)} of the files that the phases read are missing or damaged",
                  again)
     run.leave(0, "done")
-by_hand = [file.wrong for file in bad if not file.url]
-common.check(not by_hand, f"{len(by_hand)} files have to be put right by hand, see the table: "
-             f"{'; '.join(by_hand[:3])}")
 
 if not pipeline.is_folder_data(data):
     if data != "toy":
         settings.defining = {"data": data}
-    run.open_or_exit(directory, settings, {}, lambda: next((file.wrong for file in bad), None))
-if data == "toy":
-    generate_toy_world()
+    run.open_or_exit(directory, settings, {}, lambda: bad[0].wrong if bad else None)
 if start_over:
-    bad = look()  # the old data was put aside
-
-for file in bad:
-    if file.url == "here":
-        common.atomic_write(file.path, identity_conversations())
-bad = [file for file in bad if file.url != "here"]
-if bad:
-    zipped = pipeline.eval_bundle_dir(data).with_suffix(".zip")
-    jobs = [(file.url, zipped if file.what == "CORE" else file.path, file.problem, file.size)
-            for file in bad]
-    tokens = SHARD_TOKENS * sum(file.what == "text" for file in bad)  # of two bytes
-    download.fetch_all(jobs, again, run.stop_reason, workers, also=2 * tokens)
-    if zipped.exists():
-        unpack_bundle(zipped)
-    bad = look()
-    common.check(not bad, f"{len(bad)} files are still missing or damaged, see the table", again)
-if pipeline.is_folder_data(data):
-    files = texts.dataset_files(data)
-    common.print0(f"data: {len(files['train'])} files to train on and {len(files['val'])} to "
-                  f"validate on in {directory}")
-run.exit_done()
+    bad = [file for file in look() if file.wrong]  # the old data was put aside
+facts = {}
+try:
+    if data == "toy":
+        facts = make_toy_world()
+        written = facts["files"]
+    elif bad:
+        bring(bad)
+except OSError as e:
+    common.fail(f"cannot write in {pipeline.base_dir()}: {e}; make room, or make it writable", 1,
+                again)
+files = look()
+show(files)
+missing = sum(file.wrong is not None for file in files)
+common.check(not missing, f"{missing} files are still missing or damaged, see the table", again)
+run.exit_done(**facts)

@@ -45,7 +45,11 @@ TASKS = {
 TASK_OF = {facts[split]: name for name, facts in TASKS.items()  # by the stem of its files
            for split in ("train", "test")}
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files, behind a stem
-GENERATED = 500  # items of a generated task where no number is given
+GENERATED = ("spellingbee", "simplespelling")  # tasks made from a list of words,
+GENERATED_ITEMS = 500                          # so many items where no number is given
+
+# fields of a row that only correct() looks at, hours later
+JUDGED_BY = {"humaneval": ["test", "entry_point"], "facts": ["candidates"]}
 
 # --------------------------------------------------------------------------------------------------
 # files
@@ -62,6 +66,15 @@ def parse(spec):
                  "of conversations")
     common.check(limit != 0 and epochs, f"{spec!r} stands for no item at all: take it out")
     return name, limit, epochs
+
+def stem_of(name, split):
+    """The stem of the files of a split of a task; a file of conversations stands for itself.
+    Failure where the task has no such split."""
+    if name not in TASKS:
+        return name
+    stem = TASKS[name][split]
+    common.check(stem, f"the task {name} has no {split} split")
+    return stem
 
 def located(stem, data):
     """The files of a split: one, or all the parts that their names speak of
@@ -80,11 +93,10 @@ def prepare_command(data):
 
 def find(name, split, data):
     """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
-    if name not in TASKS:
+    stem = stem_of(name, split)
+    if stem == name:
         common.check(Path(name).is_file(), f"there is no file of conversations {name}")
         return [Path(name)]
-    stem = TASKS[name][split]
-    common.check(stem, f"the task {name} has no {split} split")
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
     common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads "
@@ -132,7 +144,9 @@ def with_choices(question, choices, letters="ABCD", task="Multiple choice, answe
     return "\n".join([f"{task}:", *lines, question])
 
 def multiple_choice(name, row, choices, letters, answer):
-    """letters: one a choice; answer: one of them"""
+    """letters: one a choice; answer: one of them, else a ValueError"""
+    if answer not in letters or len(letters) != len(choices):
+        raise ValueError("not one letter for each choice, one of them right")
     asked = with_choices(row["question"], choices, letters)
     return item(name, row, asked, answer, letters=list(letters))
 
@@ -152,25 +166,33 @@ def word_problem_parts(answer):
     return parts
 
 def convert(name, row):
-    """A row of a file (of a .jsonl file: the line) as an item; an error where it is none."""
+    """A row of a file (of a .jsonl file: the line) as an item, of a list of words as a word; an
+    error where it is none."""
+    if name in GENERATED:
+        return word_of(row)
     if isinstance(row, bytes):
         row = json.loads(row)
     if name in ("mmlu", "mmlu_aux"):
-        return multiple_choice(name, row, row["choices"], "ABCD", "ABCD"[row["answer"]])
-    if name in ("arc_easy", "arc_challenge"):
+        letter = dict(enumerate("ABCD"))[row["answer"]]  # -1, where it is not told, is an error
+        made = multiple_choice(name, row, row["choices"], "ABCD", letter)
+    elif name in ("arc_easy", "arc_challenge"):
         choices = row["choices"]
-        return multiple_choice(name, row, choices["text"], choices["label"], row["answerKey"])
-    if name == "gsm8k":
-        return item(name, row, row["question"], word_problem_parts(row["answer"]))
-    if name == "humaneval":
+        made = multiple_choice(name, row, choices["text"], choices["label"], row["answerKey"])
+    elif name == "gsm8k":
+        made = item(name, row, row["question"], word_problem_parts(row["answer"]))
+    elif name == "humaneval":
         asked = f"Complete this Python function.\n{row['prompt']}"
-        return item(name, row, asked, row["canonical_solution"])
-    if name == "facts":
-        return item(name, row, row["question"], row["answer"])
-    messages = row["messages"] if isinstance(row, dict) else row
-    talk = {"messages": messages, "task": name, "row": None}
-    tok.messages_of(talk)  # an error where it is none
-    return talk
+        made = item(name, row, asked, row["canonical_solution"])
+    elif name == "facts":
+        made = item(name, row, row["question"], row["answer"])
+    else:
+        messages = row["messages"] if isinstance(row, dict) else row
+        made = {"messages": messages, "task": name, "row": None}
+    tok.messages_of(made)  # an error where it is no conversation
+    for field in JUDGED_BY.get(name, []):
+        if field not in row:
+            raise KeyError(field)
+    return made
 
 SPELLING_QUESTIONS = [
     "How many '{c}' are in '{w}'?",
@@ -184,7 +206,10 @@ SPELLING_QUESTIONS = [
 ]
 
 def word_of(line):
-    """A line of the list of words -> its word, or None where it is none to spell."""
+    """A line of the list of words -> its word, or None where it is none to spell. ValueError where
+    it comes from no such list."""
+    if len(line) > 100:
+        raise ValueError("no word")
     word = line.decode().strip()
     return word if re.fullmatch("[a-z]{3,15}", word) else None
 
@@ -211,18 +236,16 @@ def load(name, split, data, limit=None):
     items, GENERATED by default. Broken lines or rows of a file are named and left out."""
     paths = find(name, split, data)
     test = split == "test"
-    generated = name in ("spellingbee", "simplespelling")
     items = []
     for path in paths:
-        convert_row = word_of if generated else functools.partial(convert, name)
-        items += texts.good_rows(path, texts.read_rows(path), convert_row)
-    if generated:  # one word in ten, by its hash, is a test word
+        items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
+    if name in GENERATED:  # one word in ten, by its hash, is a test word
         items = [word for word in items if word and one_in(10, word) == test]
     common.check(items, f"{paths[0]} holds no rows of the {split} split; the task {name} reads it",
                  prepare_command(data))
-    if generated:
+    if name in GENERATED:
         made = []
-        for i in range(limit or GENERATED):
+        for i in range(limit or GENERATED_ITEMS):
             draw = common.rng(11, test, name == "spellingbee", i)
             made.append(spelling(name, pick(draw, items), draw))
         return made

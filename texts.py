@@ -2,9 +2,12 @@
 A user's texts: which files of a folder are read, which of them are held out, what a document is,
 and what happens to lines that cannot be read. A data set is a folder of .parquet, .jsonl, .jsonl.gz
 or .txt files; a line of a .jsonl file, and a row of a .parquet file, has a field `text`.
+All but .parquet is UTF-8, or UTF-16 with a byte order mark.
 """
+import codecs
 import gzip
 import json
+import shlex
 import zlib
 from itertools import islice
 
@@ -15,6 +18,7 @@ ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 # the validation split of the known data sets, fixed by name: the last of all their shards
 VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
 HOLD_OUT = 20  # of a data set in a single file every 20th document is held out
+LARGE = 500_000_000  # bytes of a file that text_problem does not read to its end
 
 # -------------------------------------------------------------------------------------------------
 # files
@@ -28,7 +32,7 @@ def text_files(data):
     common.check(folder.is_dir(), f"the data folder {folder} does not exist, or is a file: --data "
                  "takes the folder that holds it", command)
     files = [path for path in sorted(folder.glob("[!.]*"))
-             if path.name.endswith(ENDINGS) and path.stat().st_size > 0]
+             if path.name.endswith(ENDINGS) and path.is_file() and path.stat().st_size > 0]
     common.check(files, f"the data folder {folder} holds no text: it has no file of "
                  f"{', '.join(ENDINGS)} that is not empty", command)
     return files
@@ -92,15 +96,25 @@ def read_rows(path, columns=None):
         raise ValueError(f"{path} is damaged in row group {group}: {e}") from e
 
 def read_lines(path):
-    """The lines of a file, or .gz file, that are not blank, as (number, bytes). ValueError where
-    the file is damaged."""
+    """The lines of a file that are not blank, as all_lines has them."""
+    return ((number, line) for number, line in all_lines(path) if line.strip())
+
+def all_lines(path, newline="\n"):
+    """The lines of a text file, or .gz file, as (number, bytes of UTF-8): those of UTF-16 are
+    encoded anew, those that are no text at all stay as they are. A byte order mark is left out.
+    newline: None also ends a line at "\\r" and "\\r\\n", which then become "\\n".
+    ValueError where the file is damaged."""
+    opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        with opened(path, "rb") as f:
+            utf_16 = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "utf-16" if utf_16 else "utf-8-sig"
+        # surrogateescape: what cannot be decoded comes out of encode() as it was
+        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline) as f:
             for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as e:
+                yield number, line.encode(errors="surrogateescape")
+    except (OSError, EOFError, UnicodeError, zlib.error) as e:
         raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
 
 def good_rows(path, rows, convert, say=common.print0):
@@ -111,6 +125,7 @@ def good_rows(path, rows, convert, say=common.print0):
     broken = 0
     total = 0
     first = None
+    hint = ""
     try:
         for number, row in rows:
             total += 1
@@ -120,6 +135,8 @@ def good_rows(path, rows, convert, say=common.print0):
                 broken += 1
                 why = f"{path}:{number} ({type(e).__name__}: {str(e)[:80]})"
                 first = first or why
+                if isinstance(e, UnicodeError) and path.suffix != ".gz":
+                    hint = to_utf_8(path)
                 if broken <= 20:
                     say(f"left out, broken: {why}")
             else:
@@ -127,9 +144,15 @@ def good_rows(path, rows, convert, say=common.print0):
     except ValueError as e:
         common.fail(f"{e}; remove it and prepare the data again")
     common.check(broken <= max(5, total / 100),
-                 f"{path} has {broken} broken lines or rows among {total}, the first: {first}")
+                 f"{path} has {broken} broken lines or rows among {total}, the first: "
+                 f"{first}{hint}")
     if broken > 20:
         say(f"{path}: {broken} broken lines or rows were left out in all")
+
+def to_utf_8(path):
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
+    return ("; it is not in UTF-8: find out its encoding (here CP1252 is assumed) and run: "
+            f"iconv -f CP1252 -t UTF-8 {old} > {new} && mv {new} {old}")
 
 def problem(path, rows, convert, enough=None):
     """None, or why good_rows() would end the run; looks at all, or until `enough` are good."""
@@ -152,6 +175,23 @@ def text_of(row):
         raise TypeError("text is no string")
     return text
 
+def text_of_line(line):
+    """A line of a .txt file. NUL is no text: it stands in UTF-16 without a mark and in binary
+    files."""
+    if b"\0" in line:
+        raise UnicodeError("a NUL byte")
+    return line.decode()
+
+def text_problem(path):
+    """None, or why a run would end at this file of texts. Read are the footer of a .parquet file,
+    and the first lines of a large one of another kind."""
+    if path.suffix == ".parquet":
+        return parquet_problem(path)
+    enough = 10_000 if path.stat().st_size > LARGE else None
+    if path.suffix == ".txt":
+        return problem(path, all_lines(path), text_of_line, enough)
+    return problem(path, read_lines(path), text_of, enough)
+
 def read_documents(path):
     """All documents of one file, in order, as str; of broken lines see good_rows."""
     if path.suffix == ".txt":
@@ -163,12 +203,18 @@ def read_paragraphs(path):
     """Paragraphs of a .txt file (split at blank lines), gathered to documents of about 10,000
     characters."""
     gathered, size = [], 0
-    for paragraph in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
-        gathered.append(paragraph)
-        size += len(paragraph)
+    paragraph = ""
+    for line in good_rows(path, all_lines(path, newline=None), text_of_line):
+        if line != "\n" or not paragraph:  # of two blank lines the second belongs to the next one
+            paragraph += line
+            continue
+        gathered.append(paragraph[:-1])
+        size += len(gathered[-1])
+        paragraph = ""
         if size >= 10_000:
             yield "\n\n".join(gathered)
             gathered, size = [], 0
+    gathered.append(paragraph)
     if "".join(gathered).strip():
         yield "\n\n".join(gathered)
 
