@@ -62,7 +62,7 @@ READS = {
     "tasks": ["test"],
     "task": ["train", "test"],
 }
-KNOWN = ("text", "CORE", *task_list.TASK_OF)  # all else is a file of the user's conversations
+TOY = "toy world"
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
@@ -90,8 +90,8 @@ def setting_of(name, key):
     return settings[key] if settings[key] not in ([], "", -1) else usual
 
 def needed():
-    """-> {what: phases that read it}; what is one of KNOWN (of a task the stem of its files), or
-    the path of a file of the user's own conversations."""
+    """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
+    path of a file of the user's own conversations; of the toy world all but the last is one."""
     found = {}
     for name in phases:
         read = []
@@ -104,6 +104,9 @@ def needed():
             specs = value if isinstance(value, list) else [value]
             for spec, split in product(specs, splits):
                 read.append(task_list.stem_of(task_list.parse(spec)[0], split))
+        if data == "toy":
+            known = ("text", "CORE", *task_list.TASK_OF)
+            read = [TOY if what in known else what for what in read]
         for what in dict.fromkeys(read):
             found.setdefault(what, []).append(name)
     return found
@@ -154,23 +157,18 @@ def task_files(stem):
         return [File(stem, path, "here") for path in files]
     return [files.get(path, File(stem, path)) for path in found or files]
 
-def toy_files(what):
-    """The files of the toy world that were made, or their folder where none was."""
-    folder = {"text": "base_data/", "CORE": "eval_bundle/"}.get(what, f"task_data/{what}.")
-    made = [name for name in written if name.startswith(folder)]
-    return [File(what, root / name, "here") for name in made or [folder]]
-
 def files_of(what):
-    if what not in KNOWN:
-        return [File(what, Path(what))]
-    if data == "toy":
-        return toy_files(what)
+    """-> list of File"""
+    if what == TOY:
+        return [File(TOY, root / name, "here") for name in written or ["base_data"]]
     if what == "text":
         return text_files()
     if what == "CORE":
         url, _, about = download.ADDRESSES["eval_bundle"]
         return [File("CORE", pipeline.eval_bundle_dir(data), url, about)]
-    return task_files(what)
+    if what in task_list.TASK_OF:
+        return task_files(what)
+    return [File(what, Path(what))]
 
 # -------------------------------------------------------------------------------------------------
 # what is wrong with it
@@ -196,7 +194,7 @@ def problem(what, path):
     are read."""
     if not path.exists():
         return f"{path} is missing"
-    if data == "toy" and what in KNOWN:
+    if what == TOY:
         stated = written.get(str(path.relative_to(root)))
         return None if stated and stated == facts_of(path) else f"{path} is not as it was made"
     if what == "text":
@@ -230,7 +228,7 @@ def show(files):
         common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
         for why in damaged[:5]:
             common.print0(f"{'':9}{why}")
-    if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
+    if any(file.wrong and file.what in task_list.TASK_OF for file in files):
         common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
                       "NAME.jsonl, with NAME as in the table; one that you take out of the "
                       "settings (--mixture, --held_out, --tasks) is not needed.")
@@ -259,6 +257,7 @@ def make_toy_world():
     -> {"counts": {what: how many}, "files": {name: size and checksum}}"""
     import toy_world
     new = root / ".new"
+    common.print0("generating the toy world")
     counts = toy_world.generate(new, seed, size)
     files = {}
     for made in sorted(new.rglob("[!.]*.*")):
@@ -269,7 +268,6 @@ def make_toy_world():
             download.make_room(path)
             common.atomic_write(path, made.read_bytes())
     shutil.rmtree(new)
-    common.print0("the toy world: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     return {"counts": counts, "files": files}
 
 def unpack_bundle(zipped):
@@ -333,13 +331,15 @@ if not pipeline.is_folder_data(data):
         settings.defining = {"data": data}
     run.open_or_exit(directory, settings, {}, lambda: bad[0].wrong if bad else None)
 if start_over:
-    bad = [file for file in look() if file.wrong]  # the old data was put aside
+    files = look()  # the old data was put aside
+    bad = [file for file in files if file.wrong]
 facts = {}
 try:
     if data == "toy":
         facts = make_toy_world()
         written = facts["files"]
     elif bad:
+        show(files)
         bring(bad)
 except OSError as e:
     common.fail(f"cannot write in {pipeline.base_dir()}: {e}; make room, or make it writable", 1,

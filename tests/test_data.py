@@ -2,6 +2,9 @@
 happens to bad input."""
 import gzip
 import json
+import os
+import re
+import subprocess
 from itertools import pairwise
 
 import numpy as np
@@ -84,6 +87,54 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
     with ends() as stopped:
         list(texts.read_documents(path))
     assert stopped.code == 2
+
+WORDS = "Zoë isn't naïve — \u4f60\u597d\n\n\na second paragraph\nof two lines\n"
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_text_and_says_that_it_is_utf_16(tmp_path, name, encoding, newline):
+    content = WORDS
+    if name != "a.txt":
+        content = (json.dumps({"text": WORDS}, ensure_ascii=False) + "\n\n") * 2
+    content = content.replace("\n", newline).encode(encoding)
+    if encoding == "utf-16-be":
+        content = b"\xfe\xff" + content
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert texts.text_problem(path) is None
+    assert list(texts.read_documents(path)) == [WORDS] * (1 if name == "a.txt" else 2)
+
+def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_command_that_helps(
+        tmp_path, capsys):
+    good = [f"line {i}, which is fine\n" for i in range(600)]
+    path = tmp_path / "a book.txt"
+    path.write_bytes("".join(good[:300]).encode() + b"caf\xe9\n" + b"n\0u\0l\0\n"
+                     + "".join(good[300:]).encode())
+    assert list(texts.read_documents(path)) == ["".join(good)], "nothing stands in their place"
+    said = capsys.readouterr().out
+    assert f"left out, broken: {path}:301 (UnicodeDecodeError" in said and f"{path}:302 " in said
+    assert texts.text_problem(path) is None
+    path.write_bytes("".join(good).replace("fine", "naïve").encode("cp1252"))
+    with ends() as stopped:
+        list(texts.read_documents(path))
+    err = capsys.readouterr().err
+    assert stopped.code == 2 and "600 broken lines" in err and f"{path}:1 " in err
+    assert texts.text_problem(path) in err
+    subprocess.run(["bash", "-c", re.search("run: (iconv .*)", err)[1]], check=True)
+    assert list(texts.read_documents(path)) == ["".join(good).replace("fine", "naïve")]
+    # UTF-16 without a mark, and what is no text at all
+    for content in ("".join(good).encode("utf-16-le"), b"\xff\xfe" * 900 + b"\n", bytes(9000)):
+        path.write_bytes(content)
+        assert texts.text_problem(path), content[:20]
+
+def test_what_is_no_file_is_not_read(state, tmp_path):
+    folder = tmp_path / "d"
+    write(folder, "a.txt", some_texts(30))
+    (folder / "b.txt").mkdir()
+    (folder / "c.jsonl").symlink_to("nowhere")
+    os.mkfifo(folder / "d.jsonl")
+    assert [path.name for path in texts.text_files(str(folder))] == ["a.txt"]
 
 def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(tmp_path, capsys):
     numbers = [np.random.default_rng(i).integers(0, 10 ** 9, 90) for i in range(200)]

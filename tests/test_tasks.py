@@ -107,6 +107,26 @@ def test_a_broken_line_is_named_and_left_out_and_many_of_them_end_the_run(folder
         tasks.load("gsm8k", "train", "toy")
     assert stopped.code == 2 and "6 broken lines" in capsys.readouterr().err
 
+TWO = {"text": ["x", "y"], "label": ["A", "B"]}
+CHOICE = {"question": "q", "choices": TWO, "answerKey": "B"}
+
+@pytest.mark.parametrize("name,good,bad", [
+    ("arc_easy", CHOICE, [{"answerKey": "C"}, {"choices": {**TWO, "label": ["A"]}}]),
+    ("mmlu", {"question": "q", "subject": "s", "choices": list("abcd"), "answer": 3},
+     [{"answer": -1}, {"answer": 4}, {"choices": list("abc")}]),
+    ("gsm8k", {"question": "q", "answer": "#### 1"}, [{"question": 5}, {"answer": None}]),
+    ("humaneval", {"prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "f"},
+     [{"canonical_solution": None}, {"test": ...}]),
+    ("facts", {"question": "q", "answer": "a", "candidates": ["a"]}, [{"candidates": ...}])])
+def test_what_could_not_be_judged_is_a_broken_line(folder, capsys, name, good, bad):
+    """`...` stands for a field that is not there."""
+    rows = [good]
+    for changed in bad:
+        rows.append({key: value for key, value in {**good, **changed}.items() if value != ...})
+    (folder / f"{name}_test.jsonl").write_text(jsonl(rows))
+    assert len(tasks.load(name, "test", "toy")) == 1
+    assert capsys.readouterr().out.count("left out, broken") == len(bad)
+
 def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
     own = folder / "own.jsonl"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
