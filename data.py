@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+from array import array
 from collections import namedtuple
 from itertools import islice
 
@@ -46,40 +47,43 @@ def open_store(prefix, source):
 def write_store(run, prefix, source, documents, vocab_size, longest):
     """Writes a store where there is none of this source yet, the arrays first, the facts last.
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
-    tokenised again, the others stay."""
+    tokenised again, the others stay; with 1 where it cannot be written."""
     if open_store(prefix, source) is not None:
         return
     common.print0(f"tokenising {prefix.name}")
-    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-    tokens = [np.zeros(0, dtype)]
-    masks = []
-    lengths = []
+    tokens = array("H" if vocab_size <= 2 ** 16 else "I")
+    lengths = array("q")
+    masks = array("B")
     cut = 0
     for ids, mask in documents:
         if why := run.stop_reason():
             common.fail(f"{why} while tokenising; what was tokenised before is kept, run the same "
                         "command again", code=75)
-        tokens.append(np.array(ids[:longest], dtype))
-        lengths.append(len(tokens[-1]))
-        cut += len(ids) > lengths[-1]
-        if mask is not None:
-            masks.append(np.array(mask[:longest], np.uint8))
-    arrays = {"tokens": np.concatenate(tokens), "lengths": np.array(lengths, np.int64)}
+        kept = ids[:longest]
+        tokens.extend(kept)
+        lengths.append(len(kept))
+        cut += len(kept) < len(ids)
+        masks.extend(mask[:longest])
+    arrays = {"tokens": tokens, "lengths": lengths}
     if masks:
-        arrays["mask"] = np.concatenate(masks)
+        arrays["mask"] = masks
     digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(array)
-        content = io.BytesIO()
-        np.save(content, array)
-        common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
-    facts = {"source": source, "arrays": list(arrays), "tokens": len(arrays["tokens"]),
-             "documents": len(lengths), "sha256": digest.hexdigest(), "cut": cut}
-    common.atomic_write(f"{prefix}.json", json.dumps(facts))
+    try:
+        for name, values in arrays.items():
+            digest.update(values)
+            content = io.BytesIO()
+            np.save(content, np.asarray(values))
+            common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
+        facts = {"source": source, "arrays": list(arrays), "tokens": len(tokens),
+                 "documents": len(lengths), "sha256": digest.hexdigest(), "cut": cut}
+        common.atomic_write(f"{prefix}.json", json.dumps(facts))
+    except OSError as e:
+        common.fail(f"cannot write {prefix}: {e}; make room, or make it writable, and run the same "
+                    "command again", code=1)
 
 def make_store(run, data, tokenizer, name, source, documents, longest=None):
-    """The Store of documents: (ids, mask or None) each, cut to `longest` tokens. They are only
-    looked at, on rank 0, where it is not there yet. Collective."""
+    """The Store of documents: (ids, mask; [] where all counts) each, cut to `longest` tokens. They
+    are only looked at, on rank 0, where it is not there yet. Collective."""
     prefix = pipeline.token_dir(data) / tokenizer.fingerprint / name
     run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size, longest)
     return open_store(prefix, source)
@@ -95,7 +99,7 @@ def tokenize_files(run, data, split, tokenizer, names=None):
         documents = texts.documents(path, split, alone)
         while batch := list(islice(documents, 1024)):
             for ids in tokenizer.encode_batch(batch, common.cores()):
-                yield ids, None
+                yield ids, []
 
     stores = []
     for path in files[split]:
@@ -211,14 +215,13 @@ def read_rows(plan, numbers):
         pieces = plan.pieces[plan.first[r]:plan.first[r + 1]]
         for number, start, length in pieces.tolist():
             store = plan.stores[number]
-            here = slice(at + 1, at + 1 + length)
-            there = slice(start, start + length)
-            tokens[i, here] = store.tokens[there]
+            end = at + 1 + length
+            tokens[i, at + 1:end] = store.tokens[start:start + length]
             if store.mask is None:
-                counted[i, at:here.stop] = 1  # with bos: that a document ends is learned too
+                counted[i, at:end] = 1  # with bos: that a document ends is learned too
             else:
-                counted[i, here] = store.mask[there]
-            at = here.stop
+                counted[i, at + 1:end] = store.mask[start:start + length]
+            at = end
     return tokens, counted
 
 @functools.lru_cache(maxsize=2)

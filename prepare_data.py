@@ -136,25 +136,26 @@ class File:
 def text_files():
     if pipeline.is_folder_data(data):
         return [File("text", path) for path in texts.text_files(data)]
-    address, many, about = download.ADDRESSES[data]
+    address, name, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
     # a damaged one that nobody asked for would stop a phase too
     there = [int(path.stem[6:]) for path in directory.glob("shard_?????.parquet")]
-    return [File("text", directory / f"shard_{i:05d}.parquet", address.format(i), about)
+    return [File("text", directory / name.format(i), address.format(i), about)
             for i in sorted({*range(wanted), many - 1, *there})]
 
 def task_files(stem):
     """The files of a split of a task: the ones that are there, or those to come."""
-    address, many, about = download.ADDRESSES.get(stem, ("", 1, 0))
+    folder = pipeline.task_dir(data)
+    found = task_list.located(stem, data)
+    if stem not in download.ADDRESSES:
+        made_here = stem == "identity_train" and not found
+        return [File(stem, path, "here" if made_here else "")
+                for path in found or [folder / f"{stem}.jsonl"]]
+    address, name, many, about = download.ADDRESSES[stem]
     files = {}
     for i in range(many):
-        part = f"-{i:05d}-of-{many:05d}" if many > 1 else ""
-        ending = Path(address).suffix or ".jsonl"
-        path = pipeline.task_dir(data) / f"{stem}{part}{ending}"
+        path = folder / name.format(i)
         files[path] = File(stem, path, address.format(i), about)
-    found = task_list.located(stem, data)
-    if stem == "identity_train" and not found:
-        return [File(stem, path, "here") for path in files]
     return [files.get(path, File(stem, path)) for path in found or files]
 
 def files_of(what):
@@ -164,7 +165,7 @@ def files_of(what):
     if what == "text":
         return text_files()
     if what == "CORE":
-        url, _, about = download.ADDRESSES["eval_bundle"]
+        url, _, _, about = download.ADDRESSES["eval_bundle"]
         return [File("CORE", pipeline.eval_bundle_dir(data), url, about)]
     if what in task_list.TASK_OF:
         return task_files(what)

@@ -88,9 +88,6 @@ def located(stem, data):
     whole = parts and parts[0].stem.endswith(f"-of-{len(parts):05d}")
     return parts if whole else []
 
-def prepare_command(data):
-    return f"python prepare_data.py --data={data}"
-
 def find(name, split, data):
     """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
     stem = stem_of(name, split)
@@ -100,7 +97,7 @@ def find(name, split, data):
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
     common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads "
-                        "it: link or copy it there", prepare_command(data))
+                        "it: link or copy it there", texts.prepare_command(data))
     return found
 
 def fingerprint(specs, split, data):
@@ -242,7 +239,7 @@ def load(name, split, data, limit=None):
     if name in GENERATED:  # one word in ten, by its hash, is a test word
         items = [word for word in items if word and one_in(10, word) == test]
     common.check(items, f"{paths[0]} holds no rows of the {split} split; the task {name} reads it",
-                 prepare_command(data))
+                 texts.prepare_command(data))
     if name in GENERATED:
         made = []
         for i in range(limit or GENERATED_ITEMS):

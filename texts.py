@@ -23,12 +23,13 @@ LARGE = 500_000_000  # bytes of a file that text_problem does not read to its en
 # -------------------------------------------------------------------------------------------------
 # files
 
+def prepare_command(data):
+    return shlex.join(["python", "prepare_data.py", f"--data={data}"])
+
 def text_files(data):
     """The files of a data set that are not empty, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
-    command = f"python prepare_data.py --data={data}"
-    if pipeline.is_folder_data(data):
-        command = None
+    command = None if pipeline.is_folder_data(data) else prepare_command(data)
     common.check(folder.is_dir(), f"the data folder {folder} does not exist, or is a file: --data "
                  "takes the folder that holds it", command)
     files = [path for path in sorted(folder.glob("[!.]*"))
@@ -53,7 +54,7 @@ def dataset_files(data, names=None):
     if data in VAL_SHARD:
         val = [path for path in files if path.name == VAL_SHARD[data]]
         common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in "
-                     f"{files[0].parent}", f"python prepare_data.py --data={data}")
+                     f"{files[0].parent}", prepare_command(data))
         train = [path for path in files if path not in val]
     else:
         train, val = files[:-1] or files, files[-1:]

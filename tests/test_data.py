@@ -1,5 +1,6 @@
 """texts.py and data.py: files, packing, batches that are a function of (data, seed, step), and what
 happens to bad input."""
+import errno
 import gzip
 import json
 import os
@@ -278,6 +279,17 @@ def test_tokenising_uses_all_cores(state, tmp_path, monkeypatch):
     monkeypatch.setattr(tok.Tokenizer, "encode_batch", counted)
     tokenize(tmp_path / "d")
     assert used == [7]
+
+def test_a_full_disk_is_one_line(state, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "d", "a.jsonl", some_texts(30))
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(common, "atomic_write", full)
+    with ends() as stopped:
+        tokenize(tmp_path / "d")
+    err = capsys.readouterr().err
+    assert stopped.code == 1 and "No space left" in err and err.count("\n") == 1
 
 def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp_path, capsys):
     folder = tmp_path / "d"

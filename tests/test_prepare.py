@@ -365,7 +365,7 @@ where = sys.argv.pop(1)
 for name in ("words_alpha.txt", "eval_bundle.zip"):
     stem = name.split(".")[0]
     download.ADDRESSES[stem] = (where + "/" + name, *download.ADDRESSES[stem][1:])
-download.ADDRESSES = {n: (a, many, 1000) for n, (a, many, _) in download.ADDRESSES.items()}
+download.ADDRESSES = {what: (*facts, 1000) for what, (*facts, _) in download.ADDRESSES.items()}
 download.BACKOFF = 0.005
 sys.argv = ["prepare_data.py", *sys.argv[1:]]
 runpy.run_path("prepare_data.py", run_name="__main__")
@@ -408,7 +408,7 @@ def hub(server):
         "humaneval": [{"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f",
                        "canonical_solution": "    return 1\n", "test": "def check(c): pass"}]}
     not_parquet = {"words_alpha": words.encode(), "eval_bundle": bundle()}
-    for name, (address, many, _) in download.ADDRESSES.items():
+    for name, (address, _, many, _) in download.ADDRESSES.items():
         if name in not_parquet:
             server.bodies["/" + address.rpartition("/")[2]] = not_parquet[name]
             continue
