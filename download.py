@@ -164,9 +164,9 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     first = jobs[0][1]
     offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
     common.check(not offline and "SLURM_JOB_ID" not in os.environ,
-                 f"{len(jobs)} files have to be downloaded, {first} and so on, but where "
-                 "NANOCHAT_OFFLINE is set, and in a Slurm job, the network is not used; do it on a "
-                 "machine with internet that sees the same folder", command)
+                 f"{len(jobs)} files have to be downloaded ({first} is the first), but in a Slurm "
+                 "job, or with NANOCHAT_OFFLINE, the network is not used; on a machine with "
+                 "internet that sees the same folder", command)
     parts = [part_of(path) for _, path, _, _ in jobs]
     there = sum(part.stat().st_size for part in parts if part.exists())
     needed = sum(size for *_, size in jobs) - there

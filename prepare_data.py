@@ -311,7 +311,7 @@ bad = [file for file in files if file.wrong]
 by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
-common.check(not by_hand, f"{len(by_hand)} files have to be put right by hand: "
+common.check(not by_hand, "what is your own has to be put right by hand, then run this again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):
     split = texts.dataset_files(data)

@@ -30,8 +30,8 @@ def text_files(data):
     """The files of a data set that are not empty, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
-    common.check(folder.is_dir(), f"the data folder {folder} does not exist, or is a file: --data "
-                 "takes the folder that holds it", command)
+    common.check(folder.exists(), f"the data folder {folder} does not exist", command)
+    common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
     files = [path for path in sorted(folder.glob("[!.]*"))
              if path.name.endswith(ENDINGS) and path.is_file() and path.stat().st_size > 0]
     common.check(files, f"the data folder {folder} holds no text: it has no file of "

@@ -686,7 +686,7 @@ def test_the_toy_world_is_checked_file_by_file(state):
     def check(*args):
         return script(state, "prepare_data.py", "--data=toy", *args, "--check=True")
     made = ["prepare_data.py", "--data=toy", "--size=0.01"]
-    assert check().returncode == 2
+    assert check().returncode == 2 and not state.exists(), "it only looks"
     assert script(state, *made).returncode == 0
     out = check()
     assert out.returncode == 0, out.stdout
@@ -740,6 +740,47 @@ def test_the_toy_world_is_made_beside_the_users_own_files(state):
     after = digests(state)
     gone = {name for name in world if name not in after or world[name] != after[name]}
     assert gone and {world[name] for name in gone} <= {*after.values()}
+
+DIES = """
+import os, runpy, sys, common
+left, write = int(sys.argv.pop(1)), common.atomic_write
+def count_down(path, content):
+    global left
+    left -= 1
+    if left == 0:
+        os._exit(9)
+    write(path, content)
+common.atomic_write = count_down
+sys.argv = ["prepare_data.py", *sys.argv[1:]]
+runpy.run_path("prepare_data.py", run_name="__main__")
+"""
+
+def test_a_death_while_the_toy_world_is_made_leaves_nothing_that_is_not_whole(state):
+    made = ["--data=toy", "--size=0.01"]
+    for last in (4, 30, 38):  # the record is the first write, then 27 files are made twice
+        out = script(state, "-c", DIES, last, *made)
+        assert out.returncode == 9, out.stdout + out.stderr
+        assert script(state, "prepare_data.py", *made, "--check=True").returncode == 2
+    assert script(state, "prepare_data.py", *made).returncode == 0
+    assert not list(state.rglob("*.old-*")), "what the earlier ones wrote was as it has to be"
+    straight = state.with_name("straight")
+    assert script(straight, "prepare_data.py", *made).returncode == 0
+    assert digests(state) == digests(straight)
+
+@pytest.mark.parametrize("what", ["toy", "texts"])
+def test_a_state_folder_that_cannot_be_written_is_one_line(state, tmp_path, what):
+    state.write_text("a file")
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(json.dumps({"messages": TALK}) + "\n")
+    data = "toy"
+    if what == "texts":
+        data = tmp_path / "texts"
+        data.mkdir()
+        (data / "a.txt").write_text("text")
+    out = script(state, "prepare_data.py", f"--data={data}", "--phases=mid", "--mixture=identity",
+                 f"--held_out={talks}")
+    assert out.returncode in (1, 2) and "cannot write in" in out.stderr, out.stderr
+    assert out.stderr.count("\n") == 1
 
 def test_in_a_network_namespace_without_interface(hub, state):
     unshare = ["unshare", "-rn"]
