@@ -62,7 +62,9 @@ READS = {
     "tasks": ["test"],
     "task": ["train", "test"],
 }
-TOY = "toy world"
+# what phases read besides the user's conversations: how its files are called in the state folder
+PLACES = {stem: f"task_data/{stem}." for stem in task_list.TASK_OF}
+PLACES |= {"text": "base_data/", "CORE": "eval_bundle/"}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
 common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
@@ -91,7 +93,7 @@ def setting_of(name, key):
 
 def needed():
     """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
-    path of a file of the user's own conversations; of the toy world all but the last is one."""
+    path of a file of the user's own conversations."""
     found = {}
     for name in phases:
         read = []
@@ -104,9 +106,6 @@ def needed():
             specs = value if isinstance(value, list) else [value]
             for spec, split in product(specs, splits):
                 read.append(task_list.stem_of(task_list.parse(spec)[0], split))
-        if data == "toy":
-            known = ("text", "CORE", *task_list.TASK_OF)
-            read = [TOY if what in known else what for what in read]
         for what in dict.fromkeys(read):
             found.setdefault(what, []).append(name)
     return found
@@ -160,16 +159,17 @@ def task_files(stem):
 
 def files_of(what):
     """-> list of File"""
-    if what == TOY:
-        return [File(TOY, root / name, "here") for name in written or ["base_data"]]
+    if what not in PLACES:
+        return [File(what, Path(what))]
+    if data == "toy":
+        made = [name for name in written if name.startswith(PLACES[what])]
+        return [File(what, root / name, "here") for name in made or [PLACES[what]]]
     if what == "text":
         return text_files()
     if what == "CORE":
         url, _, _, about = download.ADDRESSES["eval_bundle"]
         return [File("CORE", pipeline.eval_bundle_dir(data), url, about)]
-    if what in task_list.TASK_OF:
-        return task_files(what)
-    return [File(what, Path(what))]
+    return task_files(what)
 
 # -------------------------------------------------------------------------------------------------
 # what is wrong with it
@@ -195,7 +195,7 @@ def problem(what, path):
     are read."""
     if not path.exists():
         return f"{path} is missing"
-    if what == TOY:
+    if data == "toy" and what in PLACES:
         stated = written.get(str(path.relative_to(root)))
         return None if stated and stated == facts_of(path) else f"{path} is not as it was made"
     if what == "text":
@@ -229,7 +229,7 @@ def show(files):
         common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
         for why in damaged[:5]:
             common.print0(f"{'':9}{why}")
-    if any(file.wrong and file.what in task_list.TASK_OF for file in files):
+    if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
         common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
                       "NAME.jsonl, with NAME as in the table; one that you take out of the "
                       "settings (--mixture, --held_out, --tasks) is not needed.")
