@@ -23,7 +23,8 @@ import urllib3
 import common
 import pipeline
 
-# what: [address of file i, its name here, number of files, bytes of each, roughly]
+# what: [address of file i, its name here, number of files, bytes of each, roughly]; the address
+# "here" stands for what prepare_data.py makes
 ADDRESSES = json.loads((pipeline.REPO / "assets" / "addresses.json").read_text())
 HUB = "https://huggingface.co"  # $HF_ENDPOINT takes its place
 RETRIES = 8      # attempts in a row that bring nothing new before a file is given up

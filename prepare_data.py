@@ -144,17 +144,14 @@ def text_files():
 
 def task_files(stem):
     """The files of a split of a task: the ones that are there, or those to come."""
-    folder = pipeline.task_dir(data)
-    found = task_list.located(stem, data)
-    if stem not in download.ADDRESSES:
-        made_here = stem == "identity_train" and not found
-        return [File(stem, path, "here" if made_here else "")
-                for path in found or [folder / f"{stem}.jsonl"]]
-    address, name, many, about = download.ADDRESSES[stem]
+    address, name, many, about = download.ADDRESSES.get(stem, ("", f"{stem}.jsonl", 1, 0))
     files = {}
     for i in range(many):
-        path = folder / name.format(i)
+        path = pipeline.task_dir(data) / name.format(i)
         files[path] = File(stem, path, address.format(i), about)
+    found = task_list.located(stem, data)
+    if found and address == "here":
+        files = {}  # one of the user's own is not replaced by what is made here
     return [files.get(path, File(stem, path)) for path in found or files]
 
 def files_of(what):

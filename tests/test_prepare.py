@@ -409,6 +409,8 @@ def hub(server):
                        "canonical_solution": "    return 1\n", "test": "def check(c): pass"}]}
     not_parquet = {"words_alpha": words.encode(), "eval_bundle": bundle()}
     for name, (address, _, many, _) in download.ADDRESSES.items():
+        if address == "here":
+            continue
         if name in not_parquet:
             server.bodies["/" + address.rpartition("/")[2]] = not_parquet[name]
             continue
@@ -551,6 +553,8 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
     assert not {"words_alpha", "CORE"} & set(found)
     out = prepare(hub, state, *FINEWEB, "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
+    out = prepare(hub, state, *FINEWEB, "--check=True", "--sft.mixtrue=gsm8k")
+    assert out.returncode == 2 and "nearest is --mixture" in out.stderr
 
 def test_phases_read_tasks_only_through_settings_that_declare_them():
     """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere
