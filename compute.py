@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 
@@ -65,7 +64,13 @@ def choose_compute(ranks, settings, recorded=None):
         compiled = name == "cuda" or (name == "cpu" and bool(has_compiler))
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
-    elif name == "cpu" and sys.platform == "linux":
+    if name == "cpu":
+        # Else the threads of a compiled step add up the gradient of an embedding in any order, and
+        # two runs of one seed differ in their last bits. Measured: it costs no time. On CUDA it
+        # does, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment: runs there repeat to
+        # rounding alone, unless you set both.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
         keep_freed_memory()
     return Compute(device, getattr(torch, dtype), threads, str(compiled) == "True")
 
@@ -88,7 +93,7 @@ def probe_dtype(device):
 def keep_freed_memory():
     """Large blocks otherwise go back to the system at every free and fault in anew: 11,500 ->
     15,400 tokens/s on two cores (d4, eager)."""
-    with contextlib.suppress(AttributeError):  # a C library without mallopt
+    with contextlib.suppress(AttributeError):  # macOS, musl: no mallopt there
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)            # M_MMAP_MAX: no block by mmap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what was freed

@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common
 import gpt
 import optim
-from conftest import BYTES, SHARED, nanochats_own, needs_nanochat
+from conftest import BYTES, SHARED, nanochats_own, needs_nanochat, script
 
 torch.set_num_threads(1)
 
@@ -221,3 +222,31 @@ def test_a_checkpoint_made_by_nanochat_gives_its_numbers(tmp_path):
     np.testing.assert_allclose(logits, expected["logits"].reshape(logits.shape), atol=2e-3)
     greedy = gpt.generate(model, tokenizer, [ids[0].tolist()], 32)[0][0]
     assert greedy == expected["greedy_ids"].reshape(-1).tolist()
+
+# A model without blocks compiles in seconds, and a small vocabulary makes the threads meet: without
+# choose_compute's care five runs of five differ.
+TRAIN_TWICE = """
+import torch, gpt, optim
+from compute import choose_compute
+from ranks import Ranks
+wanted = {"device": "cpu", "dtype": "float32", "threads": 2, "compile": True}
+assert choose_compute(Ranks(0, 0, 1), wanted).compile
+model = gpt.GPT(gpt.GPTConfig(128, 16, 0, 1, 1, 64))
+forward = torch.compile(model, dynamic=False)
+rows = torch.randint(16, (16, 129), generator=torch.Generator().manual_seed(1))
+def train():
+    model.init_weights(0)
+    optimizer = optim.make_optimizer(model, 0.02, 0.2, 0.004, 0.5, 0.0, torch.float32)
+    for _ in range(5):
+        forward(rows[:, :-1], rows[:, 1:], reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+first = train()
+print([all(map(torch.equal, first, train())) for _ in range(5)])
+"""
+
+@pytest.mark.skipif(common.cores() < 2, reason="two threads need two cores to meet")
+def test_compiled_and_on_two_threads_a_seed_gives_the_same_bits(state):
+    out = script(state, "-c", TRAIN_TWICE)
+    assert out.stdout.strip() == str([True] * 5), out.stdout + out.stderr
