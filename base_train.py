@@ -13,7 +13,6 @@ from run import Run
 
 run = Run.start("base_train")  # a signal counts from here on; importing torch takes seconds
 
-import checkpoint
 import common
 import configurator
 import data as dataset
@@ -23,47 +22,43 @@ import texts
 import tokenizer as tok
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
-tag = ""                     # name of the run; empty: d<depth>
-depth = 20                   # layers; width is 64 * depth
-max_seq_len = 2048           # tokens a row
+tag = ""                     # name of the run and of its folder; empty: d<depth>
+depth = 20                   # layers; the width is 64 * depth
+max_seq_len = 2048           # tokens in a row, the context that the model sees
 arch = "modern"              # or nanochat_2025, the plain model of November 2025
-tokens_per_param = 12.0      # horizon: tokens trained on for each parameter of matrices and head
-num_steps = -1               # horizon as a number of steps instead; -1: not given
-target_flops = -1.0          # horizon as floating point operations instead; -1: not given
-total_batch_size = -1        # tokens a step; -1: derived from the horizon
-matrix_lr = 0.02             # Muon: all matrices of the blocks
-embedding_lr = 0.3           # AdamW: token and value embeddings
-unembedding_lr = 0.004       # AdamW: lm_head
-scalar_lr = 0.5              # AdamW: per-layer scalars and gates
-weight_decay = -1.0          # Muon, falls to 0 over the run; -1: derived from depth
-warmup_ratio = 0.01          # share of the steps with rising learning rate
-warmdown_ratio = 0.6         # share of the steps with falling learning rate
-final_lr_fraction = 0.02     # learning rate at the end, relative
-seed = 1337                  # decides weights and order of the data
+tokens_per_param = 12.0      # how long it trains: tokens for each parameter of matrices and head
+num_steps = -1               # or: so many steps; -1: not given
+target_flops = -1.0          # or: so many floating point operations; -1: not given
+total_batch_size = -1        # tokens a step, on all ranks; -1: derived from the tokens in all
+matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
+embedding_lr = 0.3           # of AdamW: token and value embeddings
+unembedding_lr = 0.004       # of AdamW: lm_head
+scalar_lr = 0.5              # of AdamW: per-layer scalars and gates
+weight_decay = -1.0          # of Muon, falls to 0 over the run; -1: derived from depth
+warmup_ratio = 0.01          # share of the steps, at the start, with a rising learning rate
+warmdown_ratio = 0.6         # share of the steps, at the end, with a falling one
+final_lr_fraction = 0.02     # what is left of the learning rate at the end
+seed = 1337                  # decides the initial weights and the order of the rows
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows a device holds at once: less where memory runs out
+device_batch_size = 32       # rows that a device holds at once: less where memory runs out
 eval_every = 250             # steps between measurements of bits per byte; 0: only at the end
-eval_tokens = 10_485_760     # tokens of the validation split measured (all, if it has fewer)
-sample_every = 1000          # steps between samples; 0: only at the end
+eval_tokens = 10_485_760     # tokens of the validation split that are measured (at most all)
+sample_every = 1000          # steps between printed samples; 0: only at the end
 save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept
+keep = 1                     # checkpoints kept on disk
 time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
 max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
-threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
+dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only the first steps, on random tokens: what do they need?
+try_out = False              # only says what three steps need; what is trained stays as it is
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-common.check(1 <= depth <= 100, f"--depth must be 1 to 100, not {depth}")
-common.check(max_seq_len >= 16, f"--max_seq_len must be at least 16, not {max_seq_len}")
-common.check(arch in ("modern", "nanochat_2025"),
-             f"--arch is modern or nanochat_2025, not {arch!r}")
 common.check(tokens_per_param > 0,
              f"--tokens_per_param must be more than 0, not {tokens_per_param}")
 common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
@@ -76,7 +71,7 @@ tokenizer = tok.load_tokenizer(data)
 run.ranks.join()
 val = dataset.tokenize_files(run, data, "val", tokenizer)
 if try_out:
-    train = val  # any text shows shapes and times, and this is tokenised fast
+    train = val  # any text shows what a step needs, and this one is short
 else:
     # files that were added since the run began do not stop it: it goes on with those it knows
     begun_with = records.find_record(directory, settings).get("train_files")
@@ -84,6 +79,7 @@ else:
 for split, stores in ("training", train), ("validation", val):
     common.check(dataset.fills_a_row(stores, max_seq_len + 1), f"the {split} split of {data} has "
                  f"too little text for a row of {max_seq_len} tokens")
+# takes the lock; ends the process if the run is done, or was begun with other settings or data
 run.open_or_exit(directory, settings,
                  {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)})
 
@@ -93,7 +89,6 @@ run.open_or_exit(directory, settings,
 import torch
 
 import gpt
-import models
 import optim
 import training
 from compute import choose_compute, peak_flops, to_device
@@ -105,10 +100,13 @@ config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
 model.to(compute.device)
+flops_per_token = model.flops_per_token()
+parameters = sum(p.numel() for p in model.parameters())
 
 rows, num_steps, scaling_params = training.horizon(
     model, num_steps, target_flops, tokens_per_param, total_batch_size)
 batch_tokens = rows * max_seq_len
+total_tokens = num_steps * batch_tokens
 micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 scale = training.batch_lr_scale(batch_tokens)
 if weight_decay == -1.0:
@@ -121,9 +119,6 @@ optimizer = optim.make_optimizer(
 plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
 epoch_rows = dataset.n_rows(plan)
-flops_per_token = model.flops_per_token()
-parameters = sum(p.numel() for p in model.parameters())
-total_tokens = num_steps * batch_tokens
 common.print0(
     f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} "
     f"tokens = {total_tokens / 1e6:,.1f}M tokens, {total_tokens / scaling_params:.1f} for each "
@@ -136,23 +131,14 @@ common.print0(
     f"and step, {total_tokens * flops_per_token:.2e} FLOPs")
 
 # -------------------------------------------------------------------------------------------------
-# where it was: the newest whole checkpoint, or step 0
-
-step, seconds, skipped, loss, val_bpb = 0, 0.0, 0, None, None
-saved = ranks.on_rank0(checkpoint.newest, directory)
-if saved is not None:
-    weights, optim_state, meta = checkpoint.load(directory, saved)
-    models.put_weights(model, weights)
-    optimizer.load_state_dict(optim_state)
-    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
-    loss, val_bpb = meta["loss"], meta["val_bpb"]
-    common.print0(f"continuing at step {step:,} of {num_steps:,}")
-forward = torch.compile(model, dynamic=False) if compute.compile else model
-loss_level = training.LossLevel()
-run.begin_loop(step, num_steps, seconds, flops_per_token, peak_flops(compute.device))
-
-# -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
+
+# from the newest whole checkpoint, if there is one, else from step 0
+step, seconds = training.resume(run, model, optimizer)
+run.begin_loop(step, num_steps, seconds, flops_per_token, peak_flops(compute.device))
+forward = torch.compile(model, dynamic=False) if compute.compile else model
+loss_guard = training.LossGuard(run, max_skipped)
+loss = None
 
 while True:
     last = step == num_steps
@@ -164,21 +150,18 @@ while True:
     # Save before measuring, so that an evaluation that dies costs no model; but not while the loss
     # explodes, since the checkpoint of better days would go.
     wanted = stop or save_due or (measure and step > 0)
-    if last or (wanted and not loss_level.exploding()):
+    if last or (wanted and not loss_guard.exploding()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(config), "tokenizer": tokenizer.fingerprint,
-            "batch_tokens": batch_tokens, "tokens": step * batch_tokens,
-            "epoch": step * rows / epoch_rows, "skipped": skipped, "loss": loss,
-            "val_bpb": val_bpb})
+            "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "loss": loss})
     if stop:
         run.exit_interrupted(stop)
 
     if measure:
-        measured = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
-                                          compute.device)
-        if measured is None:
+        val_bpb = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
+                                         compute.device)
+        if val_bpb is None:
             continue  # asked to stop in the middle: see above
-        val_bpb = measured
         run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
     if last or (sample_every and step and step % sample_every == 0):
@@ -207,13 +190,10 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
-    training.check_divergence(run, loss_level, loss)
+    # A bad step is left out, but the run does not go on for hours without learning anything.
+    loss_guard.check_or_exit(loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)
 
-seconds = run.clock.seconds()
-common.print0(f"base {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in "
-              f"{common.duration(seconds)}; saving took {100 * run.clock.save_share():.2f} % of it")
-run.exit_done(step=step, seconds=seconds, val_bpb=val_bpb, parameters=parameters,
-              tokens=step * batch_tokens)
+training.exit_done(run, f"{val_bpb:.4f} bits per byte", val_bpb=val_bpb, parameters=parameters,
+                   tokens=total_tokens)

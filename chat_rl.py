@@ -33,30 +33,30 @@ task = "gsm8k"               # what it practises
 problems_per_step = 16       # problems a step
 samples = 16                 # samples of each problem
 num_steps = -1               # steps; -1: one pass through the training problems
-max_new_tokens = 256         # tokens of a sample
+max_new_tokens = 256         # tokens of a sample, at most
 temperature = 1.0            # of the samples
-matrix_lr = 0.02             # Muon
-embedding_lr = 0.2           # AdamW: token and value embeddings
-unembedding_lr = 0.004       # AdamW: lm_head
-scalar_lr = 0.0              # AdamW: per-layer scalars and gates
+matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
+embedding_lr = 0.2           # of AdamW: token and value embeddings
+unembedding_lr = 0.004       # of AdamW: lm_head
+scalar_lr = 0.0              # of AdamW: per-layer scalars and gates
 lr_fraction = 0.05           # all learning rates are multiplied by it
 seed = 1337                  # decides the order of the problems and every draw
 # ---- settings below may change at every resume
-device_batch_size = 8        # rows a device trains on at once: less where memory runs out
-rollout_rows = 64            # rows a device generates at once: likewise
+device_batch_size = 8        # samples that a device trains on at once: less where memory runs out
+rollout_rows = 64            # samples that a device generates at once: likewise
 eval_every = 60              # steps between measurements of pass@k; 0: only at the end
 eval_problems = 400          # held-out problems measured
 eval_samples = 8             # samples of each: the k of pass@k
 save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept
+keep = 1                     # checkpoints kept on disk
 time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
 max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
-threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
+dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = False              # not compiled: every batch has another shape
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only the first steps, if need be on a stand-in for sft's model
+try_out = False              # only says what three steps need, if need be on a stand-in model
 settings = configurator.configure(globals())
 
 FLAT = 20  # steps in a row without any variance of the reward before it says so
@@ -64,8 +64,6 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-for name in ("problems_per_step", "samples", "rollout_rows", "eval_problems", "eval_samples"):
-    common.check(settings[name] >= 1, f"--{name} must be at least 1, not {settings[name]}")
 common.check(tasks.TASKS.get(task, {}).get("kind") == "generative",
              f"--task={task}: there is no such generative task")
 train_items = tasks.load(task, "train", data)
@@ -76,12 +74,13 @@ run.ranks.join()
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "sft", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 directory = pipeline.state_path("rl", data, parent.name, try_out)
+# takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
                  {"tokenizer": tokenizer.fingerprint, "tasks": "-".join(files),
                   "sft": checkpoint.fingerprint(parent, parent_step)})
 
 # -------------------------------------------------------------------------------------------------
-# model and optimizer: from its own newest whole checkpoint, else from sft's model
+# model and optimizer
 
 import torch
 
@@ -93,12 +92,7 @@ from compute import choose_compute, peak_flops
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
-saved = ranks.on_rank0(checkpoint.newest, directory)
-if saved is not None:
-    weights, optim_state, meta = checkpoint.load(directory, saved)
-else:
-    weights, optim_state, meta = checkpoint.load(parent, parent_step, optimizer=False)
-model = models.build_model(meta, weights, compute.device, compute.dtype)
+model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
 if num_steps == -1:
     num_steps = max(1, len(train_items) // problems_per_step)
 optimizer = optim.make_optimizer(
@@ -107,14 +101,6 @@ optimizer = optim.make_optimizer(
     weight_decay=0.0, compute_dtype=compute.dtype)
 common.print0(f"rl {directory.name}: {num_steps:,} steps of {problems_per_step} problems with "
               f"{samples} samples each, {len(train_items):,} problems; {ranks.world} x {compute}")
-
-step, seconds, skipped, flat, reward, pass_at = 0, 0.0, 0, 0, None, {}
-if saved is not None:
-    optimizer.load_state_dict(optim_state)
-    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
-    flat, reward, pass_at = meta["flat"], meta["reward"], meta["pass_at"]
-    common.print0(f"continuing at step {step:,} of {num_steps:,}")
-run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 
 # -------------------------------------------------------------------------------------------------
 # samples
@@ -175,6 +161,12 @@ def with_advantages(groups):
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then sample and train one step
 
+# from its own newest whole checkpoint, if there is one, else from the finetuned model
+step, seconds = training.resume(run, model, optimizer)
+run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
+loss_guard = training.LossGuard(run, max_skipped)
+flat = 0  # steps in a row without any variance of the reward
+
 while True:
     last = step == num_steps
     measure = training.eval_due(run, step, eval_every)
@@ -183,17 +175,14 @@ while True:
     stop, save_due = run.should_stop(), run.should_save()
     if last or stop or save_due or (measure and step > 0):  # before measuring, which may die
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
-            "model": vars(model.config), "batch_tokens": meta["batch_tokens"],
-            "tokenizer": tokenizer.fingerprint, "skipped": skipped, "flat": flat,
-            "reward": reward, "pass_at": pass_at})
+            "model": vars(model.config), "tokenizer": tokenizer.fingerprint})
     if stop:
         run.exit_interrupted(stop)
 
     if measure:
-        measured = measure_pass_at()
-        if measured is None:
+        pass_at = measure_pass_at()
+        if pass_at is None:
             continue  # asked to stop in the middle: see above
-        pass_at = measured
         shown = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
         run.log(kind="val", step=step, **{f"pass@{k}": v for k, v in pass_at.items()})
         common.print0(f"step {step:,}: held-out problems {shown}")
@@ -235,7 +224,7 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
+    loss_guard.check_finite_or_exit(loss, norm)
     flat = 0 if with_gradient else flat + 1
     if flat and flat % FLAT == 0:
         common.print0(f"the reward has had no variance for {flat} steps (mean {reward:.3f}): there "
@@ -246,8 +235,4 @@ while True:
                  reward=reward, norm=norm, with_gradient=int(with_gradient), tokens=int(counted),
                  lr_scale=lr_scale)
 
-shown = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
-seconds = run.clock.seconds()
-common.print0(f"rl {directory.name}: {shown} after {step:,} steps in {common.duration(seconds)}; "
-              f"saving took {100 * run.clock.save_share():.2f} % of it")
-run.exit_done(step=step, seconds=seconds, pass_at=pass_at)
+training.exit_done(run, shown, pass_at=pass_at)

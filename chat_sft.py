@@ -28,29 +28,29 @@ mixture = ["smoltalk:10000", "arc_easy", "arc_challenge",  # what it learns from
            "spellingbee:300"]
 extra_conversations = ""     # a .jsonl file of your own conversations, added to the mixture
 max_steps = -1               # stop after so many steps; -1: one pass through the mixture
-total_batch_size = -1        # tokens a step; -1: the base model's
-matrix_lr = 0.02             # Muon
-embedding_lr = 0.2           # AdamW: token and value embeddings
-unembedding_lr = 0.004       # AdamW: lm_head
-scalar_lr = 0.05             # AdamW: per-layer scalars and gates
+total_batch_size = -1        # tokens a step, on all ranks; -1: as in pretraining
+matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
+embedding_lr = 0.2           # of AdamW: token and value embeddings
+unembedding_lr = 0.004       # of AdamW: lm_head
+scalar_lr = 0.05             # of AdamW: per-layer scalars and gates
 lr_fraction = 0.1            # all learning rates are multiplied by it
-warmdown_ratio = 1.0         # share of the steps with falling learning rate
-seed = 1337                  # decides the order
+warmdown_ratio = 1.0         # share of the steps, at the end, with a falling learning rate
+seed = 1337                  # decides the order of the conversations
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows a device holds at once: less where memory runs out
+device_batch_size = 32       # rows that a device holds at once: less where memory runs out
 eval_every = 150             # steps between measurements of bits per byte; 0: only at the end
 held_out = ["smoltalk:1000"]  # conversations it is measured on, of the test splits
-eval_tokens = 1_048_576      # tokens of them
+eval_tokens = 1_048_576      # tokens of them that are measured (at most all)
 save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept
+keep = 1                     # checkpoints kept on disk
 time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
 max_skipped = 10             # steps in a row without a finite gradient before it gives up
 device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
-threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
+dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only the first steps, if need be on a stand-in for its model
+try_out = False              # only says what three steps need, if need be on a stand-in model
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
@@ -66,12 +66,13 @@ run.ranks.join()
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "mid", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 directory = pipeline.state_path("sft", data, parent.name, try_out)
+# takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
                  {"tokenizer": tokenizer.fingerprint, "tasks": files,
                   "mid": checkpoint.fingerprint(parent, parent_step)})
 
 # -------------------------------------------------------------------------------------------------
-# model, rows, optimizer: from its own newest whole checkpoint, else from mid's model
+# model, rows, optimizer
 
 import torch
 
@@ -82,12 +83,7 @@ from compute import choose_compute, peak_flops, to_device
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
-saved = ranks.on_rank0(checkpoint.newest, directory)
-if saved is not None:
-    weights, optim_state, meta = checkpoint.load(directory, saved)
-else:
-    weights, optim_state, meta = checkpoint.load(parent, parent_step, optimizer=False)
-model = models.build_model(meta, weights, compute.device, compute.dtype)
+model, meta = models.load_model(parent, parent_step, compute.device, compute.dtype)
 length = model.config.sequence_len
 
 store = dataset.tokenize_conversations(
@@ -114,18 +110,15 @@ common.print0(
     f"longer than a row and cut) in {dataset.n_rows(plan):,} rows, {num_steps:,} steps of "
     f"{batch_tokens:,} tokens; {ranks.world} x {compute}")
 
-step, seconds, skipped, loss, val_bpb = 0, 0.0, 0, None, None
-if saved is not None:
-    optimizer.load_state_dict(optim_state)
-    step, seconds, skipped = meta["step"], meta["seconds"], meta["skipped"]
-    loss, val_bpb = meta["loss"], meta["val_bpb"]
-    common.print0(f"continuing at step {step:,} of {num_steps:,}")
-forward = torch.compile(model, dynamic=False) if compute.compile else model
-loss_level = training.LossLevel()
-run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
-
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
+
+# from its own newest whole checkpoint, if there is one, else from the midtrained model
+step, seconds = training.resume(run, model, optimizer)
+run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
+forward = torch.compile(model, dynamic=False) if compute.compile else model
+loss_guard = training.LossGuard(run, max_skipped)
+loss = None
 
 while True:
     last = step == num_steps
@@ -135,20 +128,18 @@ while True:
     stop, save_due = run.should_stop(), run.should_save()
     # before measuring, which may die; not while the loss explodes: the good checkpoint would go
     wanted = stop or save_due or (measure and step > 0)
-    if last or (wanted and not loss_level.exploding()):
+    if last or (wanted and not loss_guard.exploding()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(model.config), "tokenizer": tokenizer.fingerprint,
-            "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "skipped": skipped,
-            "loss": loss, "val_bpb": val_bpb})
+            "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "loss": loss})
     if stop:
         run.exit_interrupted(stop)
 
     if measure:
-        measured = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
-                                          compute.device)
-        if measured is None:
+        val_bpb = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
+                                         compute.device)
+        if val_bpb is None:
             continue  # asked to stop in the middle: see above
-        val_bpb = measured
         run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: held-out conversations {val_bpb:.4f} bits per byte")
     if last:
@@ -171,12 +162,8 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    skipped = training.check_finite(run, skipped, loss, norm, max_skipped)
-    training.check_divergence(run, loss_level, loss)
+    loss_guard.check_or_exit(loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale)
 
-seconds = run.clock.seconds()
-common.print0(f"sft {directory.name}: {val_bpb:.4f} bits per byte after {step:,} steps in "
-              f"{common.duration(seconds)}; saving took {100 * run.clock.save_share():.2f} % of it")
-run.exit_done(step=step, seconds=seconds, val_bpb=val_bpb)
+training.exit_done(run, f"{val_bpb:.4f} bits per byte", val_bpb=val_bpb)

@@ -1,6 +1,6 @@
 """
-What the training scripts share besides their loops, which each of them has in sight: schedules, the
-horizon, bits per byte, samples, and the two checks of a loss that goes wrong.
+What the training scripts share; their loops each of them has in sight. How a run resumes, schedules
+and the horizon, the guard against a loss that goes wrong, bits per byte and samples.
 """
 import math
 import time
@@ -8,10 +8,38 @@ from dataclasses import dataclass, field
 
 import torch
 
+import checkpoint
 import common
 import data as dataset
 import gpt
+import models
 from compute import to_device
+
+# -------------------------------------------------------------------------------------------------
+# where a training begins, and how it ends
+
+def resume(run, model, optimizer):
+    """Loads the newest whole checkpoint of the run into model and optimizer, if there is one.
+    -> (step, seconds of training so far): (0, 0.0) without one. Collective: rank 0 verifies it,
+    each rank reads the whole model and its own share of the optimizer."""
+    step = run.ranks.on_rank0(checkpoint.newest, run.directory)
+    if step is None:
+        return 0, 0.0
+    weights, optim_state, meta = checkpoint.load(run.directory, step)
+    models.put_weights(model, weights)
+    optimizer.load_state_dict(optim_state)
+    common.print0(f"continuing at step {step:,} of {meta['num_steps']:,}")
+    return step, meta["seconds"]
+
+def exit_done(run, result, **facts):
+    """Says what came out and how long it took, records the facts for the report, and ends the
+    process with 0."""
+    clock = run.clock
+    seconds = clock.seconds()
+    common.print0(
+        f"{run.name} {run.directory.name}: {result} after {clock.num_steps:,} steps in "
+        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} % of it")
+    run.exit_done(step=clock.num_steps, seconds=seconds, **facts)
 
 # -------------------------------------------------------------------------------------------------
 # schedule and horizon
@@ -62,51 +90,59 @@ def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
 
 EXPLODED = 50  # steps in a row with a loss far above its level before a run gives up
 
-def give_up(run, why):
-    """Failure (code 1) that names the last good checkpoint."""
-    run.finish_save()
-    common.fail(f"{why}; {run.last_good()}: lower the learning rates, or look at the data", code=1)
-
-def check_finite(run, skipped, loss, norm, max_skipped):
-    """-> how many steps in a row had a gradient that is not finite; the optimizer left them out.
-    Failure (code 1) after max_skipped."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return 0
-    skipped += 1
-    common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped ({skipped} in a row)")
-    if skipped > max_skipped:
-        give_up(run, f"{skipped} steps in a row had no finite gradient")
-    return skipped
-
 @dataclass
-class LossLevel:
-    """The level of the loss: a mean over about 50 steps."""
+class LossGuard:
+    """Looks at the loss of each step for the two ways in which it goes wrong: no finite gradient,
+    and a loss that explodes."""
+    run: object
+    max_skipped: int
+    skipped: int = 0                           # steps in a row without a finite gradient
     first: list = field(default_factory=list)  # losses of an attempt, until 20 are there
-    level: float = math.inf
+    level: float = math.inf                    # the mean of the loss over about 50 steps
     steps_above: int = 0                       # in a row, far above the level
 
     def exploding(self):
+        """Whether nothing should be saved now: the checkpoint of better days would go."""
         return self.steps_above > 0
 
-def check_divergence(run, level, loss):
-    """Follows the level of the loss. Far above it nothing should be saved (the checkpoint of better
-    days would go); after EXPLODED such steps in a row: Failure (code 1)."""
-    if not math.isfinite(loss):
-        return  # check_finite's
-    if len(level.first) < 20:  # their median, since one batch alone may be much easier than others
-        level.first.append(loss)
-        level.level = sorted(level.first)[len(level.first) // 2]
-    if loss <= 1.5 * level.level + 0.5:
-        level.level += 0.02 * (loss - level.level)
-        level.steps_above = 0
-        return
-    level.steps_above += 1
-    if level.steps_above == 1 or level.steps_above % 10 == 0:
-        common.print0(f"loss {loss:.4f} is far above its level of {level.level:.4f} "
-                      f"({level.steps_above} steps in a row): nothing is saved meanwhile")
-    if level.steps_above >= EXPLODED:
-        give_up(run, f"the loss has exploded: {loss:.4f}, and for {EXPLODED} steps far above its "
-                     f"level of {level.level:.4f}")
+    def check_or_exit(self, loss, norm):
+        """After each step, with its loss and the norm of its gradient. Failure (code 1) after
+        max_skipped steps in a row without a finite gradient, or EXPLODED far above the level."""
+        if not self.check_finite_or_exit(loss, norm):
+            return
+        if len(self.first) < 20:  # their median, since one batch may be much easier than others
+            self.first.append(loss)
+            self.level = sorted(self.first)[len(self.first) // 2]
+        if loss <= 1.5 * self.level + 0.5:
+            self.level += 0.02 * (loss - self.level)
+            self.steps_above = 0
+            return
+        self.steps_above += 1
+        above = f"loss {loss:.4f} is far above its level of {self.level:.4f}"
+        if self.steps_above % 10 == 1:
+            common.print0(f"{above} ({self.steps_above} steps in a row): nothing is saved "
+                          "meanwhile")
+        if self.steps_above >= EXPLODED:
+            self.give_up(f"the loss has exploded: for {EXPLODED} steps in a row {above}")
+
+    def check_finite_or_exit(self, loss, norm):
+        """-> whether both are finite; if not the optimizer has left the step out. Failure (code 1)
+        after max_skipped such steps in a row."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped "
+                      f"({self.skipped} in a row)")
+        if self.skipped > self.max_skipped:
+            self.give_up(f"{self.skipped} steps in a row had no finite gradient")
+        return False
+
+    def give_up(self, why):
+        """Failure (code 1) that names the last good checkpoint."""
+        self.run.finish_save()
+        common.fail(f"{why}; {self.run.last_good()}: lower the learning rates, or look at the data",
+                    code=1)
 
 # -------------------------------------------------------------------------------------------------
 # measuring
@@ -123,14 +159,13 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     fewer): nats over all targets that stand for bytes, divided by ln 2 times their bytes. Special
     tokens stand for none. -> float, or None if asked to stop. Collective.
     """
-    n = min(dataset.n_rows(plan), max(1, tokens // (plan.length - 1)))
+    wanted = min(dataset.n_rows(plan), max(1, tokens // (plan.length - 1)))
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     nats = torch.zeros((), dtype=precise, device=device)
     total_bytes = torch.zeros((), dtype=torch.long, device=device)
     turn = micro_rows * run.ranks.world
-    if run.try_out:
-        n, whole = min(n, 2 * turn), n
+    n = min(wanted, 2 * turn) if run.try_out else wanted
     for start in range(0, n, turn):  # as many turns on every rank, since they agree in each
         if run.should_stop():
             return None
@@ -149,7 +184,7 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
         total_bytes += sizes.sum()
     nats, total_bytes = run.ranks.all_reduce_sum(nats), run.ranks.all_reduce_sum(total_bytes)
     if run.try_out:
-        run.eval_seconds = (time.monotonic() - began) * whole / (n - start)
+        run.eval_seconds = (time.monotonic() - began) * wanted / (n - start)
     return nats / (math.log(2) * total_bytes)
 
 def print_samples(run, model, tokenizer, prompts, max_new_tokens=48):

@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 import common
+import gpt
+import optim
 import pipeline
-from conftest import REPO, environment, script
+import training
+from conftest import REPO, alone, environment, script
 from records import load_record
 
 COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu",
@@ -151,3 +156,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straigh
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "does not match its checksum" in out, out
     assert weights(folder, 12) == weights(directory(straight, "base"), 12)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path):
+    """A file that is mapped into memory keeps its room on the disk after it is removed."""
+    def made(seed):
+        model = gpt.GPT(gpt.GPTConfig(16, 64, 1, 1, 1, 16))
+        model.init_weights(seed)
+        rates = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "scalar_lr": 0.5}
+        return model, optim.make_optimizer(model, **rates, weight_decay=0.0,
+                                           compute_dtype=torch.float32)
+
+    run = alone()
+    run.directory = tmp_path
+    model, optimizer = made(0)
+    assert training.resume(run, model, optimizer) == (0, 0.0)
+    meta = {"num_steps": 9, "seconds": 1.5}
+    checkpoint.save(tmp_path, 7, model.state_dict(), optimizer.state_dict(), meta)
+    again, its_optimizer = made(1)
+    assert training.resume(run, again, its_optimizer) == (7, 1.5)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
