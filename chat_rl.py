@@ -15,6 +15,7 @@ from run import Run
 run = Run.start("chat_rl")  # a signal counts from here on; importing torch takes seconds
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,7 @@ data = "fineweb_edu"         # the data set the finetuned model comes from
 tag = ""                     # the finetuned model to go on from; empty: the newest
 task = "gsm8k"               # what it practises
 problems_per_step = 16       # problems a step
-samples = 16                 # samples of each problem
+samples = 16                 # samples of each problem: they are compared with each other
 num_steps = -1               # steps; -1: one pass through the training problems
 max_new_tokens = 256         # tokens of a sample, at most
 temperature = 1.0            # of the samples
@@ -66,6 +67,8 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 
 common.check(tasks.TASKS.get(task, {}).get("kind") == "generative",
              f"--task={task}: there is no such generative task")
+common.check(temperature > 0, f"--temperature must be more than 0, not {temperature}: else all "
+             "samples of a problem are the same, and there is nothing to learn from")
 train_items = tasks.load(task, "train", data)
 test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]
@@ -105,11 +108,17 @@ common.print0(f"rl {directory.name}: {num_steps:,} steps of {problems_per_step} 
 # -------------------------------------------------------------------------------------------------
 # samples
 
+class Sample(NamedTuple):
+    prompt: list   # token ids
+    tokens: list   # token ids of the answer
+    forced: list   # for each of these whether the calculator said it
+    reward: float  # 1.0 where the answer is right, else 0.0
+
 def rollout(items, numbers, n, stream, turn):
     """
     n samples of each of items[i] for i in numbers. A sample's random numbers depend on (seed,
     stream, turn, item, sample) alone: not on the rank, nor on what is sampled beside it.
-    -> per number a list of n (prompt, tokens, forced, reward); incomplete when asked to stop
+    -> for each number its group, a list of n Samples; incomplete when asked to stop
     """
     prompts = [tokenizer.render_for_completion(items[i]) for i in numbers for _ in range(n)]
     uniforms = np.stack([common.rng(seed, stream, turn, i, k).random(max_new_tokens)
@@ -120,9 +129,8 @@ def rollout(items, numbers, n, stream, turn):
         keep_going=lambda: run.stop_reason() is None)
     made = []
     for j, (tokens, forced) in enumerate(answers):
-        item = items[numbers[j // n]]
-        right = tasks.correct(item, tokenizer.decode(tokens))
-        made.append((prompts[j], tokens, forced, float(right)))
+        right = tasks.correct(items[numbers[j // n]], tokenizer.decode(tokens))
+        made.append(Sample(prompts[j], tokens, forced, float(right)))
     return [made[i:i + n] for i in range(0, len(made), n)]
 
 def measure_pass_at():
@@ -137,7 +145,7 @@ def measure_pass_at():
         if run.should_stop():
             return None
         for group in groups:
-            rewards = [r for _, _, _, r in group]
+            rewards = [sample.reward for sample in group]
             hits += torch.tensor([sum(rewards) / len(rewards), max(rewards)])
         if run.try_out:  # one turn says how long all of them take
             run.eval_seconds = (time.monotonic() - began) * n / len(numbers)
@@ -151,11 +159,11 @@ def with_advantages(groups):
     no worse than its group has no gradient and is left out."""
     sequences = []
     for group in groups:
-        mean = sum(r for _, _, _, r in group) / samples
-        for prompt, tokens, forced, r in group:
-            if r != mean and tokens:
-                advantages = [0.0 if f else r - mean for f in forced]
-                sequences.append((prompt + tokens, [0.0] * len(prompt) + advantages))
+        mean = sum(sample.reward for sample in group) / samples
+        for prompt, tokens, forced, reward in group:
+            if reward != mean and tokens:
+                own = [0.0 if f else reward - mean for f in forced]
+                sequences.append((prompt + tokens, [0.0] * len(prompt) + own))
     return sequences
 
 # -------------------------------------------------------------------------------------------------
@@ -173,7 +181,8 @@ while True:
 
     # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
     stop, save_due = run.should_stop(), run.should_save()
-    if last or stop or save_due or (measure and step > 0):  # before measuring, which may die
+    # before measuring, which may die
+    if last or stop or save_due or (measure and step > 0):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(model.config), "tokenizer": tokenizer.fingerprint})
     if stop:
@@ -183,9 +192,9 @@ while True:
         pass_at = measure_pass_at()
         if pass_at is None:
             continue  # asked to stop in the middle: see above
-        shown = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
         run.log(kind="val", step=step, **{f"pass@{k}": v for k, v in pass_at.items()})
-        common.print0(f"step {step:,}: held-out problems {shown}")
+        pass_at_k = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
+        common.print0(f"step {step:,}: held-out problems {pass_at_k}")
     if last:
         break
 
@@ -197,12 +206,12 @@ while True:
     if run.should_stop():
         continue
     sequences = with_advantages(groups)
-    everything = [sample for group in groups for sample in group]
-    own_tokens = sum(len(tokens) - sum(forced) for _, tokens, forced, _ in everything)
-    counted = ranks.all_reduce_sum(own_tokens)
-    reward = ranks.all_reduce_sum(sum(r for _, _, _, r in everything))
-    reward /= problems_per_step * samples
     with_gradient = ranks.all_reduce_sum(len(sequences))
+    made = [sample for group in groups for sample in group]
+    own_tokens = sum(len(sample.tokens) - sum(sample.forced) for sample in made)
+    counted = ranks.all_reduce_sum(own_tokens)
+    all_samples = problems_per_step * samples
+    reward = ranks.all_reduce_sum(sum(sample.reward for sample in made)) / all_samples
 
     # Train: the log-probability of each token that the model chose, weighted by its advantage; the
     # sum is divided by all tokens that were chosen, on all ranks, whatever their samples' rewards.
@@ -219,7 +228,9 @@ while True:
         micro_loss = (nats * advantages[:, 1:]).sum() / max(counted, 1.0)
         micro_loss.backward()
         total += micro_loss.detach()
-    norm = optimizer.step() if with_gradient else 0.0  # not finite: it touches nothing
+    # Where all rewards of each group are equal there is no gradient, and nothing changes: neither
+    # the weights nor the momenta. A gradient that is not finite changes nothing either.
+    norm = optimizer.step() if with_gradient else 0.0
     optimizer.zero_grad()
     loss = ranks.all_reduce_sum(total)
     step += 1
@@ -230,9 +241,8 @@ while True:
         common.print0(f"the reward has had no variance for {flat} steps (mean {reward:.3f}): there "
                       "is nothing to learn from; easier or harder problems, more samples or a "
                       "higher temperature would help")
-    each = counted / (problems_per_step * samples)
-    run.log_step(step, f"reward {reward:.3f} | {each:.0f} tokens a sample", counted, loss=loss,
-                 reward=reward, norm=norm, with_gradient=int(with_gradient), tokens=int(counted),
-                 lr_scale=lr_scale)
+    shown = f"reward {reward:.3f} | {counted / all_samples:.0f} tokens a sample"
+    run.log_step(step, shown, counted, loss=loss, reward=reward, norm=norm,
+                 with_gradient=int(with_gradient), tokens=int(counted), lr_scale=lr_scale)
 
-training.exit_done(run, shown, pass_at=pass_at)
+training.exit_done(run, pass_at_k, pass_at=pass_at)

@@ -31,10 +31,11 @@ KINDS = {type(None): "None or a number", int: "a whole number", float: "a number
          bool: "True or False", str: "a text", list: "a list"}
 
 # what settings may be that several scripts have; -1 only where it is the default: not given
-LEAST = {"seed": 0, "threads": 0, "depth": 1, "max_seq_len": 16, "keep": 1, "rows": 1,
-         "device_batch_size": 1, "rollout_rows": 1, "max_new_tokens": 1, "num_steps": 1,
-         "max_steps": 1, "total_batch_size": 1, "max_items": 1, "problems_per_step": 1,
-         "samples": 1, "eval_problems": 1, "eval_samples": 1}
+LEAST = {"seed": 0, "threads": 0, "eval_every": 0, "sample_every": 0, "depth": 1, "keep": 1,
+         "max_seq_len": 16, "rows": 1, "device_batch_size": 1, "rollout_rows": 1,
+         "max_new_tokens": 1, "num_steps": 1, "max_steps": 1, "total_batch_size": 1,
+         "max_items": 1, "problems_per_step": 1, "samples": 2, "eval_problems": 1,
+         "eval_samples": 1}
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025")}
 

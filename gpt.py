@@ -93,9 +93,7 @@ class Attention(nn.Module):
         if self.config.modern:
             # normed queries and keys of 128 channels are too blunt (nanochat found 1.2 * 1.2)
             q = q * 1.44
-        q = q.transpose(1, 2)
-        k = k.transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
         mask = None  # plain causal attention
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

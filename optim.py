@@ -10,7 +10,7 @@ The optimizer: Muon for the matrices inside the blocks, AdamW for embeddings, he
 
 Weights, gradients and states are float32. Under torchrun the model is not wrapped: every rank calls
 backward on its own part of the batch, and step() adds the gradients of all ranks together. Each
-rank owns 1/world of every block (see Block): it receives the summed gradient of its part alone,
+rank owns 1/world of every bucket (see Bucket): it receives the summed gradient of its part alone,
 keeps optimizer state for that part alone, updates it, and all ranks then gather the parts (ZeRO,
 arXiv 1910.02054). With one process nothing is sent and the same code updates the whole. Gloo on CPU
 has both collectives too (torch 2.13), gathering in place included: tests/test_optim.py runs them.
@@ -82,7 +82,7 @@ def adamw_update(p, grad, group, step, exp_avg, exp_avg_sq):
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** step)).add_(group["eps"])
     p.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1 ** step))
 
-class Block:
+class Bucket:
     """What is sent, sharded and updated as one tensor, along its first dimension: either one large
     parameter as it is (an embedding [V, C]), or parameters of one shape stacked ([K, m, n] of K
     matrices [m, n]; and the many small gates). Zero rows fill it up to a multiple of world; zeros
@@ -134,7 +134,7 @@ class MuonAdamW:
         self.groups = groups
         self.ns_dtype = ns_dtype
         self.steps = 0
-        self.blocks = []
+        self.buckets = []
         for group in groups:
             group["initial_lr"] = group["lr"]
             together = {}
@@ -142,7 +142,7 @@ class MuonAdamW:
                 key = p.shape if is_stacked(group, p) else name
                 together.setdefault(key, []).append((name, p))
             for members in together.values():
-                self.blocks.append(Block(group, members, self.rank, self.world))
+                self.buckets.append(Bucket(group, members, self.rank, self.world))
 
     def set(self, lr_scale, muon_momentum, muon_weight_decay):
         """The schedule, before each step. lr_scale multiplies every group's initial_lr."""
@@ -153,20 +153,20 @@ class MuonAdamW:
                 group["weight_decay"] = muon_weight_decay
 
     def zero_grad(self):
-        for block in self.blocks:
-            for p in block.params:
+        for bucket in self.buckets:
+            for p in bucket.params:
                 p.grad = None
 
     def sum_gradients(self):
-        """-> for each block this rank's part of the gradient, summed over all ranks. A missing
+        """-> for each bucket this rank's part of the gradient, summed over all ranks. A missing
         gradient counts as zeros."""
         parts, works = [], []
-        for block in self.blocks:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
-            part = block.pack(grads)
+        for bucket in self.buckets:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.params]
+            part = bucket.pack(grads)
             if self.world > 1:
                 full = part.contiguous()
-                part = torch.empty_like(full[block.mine])
+                part = torch.empty_like(full[bucket.mine])
                 works.append(dist.reduce_scatter_single(part, full, async_op=True))
             parts.append(part)
         for work in works:  # all are on their way at once
@@ -188,21 +188,21 @@ class MuonAdamW:
 
         self.steps += 1
         fulls, works = [], []
-        for block, grad in zip(self.blocks, grads):
-            full = block.pack(block.params)
-            part = full[block.mine]
-            if block.group["kind"] == "muon":
-                muon_update(part, grad, block.group, self.ns_dtype, **block.state)
+        for bucket, grad in zip(self.buckets, grads):
+            full = bucket.pack(bucket.params)
+            part = full[bucket.mine]
+            if bucket.group["kind"] == "muon":
+                muon_update(part, grad, bucket.group, self.ns_dtype, **bucket.state)
             else:
-                adamw_update(part, grad, block.group, self.steps, **block.state)
+                adamw_update(part, grad, bucket.group, self.steps, **bucket.state)
             fulls.append(full)
-            if self.world > 1:  # it travels while the next block is computed
+            if self.world > 1:  # it travels while the next bucket is computed
                 works.append(dist.all_gather_single(full, part, async_op=True))
         for work in works:
             work.wait()
-        for block, full in zip(self.blocks, fulls):
-            if full is not block.params[0]:  # else the parameter itself was updated
-                for p, new in zip(block.params, block.unpack(full)):
+        for bucket, full in zip(self.buckets, fulls):
+            if full is not bucket.params[0]:  # else the parameter itself was updated
+                for p, new in zip(bucket.params, bucket.unpack(full)):
                     p.copy_(new)
         return norm
 
@@ -211,14 +211,14 @@ class MuonAdamW:
         """Whole states on the CPU, the same for any number of ranks: {parameter's name: {"step":
         int, "exp_avg": ...}}. All ranks must call it; rank 0 gets the states, the others {}."""
         states = {}
-        for block in self.blocks:
-            for key, full in block.state.items():
+        for bucket in self.buckets:
+            for key, full in bucket.state.items():
                 if self.world > 1:  # one tensor at a time, to need little memory
                     shard = full
                     full = shard.new_empty(len(shard) * self.world, *shard.shape[1:])
                     dist.all_gather_single(full, shard)
                 if self.rank == 0:
-                    for name, tensor in zip(block.names, block.unpack(full)):
+                    for name, tensor in zip(bucket.names, bucket.unpack(full)):
                         state = states.setdefault(name, {"step": self.steps})
                         state[key] = tensor.to("cpu", copy=True)
         return states
@@ -228,21 +228,21 @@ class MuonAdamW:
         """Takes this rank's part of what state_dict() returned on rank 0, under any number of
         ranks, and reads no more than that part: `states` may be a file mapped into memory
         (torch.load(mmap=True)). ValueError, and nothing changed, if it is not of this model."""
-        wanted = {name: block.shapes for block in self.blocks for name in block.names}
+        wanted = {name: bucket.shapes for bucket in self.buckets for name in bucket.names}
         found = {name: {key: tensor.shape for key, tensor in state.items() if key != "step"}
                  for name, state in states.items()}
         for name in wanted | found:
             if wanted.get(name) != found.get(name):
                 raise ValueError(f"optimizer state of {name} has {found.get(name)}, the model "
                                  f"needs {wanted.get(name)}")
-        for block in self.blocks:
-            for key, shard in block.state.items():
-                saved = [states[name][key] for name in block.names]
-                if block.stacked:
-                    for own, tensor in zip(shard, saved[block.mine]):
+        for bucket in self.buckets:
+            for key, shard in bucket.state.items():
+                saved = [states[name][key] for name in bucket.names]
+                if bucket.stacked:
+                    for own, tensor in zip(shard, saved[bucket.mine]):
                         own.copy_(tensor)
                 else:
-                    part = saved[0][block.mine]
+                    part = saved[0][bucket.mine]
                     shard[:len(part)].copy_(part)
         self.steps = next(iter(states.values()))["step"]
 

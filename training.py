@@ -68,19 +68,19 @@ def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
     length = model.config.sequence_len
     scaling = sum(p.numel() for n, p in model.named_parameters()
                   if "transformer.h" in n or "lm_head" in n)
-    if target_flops > 0:
+    if num_steps != -1:
+        tokens = 1.6e9  # wanted for the batch alone, which is then that of d12
+    elif target_flops > 0:
         tokens = target_flops / model.flops_per_token()
     else:
         tokens = tokens_per_param * scaling
-    if num_steps != -1:  # then only the batch may have to be derived
-        tokens = num_steps * total_batch_size if total_batch_size != -1 else 1.6e9
-    if total_batch_size == -1:
+    if total_batch_size != -1:
+        rows = total_batch_size // length
+    else:
         # the best batch grows with about the 0.38th power of the tokens (arXiv 2505.13738):
         # 2^19 tokens at d12's 1.6e9
         guess = 2 ** 19 * (tokens / 1.6e9) ** 0.383
         rows = max(1, 2 ** round(math.log2(guess / length)))
-    else:
-        rows = total_batch_size // length
     if num_steps == -1:
         num_steps = max(1, round(tokens / (rows * length)))
     return rows, num_steps, scaling
@@ -157,7 +157,8 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     """
     Bits per byte of text over the first rows of `plan` that hold `tokens` tokens (all, if there are
     fewer): nats over all targets that stand for bytes, divided by ln 2 times their bytes. Special
-    tokens stand for none. -> float, or None if asked to stop. Collective.
+    tokens stand for none. -> float (nan where no target stands for a byte), or None if asked to
+    stop. Collective.
     """
     wanted = min(dataset.n_rows(plan), max(1, tokens // (plan.length - 1)))
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
@@ -185,14 +186,14 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     nats, total_bytes = run.ranks.all_reduce_sum(nats), run.ranks.all_reduce_sum(total_bytes)
     if run.try_out:
         run.eval_seconds = (time.monotonic() - began) * wanted / (n - start)
-    return nats / (math.log(2) * total_bytes)
+    return nats / (math.log(2) * total_bytes) if total_bytes else math.nan
 
-def print_samples(run, model, tokenizer, prompts, max_new_tokens=48):
-    """Greedy continuations of a few prompts, on rank 0."""
+def print_samples(run, model, tokenizer, prompts):
+    """Greedy continuations of a few prompts, of 48 tokens, on rank 0."""
     if run.ranks.rank != 0:
         return
     for prompt in prompts:
         ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-        tokens, _ = gpt.generate(model, tokenizer, [ids], max_new_tokens,
+        tokens, _ = gpt.generate(model, tokenizer, [ids], 48,
                                  keep_going=lambda: run.stop_reason() is None)[0]
         common.print0(f"  sample: {prompt + tokenizer.decode(tokens)!r}"[:300])

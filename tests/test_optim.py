@@ -118,7 +118,7 @@ def two_ranks(folder):
         refused.append(poisoned[1].step())
     untouched = same(before, snapshot(*poisoned))
     train(*poisoned, 5, 10)
-    shares = sum(t.numel() for block in optimizer.blocks for t in block.state.values())
+    shares = sum(t.numel() for bucket in optimizer.buckets for t in bucket.state.values())
     with Copied() as copied:
         optimizer.load_state_dict(box[0]["optim"])
     return {"norms": norms, "half": half, "whole": whole, "resumed": snapshot(*resumed),
@@ -153,7 +153,7 @@ def test_two_ranks_step_like_one(ranks):
     assert norms == pytest.approx(two[0]["norms"], rel=1e-5) and two[0]["norms"] == two[1]["norms"]
     assert same(two[0]["whole"]["params"], two[1]["whole"]["params"])
     assert two[1]["whole"]["optim"] == {}
-    whole = sum(t.numel() for block in optimizer.blocks for t in block.state.values())
+    whole = sum(t.numel() for bucket in optimizer.buckets for t in bucket.state.values())
     assert all(r["shares"] < 0.55 * whole for r in two)  # each holds about half
 
 def test_loading_reads_this_ranks_share_alone(ranks):

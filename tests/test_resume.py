@@ -26,7 +26,7 @@ from records import load_record
 COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu",
           "--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
 BASE = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=12",
-        "--eval_tokens=4000", "--sample_every=0"]
+        "--eval_tokens=4000", "--sample_every=0", "--warmup_ratio=0.5"]
 CHAT = ["--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000"]
 RL = ["--num_steps=8", "--problems_per_step=2", "--samples=4", "--max_new_tokens=12",
       "--eval_problems=4", "--eval_samples=2", "--matrix_lr=0.1"]
@@ -156,6 +156,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straigh
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "does not match its checksum" in out, out
     assert weights(folder, 12) == weights(directory(straight, "base"), 12)
+
+@pytest.mark.parametrize("name", ["base", "sft"])
+def test_the_rows_that_a_device_holds_at_once_change_nothing(straight, tmp_path, name):
+    state = tmp_path / "state"
+    shutil.copytree(straight, state)
+    shutil.rmtree(directory(state, name))
+    out = script(state, *PHASES[name], "--device_batch_size=1")
+    assert out.returncode == 0, out.stdout + out.stderr
+    lines = zip(metrics(directory(straight, name)), metrics(directory(state, name)), strict=True)
+    for before, now in lines:
+        assert now == pytest.approx(before, rel=1e-4)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path):
