@@ -86,7 +86,7 @@ run.open_or_exit(directory, settings,
 # -------------------------------------------------------------------------------------------------
 # model, horizon, optimizer
 
-import torch
+import torch  # only here: it takes seconds, and what is wrong above is said without it
 
 import gpt
 import optim
@@ -103,11 +103,12 @@ model.to(compute.device)
 flops_per_token = model.flops_per_token()
 parameters = sum(p.numel() for p in model.parameters())
 
+# a step trains on `rows` rows, of which a device takes micro_rows at once
 rows, num_steps, scaling_params = training.horizon(
     model, num_steps, target_flops, tokens_per_param, total_batch_size)
+micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 batch_tokens = rows * max_seq_len
 total_tokens = num_steps * batch_tokens
-micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 scale = training.batch_lr_scale(batch_tokens)
 if weight_decay == -1.0:
     weight_decay = 0.2 * (12 / depth) ** 2 * scale if depth >= 8 else 0.0
@@ -133,7 +134,7 @@ common.print0(
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
 
-# from the newest whole checkpoint, if there is one, else from step 0
+# where it was: the newest whole checkpoint goes into model and optimizer; without one, step 0
 step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, flops_per_token, peak_flops(compute.device))
 forward = torch.compile(model, dynamic=False) if compute.compile else model
@@ -148,7 +149,8 @@ while True:
     # next: a rank that stopped alone would leave the others waiting for its gradients.
     stop, save_due = run.should_stop(), run.should_save()
     # Save before measuring, so that an evaluation that dies costs no model; but not while the loss
-    # explodes, since the checkpoint of better days would go.
+    # explodes, since the checkpoint of better days would go. Unless it has to wait, a thread writes
+    # while the training goes on.
     wanted = stop or save_due or (measure and step > 0)
     if last or (wanted and not loss_guard.exploding()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
@@ -161,7 +163,7 @@ while True:
         val_bpb = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
                                          compute.device)
         if val_bpb is None:
-            continue  # asked to stop in the middle: see above
+            continue  # asked to stop in the middle: the lines above save and stop
         run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
     if last or (sample_every and step and step % sample_every == 0):
@@ -178,8 +180,8 @@ while True:
     # and whatever the ranks and micro-batches, the same rows are trained on.
     for x, y in dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world):
         x, y = to_device(x, compute.device), to_device(y, compute.device)
-        # The sum over a micro-batch divided by the tokens of the whole batch, not its own mean: so
-        # the gradients of all micro-batches and ranks add up to that of the batch.
+        # The sum over a micro-batch is divided by the tokens of the whole batch, not by its own:
+        # so the gradients of all micro-batches and ranks add up to that of the batch.
         micro_loss = forward(x, y, reduction="sum") / batch_tokens
         micro_loss.backward()
         total += micro_loss.detach()
@@ -190,7 +192,8 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    # A bad step is left out, but the run does not go on for hours without learning anything.
+    # One bad step is left out; many in a row, or a loss that explodes, end the run before it has
+    # computed for hours in vain.
     loss_guard.check_or_exit(loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)

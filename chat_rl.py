@@ -85,7 +85,7 @@ run.open_or_exit(directory, settings,
 # -------------------------------------------------------------------------------------------------
 # model and optimizer
 
-import torch
+import torch  # only here: it takes seconds, and what is wrong above is said without it
 
 import gpt
 import optim
@@ -169,7 +169,7 @@ def with_advantages(groups):
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then sample and train one step
 
-# from its own newest whole checkpoint, if there is one, else from the finetuned model
+# where it was: its own newest whole checkpoint goes over the finetuned model; without one, step 0
 step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 loss_guard = training.LossGuard(run, max_skipped)
@@ -179,9 +179,9 @@ while True:
     last = step == num_steps
     measure = training.eval_due(run, step, eval_every)
 
-    # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
+    # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()
-    # before measuring, which may die
+    # Save before measuring, which may die.
     if last or stop or save_due or (measure and step > 0):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(model.config), "tokenizer": tokenizer.fingerprint})
@@ -191,7 +191,7 @@ while True:
     if measure:
         pass_at = measure_pass_at()
         if pass_at is None:
-            continue  # asked to stop in the middle: see above
+            continue  # asked to stop in the middle: the lines above save and stop
         run.log(kind="val", step=step, **{f"pass@{k}": v for k, v in pass_at.items()})
         pass_at_k = ", ".join(f"pass@{k} {v:.3f}" for k, v in pass_at.items())
         common.print0(f"step {step:,}: held-out problems {pass_at_k}")

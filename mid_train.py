@@ -73,7 +73,7 @@ run.open_or_exit(directory, settings,
 # -------------------------------------------------------------------------------------------------
 # model, rows, optimizer
 
-import torch
+import torch  # only here: it takes seconds, and what is wrong above is said without it
 
 import optim
 import training
@@ -114,7 +114,7 @@ common.print0(
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
 
-# from its own newest whole checkpoint, if there is one, else from the base model
+# where it was: its own newest whole checkpoint goes over the base model; without one, step 0
 step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 forward = torch.compile(model, dynamic=False) if compute.compile else model
@@ -125,9 +125,9 @@ while True:
     last = step == num_steps
     measure = training.eval_due(run, step, eval_every)
 
-    # all ranks agree here, between two steps; one that stopped alone would leave the others waiting
+    # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()
-    # before measuring, which may die; not while the loss explodes: the good checkpoint would go
+    # Save before measuring, which may die; not while the loss explodes, or the good one would go.
     wanted = stop or save_due or (measure and step > 0)
     if last or (wanted and not loss_guard.exploding()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
@@ -140,7 +140,7 @@ while True:
         val_bpb = training.bits_per_byte(run, model, val_plan, tokenizer, eval_tokens, micro_rows,
                                          compute.device)
         if val_bpb is None:
-            continue  # asked to stop in the middle: see above
+            continue  # asked to stop in the middle: the lines above save and stop
         run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: held-out conversations {val_bpb:.4f} bits per byte")
     if last:
@@ -148,6 +148,7 @@ while True:
 
     lr_scale = training.lr_scale(step, num_steps, 0.0, warmdown_ratio, 0.0)
     optimizer.set(lr_scale=lr_scale, muon_momentum=0.95, muon_weight_decay=0.0)
+    # The rows follow from (data, seed, step) alone: the same ones on any number of ranks.
     batches = list(dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world))
     # Rows are padded, so a micro-batch's own mean would weigh their tokens differently on each
     # rank: the sum is divided by the tokens that the whole batch trains on.
@@ -158,7 +159,8 @@ while True:
         micro_loss = forward(x, y, reduction="sum") / max(counted, 1)
         micro_loss.backward()
         total += micro_loss.detach()
-    norm = optimizer.step()  # adds up all ranks' gradients; touches nothing where it is not finite
+    # Adds up the gradients of all ranks; touches nothing where their norm is nan or inf.
+    norm = optimizer.step()
     optimizer.zero_grad()
     loss = ranks.all_reduce_sum(total)
     step += 1
