@@ -149,10 +149,10 @@ while True:
     # next: a rank that stopped alone would leave the others waiting for its gradients.
     stop, save_due = run.should_stop(), run.should_save()
     # Save before measuring, so that an evaluation that dies costs no model; but not while the loss
-    # explodes, since the checkpoint of better days would go. Unless it has to wait, a thread writes
-    # while the training goes on.
+    # explodes or is no number, since the checkpoint of better days would go. Unless it has to wait,
+    # a thread writes while the training goes on.
     wanted = stop or save_due or (measure and step > 0)
-    if last or (wanted and not loss_guard.exploding()):
+    if last or (wanted and not loss_guard.in_trouble()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(config), "tokenizer": tokenizer.fingerprint,
             "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "loss": loss})
@@ -194,7 +194,7 @@ while True:
 
     # One bad step is left out; many in a row, or a loss that explodes, end the run before it has
     # computed for hours in vain.
-    loss_guard.check_or_exit(loss, norm)
+    loss_guard.check_or_exit(step, loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)
 

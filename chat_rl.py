@@ -181,8 +181,9 @@ while True:
 
     # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()
-    # Save before measuring, which may die.
-    if last or stop or save_due or (measure and step > 0):
+    # Save before measuring, which may die; not while the loss is in trouble: a good one would go.
+    wanted = stop or save_due or (measure and step > 0)
+    if last or (wanted and not loss_guard.in_trouble()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(model.config), "tokenizer": tokenizer.fingerprint})
     if stop:
@@ -235,7 +236,7 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    loss_guard.check_finite_or_exit(loss, norm)
+    loss_guard.check_finite_or_exit(step, loss, norm)
     flat = 0 if with_gradient else flat + 1
     if flat and flat % FLAT == 0:
         common.print0(f"the reward has had no variance for {flat} steps (mean {reward:.3f}): there "

@@ -126,9 +126,9 @@ while True:
 
     # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()
-    # Save before measuring, which may die; not while the loss explodes, or the good one would go.
+    # Save before measuring, which may die; not while the loss is in trouble: a good one would go.
     wanted = stop or save_due or (measure and step > 0)
-    if last or (wanted and not loss_guard.exploding()):
+    if last or (wanted and not loss_guard.in_trouble()):
         run.save(step, model, optimizer, wait=bool(stop or measure), meta={
             "model": vars(model.config), "tokenizer": tokenizer.fingerprint,
             "batch_tokens": batch_tokens, "tokens": step * batch_tokens, "loss": loss})
@@ -164,7 +164,7 @@ while True:
     loss = ranks.all_reduce_sum(total)
     step += 1
 
-    loss_guard.check_or_exit(loss, norm)
+    loss_guard.check_or_exit(step, loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale)
 

@@ -101,14 +101,15 @@ class LossGuard:
     level: float = math.inf                    # the mean of the loss over about 50 steps
     steps_above: int = 0                       # in a row, far above the level
 
-    def exploding(self):
+    def in_trouble(self):
         """Whether nothing should be saved now: the checkpoint of better days would go."""
-        return self.steps_above > 0
+        return self.skipped > 0 or self.steps_above > 0
 
-    def check_or_exit(self, loss, norm):
-        """After each step, with its loss and the norm of its gradient. Failure (code 1) after
-        max_skipped steps in a row without a finite gradient, or EXPLODED far above the level."""
-        if not self.check_finite_or_exit(loss, norm):
+    def check_or_exit(self, step, loss, norm):
+        """Looks at the loss after `step` steps and at the norm of its gradient. Failure (code 1)
+        after max_skipped steps in a row without a finite gradient, where the last step of all has
+        none, or after EXPLODED steps in a row far above the level."""
+        if not self.check_finite_or_exit(step, loss, norm):
             return
         if len(self.first) < 20:  # their median, since one batch may be much easier than others
             self.first.append(loss)
@@ -125,17 +126,18 @@ class LossGuard:
         if self.steps_above >= EXPLODED:
             self.give_up(f"the loss has exploded: for {EXPLODED} steps in a row {above}")
 
-    def check_finite_or_exit(self, loss, norm):
+    def check_finite_or_exit(self, step, loss, norm):
         """-> whether both are finite; if not the optimizer has left the step out. Failure (code 1)
-        after max_skipped such steps in a row."""
+        after max_skipped such steps in a row, or where the last step of all is one: a model that
+        gives no number is not finished."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             return True
         self.skipped += 1
         common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped "
                       f"({self.skipped} in a row)")
-        if self.skipped > self.max_skipped:
-            self.give_up(f"{self.skipped} steps in a row had no finite gradient")
+        if self.skipped > self.max_skipped or step == self.run.clock.num_steps:
+            self.give_up(f"the last steps had no finite gradient ({self.skipped} in a row)")
         return False
 
     def give_up(self, why):

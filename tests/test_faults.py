@@ -153,11 +153,17 @@ def test_too_many_such_steps_end_the_phase_and_name_the_last_good_checkpoint(pre
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60", "--max_skipped=3"],
                  "loss * math.nan if call >= 6 else loss", "import math")
     assert out.returncode == 1 and f"in {folder}" in out.stderr, out.stderr
-    assert "4 steps in a row had no finite gradient" in out.stderr
-    step = checkpoint.newest(folder)
-    assert f"that of step {step} " in out.stderr and step >= 4
-    model, state, _ = checkpoint.load(folder, step)
-    assert finite(model) and next(iter(state.values()))["step"] <= 5
+    assert "the last steps had no finite gradient (4 in a row)" in out.stderr
+    assert "that of step 5 " in out.stderr, "the weights may be what is wrong: nothing is saved"
+    assert checkpoint.newest(folder) == 5
+    model, state, _ = checkpoint.load(folder, 5)
+    assert finite(model) and next(iter(state.values()))["step"] == 5
+
+def test_a_model_that_gives_no_number_in_the_end_is_not_done(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=6"],
+                 "loss * math.nan if call >= 6 else loss", "import math")
+    assert out.returncode == 1 and "no finite gradient (1 in a row)" in out.stderr
+    assert load_record(folder)["status"] == "failed" and checkpoint.newest(folder) == 5
 
 def test_a_loss_that_explodes_ends_the_phase_and_spares_the_good_checkpoint(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60"],
@@ -177,8 +183,8 @@ def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
 
 def test_an_easy_first_batch_sets_no_level(capsys):
     guard = training.LossGuard(alone(), max_skipped=10)
-    for loss in [0.01, *[3.0] * 60]:
-        guard.check_or_exit(loss, 1.0)
-        assert not guard.exploding()
-    guard.check_or_exit(9.0, 1.0)
-    assert guard.exploding() and "above its level of 3" in capsys.readouterr().out
+    for step, loss in enumerate([0.01, *[3.0] * 60]):
+        guard.check_or_exit(step, loss, 1.0)
+        assert not guard.in_trouble()
+    guard.check_or_exit(61, 9.0, 1.0)
+    assert guard.in_trouble() and "above its level of 3" in capsys.readouterr().out
