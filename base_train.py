@@ -143,7 +143,7 @@ loss = None
 
 while True:
     last = step == num_steps
-    measure = training.eval_due(run, step, eval_every)
+    measure = training.is_due(run, step, eval_every)
 
     # Here, between two steps, all ranks hold the same weights, and here they agree on what comes
     # next: a rank that stopped alone would leave the others waiting for its gradients.
@@ -166,7 +166,7 @@ while True:
             continue  # asked to stop in the middle: the lines above save and stop
         run.log(kind="val", step=step, val_bpb=val_bpb)
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
-    if last or (sample_every and step and step % sample_every == 0):
+    if step > 0 and training.is_due(run, step, sample_every):
         prompts = ["The", "Once upon a time", "The capital of France is"]
         training.print_samples(run, model, tokenizer, prompts)
     if last:

@@ -177,7 +177,7 @@ flat = 0  # steps in a row without any variance of the reward
 
 while True:
     last = step == num_steps
-    measure = training.eval_due(run, step, eval_every)
+    measure = training.is_due(run, step, eval_every)
 
     # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()

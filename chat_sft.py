@@ -122,7 +122,7 @@ loss = None
 
 while True:
     last = step == num_steps
-    measure = training.eval_due(run, step, eval_every)
+    measure = training.is_due(run, step, eval_every)
 
     # All ranks agree here, between two steps: one that stopped alone would leave others waiting.
     stop, save_due = run.should_stop(), run.should_save()

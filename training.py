@@ -149,10 +149,12 @@ class LossGuard:
 # -------------------------------------------------------------------------------------------------
 # measuring
 
-def eval_due(run, step, eval_every):
-    """Every eval_every steps (0: only at the end), and once where the run only tries itself out."""
-    return step == run.clock.num_steps or (step == 0 and run.try_out) or \
-        (eval_every > 0 and step % eval_every == 0)
+def is_due(run, step, every):
+    """Every so many steps (0: never) and after the last one; also once, before the first, where the
+    run only tries itself out."""
+    if step == run.clock.num_steps or (run.try_out and step == 0):
+        return True
+    return every > 0 and step % every == 0
 
 @torch.inference_mode()
 def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
