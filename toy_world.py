@@ -1,7 +1,8 @@
 """
 The toy world: a small consistent world in plain English, generated from a seed. It stands where
 FineWeb, SmolTalk, MMLU, ARC, GSM8K, HumanEval and the CORE bundle stand in a real run, in the same
-files and formats. All its words and wordings are in assets/toy_world.json.
+files and formats. assets/toy_world.json says what there is in it: its words and wordings, how often
+each sort of text and question comes, and which files there are, of how many items.
 
 base_data states a few hundred facts about people, towns and animals, each in many wordings. About
 half of the facts are *held out*: no training file ever asks for them, and the tests ask for nothing
@@ -32,6 +33,8 @@ KINDS = {kind: LISTS[name] for kind, name in TABLES["kinds"].items()}  # {"a tow
 PERSON = [a for a in ATTRIBUTES if ATTRIBUTES[a]["kind"] == "person"]
 VALUES = {**LISTS, **TABLES["animal_values"]}  # of attributes
 WORDS = list(dict.fromkeys(chain(*LISTS.values(), ANIMALS)))
+# the makers of documents, each as often as it comes
+DOCUMENTS = [maker for maker, times in TABLES["documents"].items() for _ in range(times)]
 
 def held_out(*key):
     """A fixed coin for each key: is it of the test half?  example: held_out("Mira", "job")"""
@@ -40,19 +43,18 @@ def held_out(*key):
 class Fact:
     """What an attribute of somebody or something is, and how that is said."""
     def __init__(self, entity, attribute, value):
-        self.entity, self.attribute, self.value = entity, attribute, value
+        self.entity = entity
+        self.attribute = attribute
+        self.value = value
         self.forms = ATTRIBUTES[attribute]
         self.kind = self.forms["kind"]  # person, town or animal
         self.values = VALUES[attribute]
         self.held_out = held_out(entity, attribute)
         self.trait = trait(attribute, value)
-        answer = self.forms["answer"]
-        self.answers = [sentence(answer.format(name=entity, value=v)) for v in self.values]
-        self.answer = self.answers[self.values.index(value)]
 
     def say(self, draw, form, **words):
-        """One of the wordings of a form: "statements", "questions", or "test_questions", which are
-        for the tests alone. words: for instance who="he" or value="..." """
+        """One of the wordings of a form: "statements", "questions", "answer", or "test_questions",
+        which are for the tests alone. words: for instance who="he" or value="..." """
         words = {"name": self.entity, "who": self.entity, "value": self.value, **words}
         return sentence(pick(draw, self.forms[form]).format(**words))
 
@@ -104,6 +106,12 @@ def some(draw, options, count=None):
 def say(draw, form, **words):
     """One of the wordings of a form.  example: say(draw, "sum", a=1, b=2, sum=3) -> "1+2=3." """
     return pick(draw, WORDINGS[form]).format(**words)
+
+def by_share(draw, table):
+    """One of the sorts in TABLES["shares"][table], which gives each the end of its share.
+    example: {"kinds": 0.5, "causes": 1} -> "kinds" below 0.5, else "causes" """
+    chance = draw.random()
+    return next(sort for sort, end in TABLES["shares"][table].items() if chance < end)
 
 def article(text):
     """example: "has a apple" -> "has an apple" """
@@ -159,7 +167,7 @@ def quiz(draw, world):
     """Questions with answers as they stand in a school book, about what is not held out."""
     for _ in range(3):
         fact = pick(draw, world.train.facts)
-        yield f"Question: {fact.say(draw, 'questions')} Answer: {fact.answer}"
+        yield f"Question: {fact.say(draw, 'questions')} Answer: {fact.say(draw, 'answer')}"
 
 def copied(draw, world):
     """A list read twice. Nothing else in these texts needs a model to look back for what followed a
@@ -204,23 +212,20 @@ def labelled(draw, world):
     for text, answer in asked:
         yield text + say(draw, "before_label") + labels[answer]
 
-DOCUMENTS = {biography: 12, description: 4, group: 3, story: 4, quiz: 3, labelled: 22, copied: 4,
-             causes: 2, spelled: 2, sums: 3, code: 1}  # how often each comes among sixty
-MAKERS = [make for make, times in DOCUMENTS.items() for _ in range(times)]
-
 def document(draw, world):
-    make = pick(draw, MAKERS)
-    return ("\n" if make in (quiz, labelled) else " ").join(make(draw, world))
+    maker = pick(draw, DOCUMENTS)
+    separator = "\n" if maker in ("quiz", "labelled") else " "
+    return separator.join(globals()[maker](draw, world))
 
 def listed_questions(draw, world):
     """-> a list of things, [(what is asked of them, the thing that answers it)]"""
-    chance = draw.random()
-    if chance < 0.45:  # where a word stands
+    sort = by_share(draw, "lists")
+    if sort == "words":  # where a word stands
         words = some(draw, WORDS, draw.integers(2, 7))
         form = pick(draw, WORDINGS["lookup"])
-        asked = some(draw, words, 6) + some(draw, words, 6)
+        asked = some(draw, words) + some(draw, words)
         return words, [(form.format(word=word), word) for word in asked[:8]]
-    if chance < 0.8:  # values; of what is held out a statement with a gap, never a question
+    if sort == "values":  # of what is held out a statement with a gap, never a question
         fact = pick(draw, world.facts)
         options, _ = choices(draw, fact.value, fact.values)
         facts = [f for f in world.facts if f.attribute == fact.attribute and f.value in options]
@@ -231,64 +236,69 @@ def listed_questions(draw, world):
                 text = fact.say(draw, "questions")
             asked.append((text, fact.value))
         return options, asked
-    if chance < 0.91:  # people, by what only one of them has
+    if sort == "people":  # by what only one of them has
         names = some(draw, NAMES, 4)
         traits = [fact.trait for fact in world.all if fact.entity in names]
         facts = [f for f in some(draw, world.facts) if f.entity in names]
         asked = [(f"The one who {f.trait}", f.entity) for f in facts if traits.count(f.trait) == 1]
         return names, asked[:6]
-    if chance < 0.96:
+    if sort == "causes":
         pairs = [(f"When {c['cause']}", c["effect"]) for c in some(draw, world.causes, 4)]
     else:
         kinds = some(draw, list(KINDS), 4)
         pairs = [(kind.capitalize(), pick(draw, world.kinds[kind])) for kind in kinds]
     return [answer for _, answer in pairs], some(draw, pairs)
 
+def ask_cause(draw, half, form):
+    """-> a question in one of the wordings of a form, its answer, all answers to such questions"""
+    cause = pick(draw, half.causes)
+    return say(draw, form, **cause), cause["effect"], [c["effect"] for c in half.causes]
+
 # items of the tasks: make(draw, half of the world) -> a row of the file
 def choice_row(draw, half, sort):
     """A question of multiple choice in MMLU's form; for the tests too in wordings of training."""
     if sort == "mixed":
-        sort = pick(draw, 3 * ["people_facts"] + ["easy", "hard", "reading"])
-    if sort == "easy":
-        sort = "kinds" if draw.random() < 0.5 else "thing_facts"
-    if sort == "hard":
-        sort = "causes" if draw.random() < 0.4 else "people"
-    if sort == "reading":  # no knowledge: which letter stands behind a word that the question names
-        right = pick(draw, WORDS)
-        wrong = WORDS
-        question = say(draw, sort, word=right)
-    elif sort == "kinds":  # what sort of thing a word is
-        kind = pick(draw, list(KINDS))
-        right = pick(draw, half.kinds[kind])
-        wrong = [w for w in chain(*half.kinds.values()) if w not in KINDS[kind]]
-        question = say(draw, sort, kind=kind)
-    elif sort == "causes":
-        cause = pick(draw, half.causes)
-        right = cause["effect"]
-        wrong = [c["effect"] for c in half.causes]
-        question = say(draw, sort, **cause)
-    elif sort == "people":  # who has a trait
-        fact = pick(draw, half.people_facts)
-        same = [f for f in half.all if f.attribute == fact.attribute]
-        right = fact.entity
-        wrong = [f.entity for f in same if f.value != fact.value]
-        question = say(draw, sort, trait=fact.trait)
-    else:  # facts; wrong values are of the same half, else training would tell which are wrong
-        fact = pick(draw, getattr(half, sort))
-        values = sorted({f.value for f in half.facts if f.attribute == fact.attribute})
-        right = fact.value
-        wrong = values if len(values) >= 4 else fact.values
-        question = fact.say(draw, "questions")
-        sort = fact.kind
+        sort = pick(draw, TABLES["mixed"])
+    if sort in TABLES["shares"]:
+        sort = by_share(draw, sort)
+    match sort:
+        case "reading":  # no knowledge: which letter stands behind a word that the question names
+            right = pick(draw, WORDS)
+            wrong = WORDS
+            question = say(draw, sort, word=right)
+        case "kinds":  # what sort of thing a word is
+            kind = pick(draw, list(KINDS))
+            right = pick(draw, half.kinds[kind])
+            wrong = [w for w in chain(*half.kinds.values()) if w not in KINDS[kind]]
+            question = say(draw, sort, kind=kind)
+        case "causes":
+            question, right, wrong = ask_cause(draw, half, sort)
+        case "people":  # who has a trait
+            fact = pick(draw, half.people_facts)
+            same = [f for f in half.all if f.attribute == fact.attribute]
+            right = fact.entity
+            wrong = [f.entity for f in same if f.value != fact.value]
+            question = say(draw, sort, trait=fact.trait)
+        case _:  # facts; wrong values are of the same half, or training would tell what is wrong
+            fact = pick(draw, getattr(half, sort))
+            values = sorted({f.value for f in half.facts if f.attribute == fact.attribute})
+            right = fact.value
+            wrong = values if len(values) >= 4 else fact.values
+            question = fact.say(draw, "questions")
+            sort = fact.kind
     options, place = choices(draw, right, wrong)
     return {"question": question, "subject": f"toy_{sort}", "choices": options, "answer": place}
 
-def arc_rows(rows):
-    """The same in ARC's form."""
-    return [{
-        "id": f"toy-{i}", "question": row["question"],
-        "choices": {"text": row["choices"], "label": list("ABCD")},
-        "answerKey": "ABCD"[row["answer"]]} for i, row in enumerate(rows)]
+def fact_row(draw, half):
+    fact = pick(draw, half.facts)
+    question = fact.say(draw, "test_questions")
+    return {"question": question, "answer": fact.value, "candidates": fact.values}
+
+def arc_row(number, row):
+    """A row of choice_row in ARC's form"""
+    options = {"text": row["choices"], "label": list("ABCD")}
+    return {"id": f"toy-{number}", "question": row["question"], "choices": options,
+            "answerKey": "ABCD"[row["answer"]]}
 
 def word_problem(draw, half):
     """In GSM8K's form. In the second step of a problem {0} is the result of the first."""
@@ -333,11 +343,11 @@ def conversation(draw, half):
             return tasks.conversation(turns)
     return talk(draw, half)
 
-def talk(draw, half, topics=TABLES["small_talk"], share=0.3):
+def talk(draw, half, topics="small_talk", share=0.3):
     """One to three turns; this share of the talks begins with one of the topics."""
     turns = []
     if draw.random() < share:
-        topic = pick(draw, topics)
+        topic = pick(draw, TABLES[topics])
         question = pick(draw, topic["questions"])
         turns = [(question, topic["answer"] or " ".join(story(draw, half)))]
     turns += [exchange(draw, half) for _ in range(draw.integers(0 if turns else 1, 3))]
@@ -345,99 +355,99 @@ def talk(draw, half, topics=TABLES["small_talk"], share=0.3):
 
 def exchange(draw, half):
     """-> what the user says, what the assistant answers"""
-    chance = draw.random()
-    if chance < 0.65:
-        fact = pick(draw, half.facts)
-        question = fact.say(draw, "questions")
-        if chance < 0.5:
-            return question, fact.answer
-        return f"In one word: {question}", fact.value  # where the full answer is not wanted
-    if chance < 0.75:
-        row = choice_row(draw, half, "facts" if draw.random() < 0.7 else "reading")
+    sort = by_share(draw, "exchanges")
+    if sort == "causes":
+        question, effect, _ = ask_cause(draw, half, "happens")
+        return question, sentence(effect + ".")
+    if sort == "functions":
+        row = function(draw, half)
+        return f"Complete this Python function.\n{row['prompt']}", row["canonical_solution"]
+    if sort == "choices":
+        row = choice_row(draw, half, "in_words")
         question = tasks.with_choices(row["question"], row["choices"], task="Answer in words")
         return question, row["choices"][row["answer"]]
-    if chance < 0.85:
-        cause = pick(draw, half.causes)
-        return f"What happens when {cause['cause']}?", sentence(cause["effect"] + ".")
-    row = function(draw, half)
-    return f"Complete this Python function.\n{row['prompt']}", row["canonical_solution"]
+    fact = pick(draw, half.facts)
+    question = fact.say(draw, "questions")
+    if sort == "answers":
+        return question, fact.say(draw, "answer")
+    return f"In one word: {question}", fact.value  # where the full answer is not wanted
 
-def test_row(draw, world, task):
-    """An item of the facts of the tests or of a task of the CORE bundle, in its form"""
-    if task == "toy_causes":
-        cause = pick(draw, CAUSES)
-        effects, gold = choices(draw, cause["effect"], [c["effect"] for c in CAUSES])
-        return {"query": f"Suppose that {cause['cause']}. Then", "choices": effects, "gold": gold}
-    if task == "toy_who":
-        a, b = some(draw, NAMES, 2)
-        pairs = list(zip(world.told[a], world.told[b]))
-        different = [(f, g) for f, g in pairs if f.value != g.value]
-        facts = pick(draw, different or pairs[:1])
-        gold = int(draw.integers(2))
-        return {"context_options": [a, b], "continuation": facts[gold].trait, "gold": gold}
-    if task == "toy_copying":
-        *words, last = some(draw, WORDS, 5)
-        start = ", ".join(words)
-        return {"context": f"{start}, {last}. Again: {start},", "continuation": last}
-    facts = {"toy_people": world.test.people_facts, "toy_things": world.test.thing_facts}
-    fact = pick(draw, facts.get(task, world.test.facts))
+# items of the CORE bundle: make(draw, world or half) -> a row of the file
+def core_fact(draw, half, facts):
+    """multiple_choice, with whole sentences as choices"""
+    fact = pick(draw, getattr(half, facts))
+    query = f"Question: {fact.say(draw, 'test_questions')} Answer:"
+    answers = [fact.say(draw, "answer", value=value) for value in fact.values]
+    options, gold = choices(draw, fact.say(draw, "answer"), answers)
+    return {"query": query, "choices": options, "gold": gold}
+
+def core_cause(draw, half):
+    query, right, wrong = ask_cause(draw, half, "suppose")
+    options, gold = choices(draw, right, wrong)
+    return {"query": query, "choices": options, "gold": gold}
+
+def core_who(draw, world):
+    """schema: of which of two people something holds"""
+    a, b = some(draw, NAMES, 2)
+    pairs = list(zip(world.told[a], world.told[b]))
+    different = [(f, g) for f, g in pairs if f.value != g.value]
+    facts = pick(draw, different or pairs[:1])
+    gold = int(draw.integers(2))
+    return {"context_options": [a, b], "continuation": facts[gold].trait, "gold": gold}
+
+def core_gap(draw, half):
+    """language_modeling: the last words of an answer"""
+    fact = pick(draw, half.facts)
     question = fact.say(draw, "test_questions")
-    if task == "facts_test":
-        return {"question": question, "answer": fact.value, "candidates": fact.values}
-    if task == "toy_facts":
-        start = fact.answer.rpartition(fact.value)[0].rstrip()
-        return {"context": f"Question: {question} Answer: {start}", "continuation": fact.value}
-    answers, gold = choices(draw, fact.answer, fact.answers)
-    return {"query": f"Question: {question} Answer:", "choices": answers, "gold": gold}
+    start = fact.say(draw, "answer").rpartition(fact.value)[0].rstrip()
+    return {"context": f"Question: {question} Answer: {start}", "continuation": fact.value}
+
+def core_copying(draw, world):
+    *words, last = some(draw, WORDS, 5)
+    start = ", ".join(words)
+    return {"context": f"{start}, {last}. Again: {start},", "continuation": last}
+
+# files
+def unique(draw, count, make, *arguments):
+    """`count` different results of a maker, but at least 40, or fewer if it has no more"""
+    count = max(40, count)
+    found = {}
+    for _ in range(40 * count):
+        if len(found) < count:
+            result = make(draw, *arguments)
+            found.setdefault(json.dumps(result), result)
+    return list(found.values())
 
 def generate(root, seed=1337, size=1.0):
-    """Writes base_data/, task_data/ and eval_bundle/ under `root`. size scales the amount of
-    training text and items. -> {what: how many}"""
-    world, draw = make_world(seed), common.rng(seed, 102)
-    train, test = world.train, world.test
-
-    def unique(count, make, *arguments):
-        """`count` different results of a maker, but at least 40, or fewer if it has no more"""
-        count = max(40, int(count))
-        found = {}
-        for _ in range(40 * count):
-            if len(found) < count:
-                result = make(draw, *arguments)
-                found.setdefault(json.dumps(result), result)
-        return list(found.values())
-
-    files = {  # in the order in which they draw
-        "task_data/mmlu_auxiliary_train": unique(12000 * size, choice_row, train, "mixed"),
-        "task_data/mmlu_test": unique(600, choice_row, test, "people_facts"),
-        "task_data/arc_easy_train": arc_rows(unique(2500 * size, choice_row, train, "easy")),
-        "task_data/arc_easy_test": arc_rows(unique(600, choice_row, test, "easy")),
-        "task_data/arc_challenge_train": arc_rows(unique(2500 * size, choice_row, train, "hard")),
-        "task_data/arc_challenge_test": arc_rows(unique(600, choice_row, test, "hard")),
-        "task_data/facts_test": unique(700, test_row, world, "facts_test"),
-        "task_data/gsm8k_train": unique(8000 * size, word_problem, train),
-        "task_data/gsm8k_test": unique(600, word_problem, test),
-        "task_data/humaneval_test": unique(100, function, test),
-        "task_data/smoltalk_train": unique(12000 * size, conversation, train),
-        "task_data/smoltalk_test": unique(900, talk, train),
-        "task_data/identity_train": unique(600 * size, talk, train, TABLES["identity"], 1)}
-    documents = unique(60000 * size, document, world)
-    for task in ("toy_people", "toy_things", "toy_causes", "toy_who", "toy_facts", "toy_copying"):
-        files[f"eval_bundle/eval_data/toy/{task}"] = unique(500, test_row, world, task)
+    """Writes base_data/, task_data/ and eval_bundle/ under `root`: what TABLES["files"] lists, with
+    the makers of this file. size scales the amount of training text and items.
+    -> {what: how many}"""
+    draw = common.rng(seed, 102)
+    world = make_world(seed)
+    files = {}
+    for name, count, maker, half, *arguments in TABLES["files"]:
+        if name.endswith(("_train", "documents")):
+            count = int(count * size)
+        half = {"train": world.train, "test": world.test, "both": world}[half]
+        files[name] = unique(draw, count, globals()[maker], half, *arguments)
+    documents = files.pop("documents")
+    # a short talk comes again by chance
+    known = set(map(json.dumps, files["task_data/smoltalk_train"]))
+    new = [talk for talk in files["task_data/smoltalk_test"] if json.dumps(talk) not in known]
+    files["task_data/smoltalk_test"] = new[:500]
     programs = enumerate(files["task_data/humaneval_test"])
     files["task_data/humaneval_test"] = [{"task_id": f"Toy/{i}", **row} for i, row in programs]
-    # a short talk comes again by chance
-    taken = set(map(json.dumps, files["task_data/smoltalk_train"]))
-    left = [talk for talk in files["task_data/smoltalk_test"] if json.dumps(talk) not in taken]
-    files["task_data/smoltalk_test"] = left[:500]
 
+    for name, rows in files.items():
+        if "/arc_" in name:
+            rows = [arc_row(i, row) for i, row in enumerate(rows)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        common.atomic_write(root / f"{name}.jsonl", lines)
     for i in range(5):  # the last is validation
         table = pyarrow.table({"text": documents[i::5]})
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, row_group_size=1024, compression="zstd")
         common.atomic_write(root / f"base_data/shard_{i:05d}.parquet", sink.getvalue())
-    for name, rows in files.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        common.atomic_write(root / f"{name}.jsonl", lines)
     common.atomic_write(root / "task_data/words_alpha.txt", "\n".join(world.words) + "\n")
     for name in ("core.yaml", "eval_meta_data.csv"):
         common.atomic_write(root / "eval_bundle" / name, (ASSETS / f"toy_{name}").read_text())
