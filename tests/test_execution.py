@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import execution
 from execution import SANDBOX, calculate, run_python, sandbox_available
 
 REPO = Path(SANDBOX).parent
@@ -441,15 +442,38 @@ def test_the_home_folder_the_environment_and_the_network_are_out_of_reach(tmp_pa
         server.accept()
     assert not run_python(f"import os\nos.kill({os.getpid()}, {int(signal.SIGTERM)})")[0]
 
-@needs_sandbox
-def test_nothing_is_left_behind():
-    before = set(os.listdir("/tmp"))
-    run_python("open('x', 'w').write('y')\nimport os, time\n"
-               "if os.fork() == 0:\n    os.setsid()\n    time.sleep(77.5)\n")
-    new = set(os.listdir("/tmp")) - before
-    assert not [name for name in new if name.startswith("sandbox-")]
-    commands = []
+def running(word):
+    """Whether a process has this word in its command line"""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has just ended
-            commands.append(path.read_bytes())
-    assert not any(SANDBOX.encode() in command for command in commands)
+            if word in path.read_text():
+                return True
+    return False
+
+@needs_sandbox
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_python("open('x', 'w').write('y')\nimport os, time\n"
+                      "if os.fork() == 0:\n    os.setsid()\n    time.sleep(77.5)\n")[0]
+    assert not list(tmp_path.iterdir())
+    assert not running(SANDBOX)
+
+DAEMON = """
+import os
+here, there = os.pipe()  # exec closes it
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv('/bin/sleep', ['sleep', '98765.4321'])
+    os._exit(0)
+os.close(there)
+os.read(here, 1)  # until sleep runs
+"""
+
+@pytest.mark.parametrize("namespaces", [False, pytest.param(True, marks=needs_sandbox)])
+def test_a_daemon_of_the_program_does_not_outlive_it(monkeypatch, namespaces):
+    if not namespaces:
+        monkeypatch.setattr(execution, "sandbox_available", lambda: (False, "refused"))
+        assert run_python(DAEMON) == (False, "not run: no sandbox here (refused)")
+    assert run_python(DAEMON, unsafe=True) == (True, "passed")
+    assert not running("98765.4321")
