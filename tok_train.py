@@ -30,6 +30,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 import numpy as np
@@ -111,17 +112,18 @@ def count_words(texts):
 def chunks(texts, max_chars, doc_cap):
     """Texts cut to doc_cap characters, in lists of about CHUNK_CHARS characters, max_chars (and a
     document) in all."""
-    chunk, size, total = [], 0, 0
+    chunk, size = [], 0
     for text in texts:
-        text = tok.without_surrogates(text[:doc_cap])
+        # a pair of surrogates becomes its character, a lone one U+FFFD, as tiktoken has it
+        text = text[:doc_cap].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         chunk.append(text)
         size += len(text)
-        total += len(text)
+        max_chars -= len(text)
+        if max_chars <= 0:
+            break
         if size >= CHUNK_CHARS:
             yield chunk
             chunk, size = [], 0
-        if total >= max_chars:
-            break
     yield chunk
 
 def quiet_worker():
@@ -243,7 +245,12 @@ def train_bpe(words, n_tokens, going=lambda done: True):
 
 # -------------------------------------------------------------------------------------------------
 
+def exit_if_stopped():
+    if stop := run.stop_reason():
+        run.exit_interrupted(f"{stop}; nothing of the tokenizer is kept, it is trained in one go")
+
 def main():
+    """Ends the process."""
     smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, (1 << BITS) - 1
     common.check(smallest <= vocab_size <= largest,
                  f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
@@ -262,23 +269,27 @@ def main():
     common.check(record or start_over or not there,
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
                  "it (--start_over=True puts it aside and trains a new one)")
-    sizes = repr([(path.name, path.stat().st_size) for path in files])
-    inputs = {"data": hashlib.sha256(sizes.encode()).hexdigest()[:16]}
+    sizes = [(path.name, path.stat().st_size) for path in files]
+    inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
     run.open_or_exit(directory, settings, inputs, lambda: tok.damage(directory))
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
 
-    total = min(max_chars, sum(path.stat().st_size for path in files))
     # no more workers than chunks; text may be packed to a quarter
-    at_once = min(workers or common.cores(), math.ceil(4 * total / CHUNK_CHARS))
-    words, chars = count_all(user_texts.iter_texts(data, names=begun_with), max_chars, doc_cap,
-                             at_once, watch("characters at most", max_chars))
+    most = math.ceil(4 * sum(size for _, size in sizes) / CHUNK_CHARS)
+    texts = user_texts.iter_texts(data, names=begun_with)
+    try:
+        words, chars = count_all(texts, max_chars, doc_cap, min(workers or common.cores(), most),
+                                 watch("characters at most", max_chars))
+    except BrokenProcessPool:
+        exit_if_stopped()  # a signal to the whole group meets workers that cannot ignore it yet
+        common.fail("a process that counts words was killed, probably for want of memory; with a "
+                    "smaller --workers less is needed", code=1)
+    exit_if_stopped()
     common.print0(f"{chars:,} characters, {len(words):,} different words")
     n_tokens = vocab_size - len(tok.SPECIAL_TOKENS)
     ranks = train_bpe(words, n_tokens, watch("tokens", n_tokens))
-    if stop := run.stop_reason():
-        run.exit_interrupted(f"{stop}; a tokenizer is trained in one go, this start has left "
-                             "nothing")
+    exit_if_stopped()
     run.check_lock()
     tokenizer = tok.save_tokenizer(directory, ranks)
     if tokenizer.vocab_size < vocab_size:

@@ -132,10 +132,6 @@ class Tokenizer:
         ids, _ = self.render_conversation({"messages": messages})
         return ids + [self.special("<|assistant_start|>")]
 
-def without_surrogates(text):
-    """The text as tiktoken takes it: a pair of surrogates -> its character, a lone one -> U+FFFD"""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 # what a message of each role may consist of
 KINDS = {"user": ["text"], "assistant": ["text", "python", "python_output"]}
 

@@ -2,6 +2,7 @@
 masks, damaged and hostile files, bad settings, interruption."""
 import gzip
 import json
+import os
 import pickle
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import regex
@@ -336,16 +338,48 @@ def test_more_data_does_not_make_a_finished_tokenizer_another(state, folder):
     out = script(state, *command)
     assert out.returncode == 0 and "done already" in out.stdout, out.stderr
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_interrupted_leaves_no_tokenizer_and_runs_again(state, tmp_path, number, code):
-    big = tmp_path / "big"
-    big.mkdir()
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A data set that takes seconds."""
+    big = tmp_path_factory.mktemp("big")
     rng = random.Random(6)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 12)))
                   for _ in range(100_000)]
     for name in ("a.jsonl", "b.jsonl"):
         texts = [" ".join(rng.choices(vocabulary, k=1000)) for _ in range(1200)]
         (big / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return big
+
+def children(pid):
+    """Process ids of the processes that this one has started"""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+def start_counting(state, big):
+    """-> tok_train.py, and its group of processes, when the first worker has just been started"""
+    command = [sys.executable, "tok_train.py", f"--data={big}", "--vocab_size=60000", "--workers=2"]
+    process = subprocess.Popen(command, cwd=REPO, env=environment(state), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    while len(children(process.pid)) < 2:  # Python's resource tracker is one of them
+        assert process.poll() is None, "it finished before the signal"
+    return process
+
+def test_a_signal_to_the_whole_group_meets_workers_that_have_just_started(state, big):
+    process = start_counting(state, big)
+    os.killpg(process.pid, signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "run the same command again" in out, out
+
+def test_a_worker_that_is_killed_is_named(state, big):
+    process = start_counting(state, big)
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "smaller --workers" in out, out
+    assert "BrokenProcessPool" not in out
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_interrupted_leaves_no_tokenizer_and_runs_again(state, big, number, code):
     command = [sys.executable, "tok_train.py", f"--data={big}", "--vocab_size=60000"]
     process = subprocess.Popen(command, cwd=REPO, env=environment(state), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
