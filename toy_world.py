@@ -289,17 +289,6 @@ def choice_row(draw, half, sort):
     options, place = choices(draw, right, wrong)
     return {"question": question, "subject": f"toy_{sort}", "choices": options, "answer": place}
 
-def fact_row(draw, half):
-    fact = pick(draw, half.facts)
-    question = fact.say(draw, "test_questions")
-    return {"question": question, "answer": fact.value, "candidates": fact.values}
-
-def arc_row(number, row):
-    """A row of choice_row in ARC's form"""
-    options = {"text": row["choices"], "label": list("ABCD")}
-    return {"id": f"toy-{number}", "question": row["question"], "choices": options,
-            "answerKey": "ABCD"[row["answer"]]}
-
 def word_problem(draw, half):
     """In GSM8K's form. In the second step of a problem {0} is the result of the first."""
     problem = pick(draw, TABLES["problems"])
@@ -372,22 +361,29 @@ def exchange(draw, half):
         return question, fact.say(draw, "answer")
     return f"In one word: {question}", fact.value  # where the full answer is not wanted
 
-# items of the CORE bundle: make(draw, world or half) -> a row of the file
-def core_fact(draw, half, facts):
-    """multiple_choice, with whole sentences as choices"""
+# items of the tests alone, most of them for CORE: make(draw, world or half) -> a row of the file
+def fact_row(draw, half, form, facts="facts"):
+    """form: "generative", or CORE's "language_modeling" or "multiple_choice", of whole sentences"""
     fact = pick(draw, getattr(half, facts))
-    query = f"Question: {fact.say(draw, 'test_questions')} Answer:"
+    question = fact.say(draw, "test_questions")
+    if form == "generative":
+        return {"question": question, "answer": fact.value, "candidates": fact.values}
+    query = f"Question: {question} Answer:"
+    answer = fact.say(draw, "answer")
+    if form == "language_modeling":
+        start = answer.rpartition(fact.value)[0].rstrip()
+        return {"context": f"{query} {start}", "continuation": fact.value}
     answers = [fact.say(draw, "answer", value=value) for value in fact.values]
-    options, gold = choices(draw, fact.say(draw, "answer"), answers)
+    options, gold = choices(draw, answer, answers)
     return {"query": query, "choices": options, "gold": gold}
 
-def core_cause(draw, half):
-    query, right, wrong = ask_cause(draw, half, "suppose")
+def cause_row(draw, world):
+    query, right, wrong = ask_cause(draw, world, "suppose")
     options, gold = choices(draw, right, wrong)
     return {"query": query, "choices": options, "gold": gold}
 
-def core_who(draw, world):
-    """schema: of which of two people something holds"""
+def who_row(draw, world):
+    """Of which of two people something holds"""
     a, b = some(draw, NAMES, 2)
     pairs = list(zip(world.told[a], world.told[b]))
     different = [(f, g) for f, g in pairs if f.value != g.value]
@@ -395,14 +391,7 @@ def core_who(draw, world):
     gold = int(draw.integers(2))
     return {"context_options": [a, b], "continuation": facts[gold].trait, "gold": gold}
 
-def core_gap(draw, half):
-    """language_modeling: the last words of an answer"""
-    fact = pick(draw, half.facts)
-    question = fact.say(draw, "test_questions")
-    start = fact.say(draw, "answer").rpartition(fact.value)[0].rstrip()
-    return {"context": f"Question: {question} Answer: {start}", "continuation": fact.value}
-
-def core_copying(draw, world):
+def copying_row(draw, world):
     *words, last = some(draw, WORDS, 5)
     start = ", ".join(words)
     return {"context": f"{start}, {last}. Again: {start},", "continuation": last}
@@ -417,6 +406,16 @@ def unique(draw, count, make, *arguments):
             result = make(draw, *arguments)
             found.setdefault(json.dumps(result), result)
     return list(found.values())
+
+def numbered(name, number, row):
+    """The row as it stands in the file of this name"""
+    if "humaneval" in name:
+        return {"task_id": f"Toy/{number}", **row}
+    if "arc" in name:  # so far in MMLU's form
+        options = {"text": row["choices"], "label": list("ABCD")}
+        return {"id": f"toy-{number}", "question": row["question"], "choices": options,
+                "answerKey": "ABCD"[row["answer"]]}
+    return row
 
 def generate(root, seed=1337, size=1.0):
     """Writes base_data/, task_data/ and eval_bundle/ under `root`: what TABLES["files"] lists, with
@@ -435,14 +434,10 @@ def generate(root, seed=1337, size=1.0):
     known = set(map(json.dumps, files["task_data/smoltalk_train"]))
     new = [talk for talk in files["task_data/smoltalk_test"] if json.dumps(talk) not in known]
     files["task_data/smoltalk_test"] = new[:500]
-    programs = enumerate(files["task_data/humaneval_test"])
-    files["task_data/humaneval_test"] = [{"task_id": f"Toy/{i}", **row} for i, row in programs]
 
     for name, rows in files.items():
-        if "/arc_" in name:
-            rows = [arc_row(i, row) for i, row in enumerate(rows)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        common.atomic_write(root / f"{name}.jsonl", lines)
+        lines = [json.dumps(numbered(name, i, row)) + "\n" for i, row in enumerate(rows)]
+        common.atomic_write(root / f"{name}.jsonl", "".join(lines))
     for i in range(5):  # the last is validation
         table = pyarrow.table({"text": documents[i::5]})
         sink = pyarrow.BufferOutputStream()
