@@ -186,23 +186,28 @@ def train_bpe(words, n_tokens, going=lambda done: True):
     n_tokens in all or fewer where nothing is left to merge. Ends early, with what it has, when not
     `going`.
 
-    All words lie in one array of ids, a -1 before each; it is a ring. A merge turns the left id
-    into the new token and the right one into -2; `left` and `right` link what is alive. Each pair
-    has one entry in the heap: (-count, pair, positions). A pair gets its positions when its younger
-    token is made and afterwards only loses some, so its count in the heap is at most out of date
-    upwards: the top entry is counted again, and merged if nothing has changed, else put back.
+    All words lie in one array, a -1 around each: a token's id stands at its first and at its last
+    byte. So `size`, the bytes of each token, leads from a token to the next and to the one before.
+    A merge writes its new id over the pair's first and last byte, and -2 where the second token
+    began. Each pair has one entry in the heap: (-count, pair, positions). A pair gets its positions
+    when its younger token is made and afterwards only loses some, so its count in the heap is at
+    most out of date upwards: the top entry is counted again, and merged if nothing has changed,
+    else put back.
     """
     encoded = [b"\xff" + word.encode() for word in words]  # UTF-8 has no byte 255
-    ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int32)
+    ids = np.frombuffer(b"".join(encoded) + b"\xff", dtype=np.uint8).astype(np.int32)
     ids[ids == 255] = -1
-    positions = np.arange(len(ids), dtype=np.int32)
-    left, right = np.roll(positions, 1), np.roll(positions, -1)
     # how often the word at a position occurs
     weight = np.repeat(list(words.values()), [len(word) for word in encoded])
+    tokens = [bytes([i]) for i in range(256)]
+    size = np.ones(n_tokens + 1, dtype=np.int32)  # size[-1] is that of the -1 around a word
 
     def entries(positions):
         """Heap entries of the pairs that begin at these positions (ascending for each pair)"""
-        pairs = ids[positions].astype(np.int64) << BITS | ids[right[positions]]
+        first = ids[positions].astype(np.int64)
+        pairs = first << BITS | ids[positions + size[first]]
+        positions = positions[pairs >= 0]  # with a -1 it is none
+        pairs = pairs[pairs >= 0]
         order = np.argsort(pairs, kind="stable")
         pairs, starts = np.unique(pairs[order], return_index=True)
         positions = positions[order]
@@ -210,13 +215,12 @@ def train_bpe(words, n_tokens, going=lambda done: True):
         groups = np.split(positions, starts[1:])
         return zip((-counts).tolist(), pairs.tolist(), groups)
 
-    tokens = [bytes([i]) for i in range(256)]
-    heap = list(entries(positions[(ids >= 0) & (ids[right] >= 0)]))
+    heap = list(entries(np.arange(len(ids) - 1)))
     heapq.heapify(heap)
     while heap and len(tokens) < n_tokens:
         negative, pair, at = heapq.heappop(heap)
         a, b = pair >> BITS, pair & (1 << BITS) - 1
-        at = at[(ids[at] == a) & (ids[right[at]] == b)]
+        at = at[(ids[at] == a) & (ids[at + size[a]] == b)]
         count = int(weight[at].sum())
         if count != -negative:
             if count > 0:
@@ -224,20 +228,19 @@ def train_bpe(words, n_tokens, going=lambda done: True):
             continue
         new = len(tokens)
         tokens.append(tokens[a] + tokens[b])
+        size[new] = len(tokens[new])
         if a == b:  # in a run like aaaaa take the 1st, 3rd, ... pair, from the left
-            taken, second = [], -1
+            taken, end = [], 0
             for position in at.tolist():
-                if position != second:
+                if position >= end:
                     taken.append(position)
-                    second = right[position]
-            at = np.array(taken, np.int32)
-        gone = right[at]
-        ids[at], ids[gone] = new, -2
-        right[at] = right[gone]
-        left[right[at]] = at
-        before = left[at]
-        before = before[(ids[before] >= 0) & (ids[before] != new)]  # (new, new): from its left
-        for entry in entries(np.concatenate([before, at[ids[right[at]] >= 0]])):
+                    end = position + size[new]
+            at = np.array(taken)
+        ids[at + size[a]] = -2
+        ids[at] = ids[at + size[new] - 1] = new
+        before = at - size[ids[at - 1]]
+        before = before[ids[before] != new]  # (new, new) begins at one of `at`
+        for entry in entries(np.concatenate([before, at])):
             heapq.heappush(heap, entry)
         if new % 64 == 0 and not going(new):
             break
