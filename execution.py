@@ -134,6 +134,5 @@ def can_become_nobody():
     may have its own alone."""
     if os.geteuid() != 0:
         return False
-    with open("/proc/self/uid_map") as f:
-        counts = f.read().split()[2::3]
+    counts = Path("/proc/self/uid_map").read_text().split()[2::3]
     return sum(map(int, counts)) > 65534

@@ -72,7 +72,7 @@ def watch(what, total):
         nonlocal said
         if time.time() - said > 10:
             said = time.time()
-            left = common.duration((said - began) * (total / done - 1))
+            left = common.duration(max(0, (said - began) * (total / done - 1)))
             common.print0(f"{done:,} of {total:,} {what}, {left} left")
         return run.stop_reason() is None
     return going
@@ -139,9 +139,9 @@ def quiet_worker():
 def count_in_parallel(chunks, workers):
     """map(count_words, chunks) by worker processes: in order, at most workers + 1 waiting in
     memory."""
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     waiting = deque()
-    with ProcessPoolExecutor(workers, context, quiet_worker) as pool:
+    with ProcessPoolExecutor(workers, spawn, quiet_worker) as pool:
         for chunk in chunks:
             waiting.append(pool.submit(count_words, chunk))
             if len(waiting) > workers + 1:
@@ -278,12 +278,12 @@ def main():
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
 
-    # no more workers than chunks; text may be packed to a quarter
-    most = math.ceil(4 * sum(size for _, size in sizes) / CHUNK_CHARS)
+    most_chars = min(max_chars, 4 * sum(size for _, size in sizes))  # of packed text
+    at_once = min(workers or common.cores(), math.ceil(most_chars / CHUNK_CHARS))
     texts = user_texts.iter_texts(data, names=begun_with)
     try:
-        words, chars = count_all(texts, max_chars, doc_cap, min(workers or common.cores(), most),
-                                 watch("characters at most", max_chars))
+        words, chars = count_all(texts, max_chars, doc_cap, at_once,
+                                 watch("characters at most", most_chars))
     except BrokenProcessPool:
         exit_if_stopped()  # a signal to the whole group meets workers that cannot ignore it yet
         common.fail("a process that counts words was killed, probably for want of memory; with a "

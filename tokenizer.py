@@ -188,23 +188,23 @@ def save_tokenizer(directory, ranks, pattern=PATTERN, special_tokens=None):
     common.atomic_write(directory / "tokenizer.json", json.dumps(settings, indent=1) + "\n")
     return tokenizer
 
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what a missing or broken file raises
+
 def read_tokenizer(directory):
-    """The Tokenizer in `directory`. Missing or damaged: OSError, ValueError, KeyError, TypeError"""
+    """The Tokenizer in `directory`; one of DAMAGE where it is missing or broken"""
     settings = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     text = (directory / "ranks.txt").read_bytes()
     if hashlib.sha256(text).hexdigest() != settings["ranks_sha256"]:
         raise ValueError("ranks.txt is not the one that tokenizer.json was written for")
-    ranks = {}
-    for line in text.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    lines = [line.split() for line in text.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     return Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
 
 def damage(directory):
     """None if a whole tokenizer is in `directory`, else what is wrong with it."""
     try:
         read_tokenizer(directory)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except DAMAGE as e:
         return str(e)
     return None
 
@@ -212,8 +212,9 @@ def load_tokenizer(data):
     """The Tokenizer of a data set. Failure (code 2) with the command to run where it is missing or
     damaged."""
     directory = pipeline.tokenizer_dir(data)
-    why = damage(directory)
     script = "adopt.py" if (directory / "tokenizer.pkl").exists() else "tok_train.py"
-    common.check(why is None, f"there is no tokenizer in {directory}, or it is damaged: {why}",
-                 f"python {script} --data={data}")
-    return read_tokenizer(directory)
+    try:
+        return read_tokenizer(directory)
+    except DAMAGE as e:
+        common.fail(f"there is no tokenizer in {directory}, or it is damaged: {e}",
+                    next_command=f"python {script} --data={data}")
