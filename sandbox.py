@@ -59,12 +59,12 @@ def main():
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for_program, for_checker = socket.socketpair()
-    fork(for_program, run_program)
+    program = fork(for_program, run_program)
     code, test = json.load(sys.stdin)  # not before that fork, whose memory must hold no test
     checker = fork(for_checker, run_checker, code, test)
     os.write(1, watch(checker))
     if not settings.namespaces:  # with them our end, process 1's, ends all the others
-        end_descendants()
+        end_descendants(program)
 
 def close_disks():
     """Makes every file system read-only, and puts 16 MB in memory over the working folder."""
@@ -97,6 +97,7 @@ def confine(channel):
         os.dup2(null, fd)
     os.closerange(3, channel)
     os.closerange(channel + 1, 1024)
+    os.setpgid(0, 0)  # a group of its own, see end_descendants
     limits = {"CPU": int(settings.timeout) + 1, "AS": MEMORY, "FSIZE": 1 << 20, "NPROC": 64}
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
@@ -186,9 +187,12 @@ def resident_bytes():
             pages += int(f.read().split()[1])
     return pages * resource.getpagesize()
 
-def end_descendants():
-    """Kills all that the program started. What loses its parent becomes a child of this process,
-    the subreaper, even behind a setsid; so the last child's end is the end of all."""
+def end_descendants(program):
+    """Kills all that the program (a process id) has started: first its group, at once, for it may
+    fork faster than one can kill; then, one by one, what has left the group. That has become this
+    process's child, as the subreaper's, when its parent died, so no child left is nobody left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:
             with open("/proc/thread-self/children") as f:

@@ -46,8 +46,7 @@ class Fact:
         self.entity = entity
         self.attribute = attribute
         self.value = value
-        self.forms = ATTRIBUTES[attribute]
-        self.kind = self.forms["kind"]  # person, town or animal
+        self.kind = ATTRIBUTES[attribute]["kind"]  # person, town or animal
         self.values = VALUES[attribute]
         self.held_out = held_out(entity, attribute)
         self.trait = trait(attribute, value)
@@ -56,7 +55,7 @@ class Fact:
         """One of the wordings of a form: "statements", "questions", "answer", or "test_questions",
         which are for the tests alone. words: for instance who="he" or value="..." """
         words = {"name": self.entity, "who": self.entity, "value": self.value, **words}
-        return sentence(pick(draw, self.forms[form]).format(**words))
+        return sentence(pick(draw, ATTRIBUTES[self.attribute][form]).format(**words))
 
 class World:
     """The whole world, or a half of it: what training, or what the tests may ask."""

@@ -477,3 +477,15 @@ def test_a_daemon_of_the_program_does_not_outlive_it(monkeypatch, namespaces):
         assert run_python(DAEMON) == (False, "not run: no sandbox here (refused)")
     assert run_python(DAEMON, unsafe=True) == (True, "passed")
     assert not running("98765.4321")
+
+BOMB = """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+
+def test_a_fork_bomb_does_not_outlive_it_without_namespaces_either(monkeypatch):
+    monkeypatch.setattr(execution, "sandbox_available", lambda: (False, "refused"))
+    assert run_python(BOMB, timeout=1.0, unsafe=True) == (False, "timeout")
+    assert not running(SANDBOX)
