@@ -118,11 +118,12 @@ def atomic_write(path, content):
     fsync_dir(path.parent)
 
 def read_json(path):
-    """The JSON in `path`, or None where there is no file or no JSON in it."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
+    """The JSON object in `path`, a dict; {} where there is no file or no object in it."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(path).read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
 
 def read_json_lines(path):
     """All whole lines (dicts) of a file like metrics.jsonl; one torn by a death is left out."""

@@ -35,14 +35,14 @@ class Lock:
 
     def mine(self):
         """Looks at the file: False where another process has taken the lock over."""
-        holder = common.read_json(self.path)
-        self.lost = not holder or holder.get("token") != self.token
+        self.lost = common.read_json(self.path).get("token") != self.token
         return not self.lost
 
     def beat(self):
-        while not self.file.closed and self.mine():
+        while not self.file.closed:
             with contextlib.suppress(OSError):
-                os.utime(self.path)
+                if self.mine():  # else it may be that it could not be read just now
+                    os.utime(self.path)
             time.sleep(HEARTBEAT)
 
     def release(self):
@@ -88,7 +88,7 @@ def living_holder(directory, now=time.time):
     Only looks."""
     path = Path(directory) / "lock.json"
     holder = common.read_json(path)
-    if not isinstance(holder, dict) or "host" not in holder or is_earlier_attempt(holder):
+    if "host" not in holder or is_earlier_attempt(holder):
         return None
     if held_in_kernel(path):
         return holder
@@ -106,6 +106,12 @@ def holder_name(holder):
     job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
     return f"process {holder['pid']} on {holder['host']}{job}"
 
+def check_free(directory):
+    """Failure (code 2) with the holder's name where a living process writes in `directory`."""
+    if holder := living_holder(directory):
+        common.fail(f"{directory} is being written by {holder_name(holder)}; wait for it or stop "
+                    f"it first (if that process is dead, remove {directory / 'lock.json'})")
+
 def end_stray(path, holder):
     """Ends a process of an earlier attempt that runs on here: it would go on computing, and hold
     the GPU's memory. -> whether there was one"""
@@ -121,10 +127,9 @@ def take_lock(directory):
     path = Path(directory) / "lock.json"
     with open(path.with_name(".lock-guard"), "w") as guard:
         flock(guard, fcntl.LOCK_EX)  # two that start at once look and take one after the other
-        if holder := living_holder(directory):
-            common.fail(f"{directory} is being written by {holder_name(holder)}; wait for it or "
-                        f"stop it (if that process is dead, remove {path})")
-        if holder := common.read_json(path):
+        check_free(path.parent)
+        holder = common.read_json(path)
+        if "host" in holder:
             stray = end_stray(path, holder)
             why = "an attempt that Slurm has ended: killed" if stray else "which is dead"
             common.print0(f"taking over the lock of {holder_name(holder)}, {why}")
@@ -144,8 +149,7 @@ def take_lock(directory):
 
 def put_aside(directory):
     """Renames a folder, with the date. Failure (code 2) where somebody writes in it."""
-    if holder := living_holder(directory):
-        common.fail(f"{directory} is being written by {holder_name(holder)}; stop it first")
+    check_free(directory)
     aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     directory.rename(aside)
     common.print0(f"starting over; the old state is kept in {aside}")

@@ -86,6 +86,7 @@ def test_another_host_lives_as_long_as_its_heart_beats(tmp_path, outside_of_jobs
     assert alive(tmp_path, after=lock.PATIENCE - 1) and not alive(tmp_path, after=lock.PATIENCE + 1)
     (tmp_path / "lock.json").write_text("[1]")
     assert lock.living_holder(tmp_path) is None, "rubbish holds nothing"
+    lock.take_lock(tmp_path).release()
 
 def test_where_the_file_system_has_no_flock_the_heartbeat_counts_on_this_host_too(
         tmp_path, monkeypatch, outside_of_jobs):
@@ -112,6 +113,21 @@ def test_the_heart_beats_and_notices_that_the_lock_is_lost(tmp_path, monkeypatch
     assert mine.lost
     mine.release()
     assert (tmp_path / "lock.json").exists(), "what another process has taken is left alone"
+
+def test_a_heart_goes_on_after_its_lock_could_not_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    mine = lock.take_lock(tmp_path)
+    path = tmp_path / "lock.json"
+    path.rename(tmp_path / "unseen")
+    deadline = time.time() + 20
+    while not mine.lost and time.time() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "unseen").rename(path)
+    os.utime(path, (0, 0))
+    while path.stat().st_mtime == 0 and time.time() < deadline:
+        time.sleep(0.01)
+    assert path.stat().st_mtime > 0 and not mine.lost
+    mine.release()
 
 def test_an_earlier_attempt_of_the_same_slurm_job_is_over_and_its_stray_process_is_ended(
         tmp_path, monkeypatch, capsys):
