@@ -7,9 +7,11 @@ Checkpoints that cannot be hurt by killing the writer. That of step 400 is four 
     manifest_000400.json   size and SHA-256 of the other three, written last
 
 Each is written under a temporary name, flushed to disk, read back, then renamed. Without its
-manifest there is no checkpoint, so a death at any moment leaves the old one or the new one. Older
-ones go only after the new one is whole. Nothing random has to be saved: every draw is a function of
-(seed, step, item), see common.rng.
+manifest there is no checkpoint, so a death at any moment leaves the old one or the new one. While
+it is being saved there is an empty file .saving_000400 beside it: so what a death in the middle has
+left is told from files that have lost their manifest otherwise, which nobody removes. Older ones go
+only after the new one is whole, later ones never. Nothing random has to be saved: every draw is a
+function of (seed, step, item), see common.rng.
 """
 import contextlib
 import hashlib
@@ -35,16 +37,14 @@ def steps(directory):
 def files(directory, step):
     """{name: [size, sha256]} as the manifest of `step` has them; {} where it is missing or damaged
     (a flipped bit may hit a key)"""
-    manifest = common.read_json(Path(directory) / manifest_name(step))
-    return manifest.get("files", {}) if isinstance(manifest, dict) else {}
+    return common.read_json(Path(directory) / manifest_name(step)).get("files", {})
 
 def load_meta(directory, step):
     """The meta of a checkpoint, a dict; {} where it cannot be read. nanochat's own file stays as
     nanochat wrote it: what we add to it stands in the manifest (see adopt.py)."""
-    manifest = common.read_json(Path(directory) / manifest_name(step))
-    adopted = manifest.get("meta") if isinstance(manifest, dict) else None
-    meta = adopted or common.read_json(Path(directory) / names(step)[2])
-    return meta if isinstance(meta, dict) else {}
+    directory = Path(directory)
+    adopted = common.read_json(directory / manifest_name(step)).get("meta")
+    return adopted or common.read_json(directory / names(step)[2])
 
 def fingerprint(directory, step):
     """Identifies the weights of a checkpoint: the start of the model file's SHA-256, "" where the
@@ -88,9 +88,26 @@ def made_by_nanochat(directory):
     for path in Path(directory).glob("model_*.pt"):
         step = path.stem.removeprefix("model_")
         meta = common.read_json(path.with_name(f"meta_{step}.json"))
-        if step.isdigit() and isinstance(meta, dict) and "model_config" in meta:
+        if step.isdigit() and "model_config" in meta:
             found.append(int(step))
     return max(found, default=None)
+
+def leftovers(directory):
+    """What deaths in the middle of a save have left, a list of paths: temporary files, and the
+    parts of a step that has no manifest but the mark of a save that was never finished."""
+    directory = Path(directory)
+    found = list(directory.glob(".*_*.tmp-*"))
+    for mark in directory.glob(".saving_*"):
+        step = int(mark.name.removeprefix(".saving_"))
+        if not (directory / manifest_name(step)).exists():
+            found += [directory / name for name in names(step)]
+        found.append(mark)  # behind the parts: they need it to be known
+    return found
+
+def holds_any(directory):
+    """Whether a checkpoint was ever saved there, whole or damaged, ours or not."""
+    found = {*Path(directory).glob("manifest_*.json"), *Path(directory).glob("model_*.pt")}
+    return not found.issubset(leftovers(directory))
 
 # -------------------------------------------------------------------------------------------------
 # saving and loading
@@ -125,19 +142,25 @@ def write_file(path, write, still_mine):
 
 def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lambda: True):
     """
-    Writes the three files, then their manifest; then all but the `keep` newest go.
+    Writes the three files, then their manifest; then earlier ones go, until `keep` are left.
     in: model_state {name: tensor}, optim_state {name: {name: tensor or number}} or {}, meta
-    JSON-able. still_mine() is asked before each rename. OSError or RuntimeError (torch's) where it
-    cannot be written; what was good stays.
+    JSON-able. still_mine() is asked before each rename and removal. OSError or RuntimeError
+    (torch's) where it cannot be written, FloatingPointError where a weight is nan or inf; what was
+    good stays.
     """
     import torch
     directory = Path(directory)
     model_name, optim_name, meta_name = names(step)
     meta_text = json.dumps({**meta, "step": step}, indent=1)
+    for name, tensor in model_state.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"its weights are not finite ({name})")
 
     def write(name, how):
         return write_file(directory / name, how, still_mine)
 
+    write(f".saving_{step:06d}", lambda f: None)
+    common.fsync_dir(directory)
     written = {model_name: write(model_name, lambda f: torch.save(model_state, f)),
                optim_name: write(optim_name, lambda f: torch.save(optim_state, f)),
                meta_name: write(meta_name, lambda f: f.write(meta_text.encode()))}
@@ -146,32 +169,26 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
     write(manifest_name(step), lambda f: f.write(manifest.encode()))
     common.fsync_dir(directory)
 
-    kept = [step]  # it has just been read back; others are worth keeping where they are whole
+    whole = 1  # it has just been read back; others are worth keeping where they are whole
     for other in steps(directory):
-        if len(kept) < keep and other != step and problem(directory, other) is None:
-            kept.append(other)
-    for other in steps(directory):
-        if other not in kept:
-            remove(directory, other)
-    sweep(directory)
+        if other >= step:
+            continue
+        if whole < keep and problem(directory, other) is None:
+            whole += 1
+        else:  # the manifest first: a checkpoint half removed is no checkpoint
+            unwanted = [directory / name for name in [manifest_name(other), *names(other)]]
+            remove(unwanted, still_mine)
+    sweep(directory, still_mine)
 
-def remove(directory, step):
-    """The manifest first: a checkpoint half removed is no checkpoint."""
-    for name in [manifest_name(step), *names(step)]:
+def remove(paths, still_mine):
+    for path in paths:
         with contextlib.suppress(OSError):
-            (Path(directory) / name).unlink()
-
-def sweep(directory):
-    """Removes what deaths in the middle of a save have left: temporary files, and parts of steps
-    without a manifest."""
-    kept = set(steps(directory))
-    for path in Path(directory).iterdir():
-        kind, _, step = path.stem.partition("_")
-        orphan = kind in ("model", "optim", "meta") and step.isdigit() and int(step) not in kept
-        half_written = path.name.startswith(".") and "_0" in path.name and ".tmp-" in path.name
-        if orphan or half_written:
-            with contextlib.suppress(OSError):
+            if still_mine():
                 path.unlink()
+
+def sweep(directory, still_mine):
+    """Removes what deaths in the middle of a save have left."""
+    remove(leftovers(directory), still_mine)
 
 def load(directory, step, optimizer=True):
     """-> (model_state, optim_state or {}, meta); the tensors are the file's own memory (mmap), so

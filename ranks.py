@@ -46,14 +46,18 @@ class Ranks:
         sys.excepthook = end_process  # torch's own would swallow what ours prints
         self.patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
+    def in_group(self):
+        return self.patient_group is not None
+
     def leave(self):
-        if self.patient_group is not None:
+        """Leaves the group; without, gloo's threads may abort the process where it ends."""
+        if self.in_group():
             import torch.distributed as dist
             dist.destroy_process_group()
 
     def on_rank0(self, function, *args, **kwargs):
-        """function's result on every rank, computed on rank 0 alone; where it ends the process
-        there it ends it everywhere. Collective."""
+        """function's result on every rank, computed on rank 0 alone; a Failure there is one on
+        every rank. Collective."""
         if self.world == 1:
             return function(*args, **kwargs)
         import torch.distributed as dist
@@ -61,14 +65,12 @@ class Ranks:
         if self.rank == 0:
             try:
                 box[0] = function(*args, **kwargs)
-            except (common.Failure, SystemExit) as e:
+            except common.Failure as e:
                 box[1] = e
         dist.broadcast_object_list(box, src=0, group=self.patient_group)
-        result, end = box
-        if isinstance(end, common.Failure) and self.rank != 0:
-            raise SystemExit(0 if end.code == 75 else end.code)  # rank 0 says why
-        if end is not None:
-            raise end
+        result, failure = box
+        if failure is not None:
+            raise failure
         return result
 
     def all_reduce_max(self, number):

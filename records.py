@@ -1,30 +1,33 @@
 """
 The record of a phase, phase.json in its folder: settings, inputs, status (running, interrupted,
-failed, done), why, what to run next. Here it is only read and compared; a Run writes it (run.py).
+failed, done), why, what to run next. Here it is only read and judged; a Run writes it (run.py).
 """
 import contextlib
 import hashlib
 import subprocess
 from pathlib import Path
 
+import checkpoint
 import common
 import pipeline
+
+# -------------------------------------------------------------------------------------------------
+# reading
 
 def load_record(directory):
     """The record of a phase's folder; None where there is none, or a damaged one."""
     record = common.read_json(Path(directory) / "phase.json")
-    whole = isinstance(record, dict) and {"status", "settings", "inputs", "free"} <= record.keys()
-    return record if whole else None
+    return record if {"status", "settings", "inputs", "free"} <= record.keys() else None
 
 def recovered_record(directory):
     """What the newest checkpoint says of the record (Run.save puts it there), for a folder that has
     lost its phase.json; {} where none does."""
-    for path in sorted(Path(directory).glob("meta_*.json"), reverse=True):
-        if kept := (common.read_json(path) or {}).get("record"):
-            return {**kept, "free": {}, "status": "running"}
+    for step in checkpoint.steps(directory):
+        if kept := checkpoint.load_meta(directory, step).get("record"):
+            return {**kept, "free": {}, "status": "lost"}
     return {}
 
-def find_record(directory, settings):
+def find_record(directory, settings, inputs=None):
     """
     The record that a start in `directory` goes on from, {} where it begins anew.
     --start_over=True holds for one beginning: the same command given again goes on with the
@@ -34,22 +37,22 @@ def find_record(directory, settings):
     old = load_record(directory) or recovered_record(directory)
     if not old or not settings["start_over"]:
         return old
-    before = comparable(old["settings"], directory)
-    same = before == comparable(settings.defining, directory)
-    began_so = old["free"].get("start_over") and same and old["status"] != "done"
-    return old if began_so else {}
+    begun_so = old["free"].get("start_over") and old["status"] != "done"
+    return old if begun_so and not changes(old, directory, settings, inputs) else {}
 
-def check_unchanged(name, directory, old, defining, inputs):
-    """Failure (code 2) where what was recorded differs from what is asked for now."""
-    if load_record(directory) is None:
-        common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
-                      "compared with what the newest checkpoint says of them")
-    changed = differences(comparable(old["settings"], directory), defining)
-    changed += differences(old["inputs"], inputs)
-    if changed:
-        common.fail(f"{name} was started with other settings or inputs in {directory}: "
-                    f"{', '.join(changed)} (--start_over=True keeps the old state aside and starts "
-                    "again)")
+def source_version():
+    """(commit, hash of the uncommitted difference); ("unknown", "") outside of git."""
+    def git(*args):
+        command = ["git", "-C", str(pipeline.REPO), *args]
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).stdout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        difference = git("diff", "HEAD")
+        digest = hashlib.sha256(difference).hexdigest()[:16] if difference else ""
+        return git("rev-parse", "HEAD").decode().strip() or "unknown", digest
+    return "unknown", ""
+
+# -------------------------------------------------------------------------------------------------
+# comparing
 
 def differences(old, new):
     """["depth: 4 -> 6", ...] for two dicts"""
@@ -67,13 +70,57 @@ def comparable(settings, directory):
         settings["data"] = pipeline.whole_path(settings["data"])
     return settings
 
-def source_version():
-    """(commit, hash of the uncommitted difference); ("unknown", "") outside of git."""
-    def git(*args):
-        command = ["git", "-C", str(pipeline.REPO), *args]
-        return subprocess.run(command, capture_output=True, timeout=20, check=False).stdout
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        difference = git("diff", "HEAD")
-        digest = hashlib.sha256(difference).hexdigest()[:16] if difference else ""
-        return git("rev-parse", "HEAD").decode().strip() or "unknown", digest
-    return "unknown", ""
+def changes(old, directory, settings, inputs=None):
+    """What defines the result and is other than in the record `old`, as differences() has it.
+    inputs=None: they are not known yet."""
+    changed = differences(comparable(old["settings"], directory),
+                          comparable(settings.defining, directory))
+    return changed + differences(old["inputs"], old["inputs"] if inputs is None else inputs)
+
+# -------------------------------------------------------------------------------------------------
+# judging
+
+def judge(name, directory, settings, inputs, damage=None):
+    """
+    What a start of the phase `name` finds in its folder; only looks. See Run.open_or_exit.
+    -> (the record that it goes on from, the step of the checkpoint that it goes on from): {} and
+    None for a new run. None where the phase is done. Failure (code 2) where it must not go on.
+    """
+    old = find_record(directory, settings, inputs)
+    if settings["start_over"] and not old:
+        return {}, None
+    common.check(checkpoint.made_by_nanochat(directory) is None, f"{directory} holds a model made "
+                 "by nanochat: --start_over=True puts it aside and trains anew; without, later "
+                 "phases go on from it (speedrun.sh --from)")
+    if old.get("status") == "lost":
+        common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
+                      "compared with what the newest checkpoint says of them")
+    changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
+    if changed and (old["status"] == "done" or checkpoint.holds_any(directory)):
+        common.fail(f"{name} was started with other settings or inputs in {directory}: {changed} "
+                    "(--start_over=True keeps the old state aside and starts again)")
+    if changed:
+        common.print0(f"{name}: begins with other settings or inputs than the last start, which "
+                      f"had saved nothing: {changed}")
+        return {}, None
+    if old.get("status") == "done" and is_whole(directory, old, damage):
+        return None
+    if damage:
+        return old, None
+    reasons = []
+    step = checkpoint.newest(directory, say=reasons.append)
+    if step is None and checkpoint.holds_any(directory):
+        if settings["start_over"]:
+            return {}, None
+        why = "; ".join(reasons) or "the manifest of model_*.pt is missing"
+        common.fail(f"no checkpoint in {directory} is whole, so {name} cannot go on ({why}): put "
+                    "the files right, or let --start_over=True put them aside and begin anew")
+    for reason in reasons:
+        common.print0(reason)
+    return old, step
+
+def is_whole(directory, record, damage):
+    """Whether what the record calls done is there. Nobody needs the optimizer any more."""
+    if damage:
+        return damage() is None
+    return checkpoint.newest(directory, optimizer=False) == record.get("step", -1)

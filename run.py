@@ -35,7 +35,7 @@ import records
 import slurm
 import trial
 from clock import Clock, budget
-from lock import Lock, living_holder, put_aside, take_lock
+from lock import Lock, check_free, put_aside, take_lock
 from ranks import Ranks
 
 TRY_OUT_STEPS = 4          # the first one compiles, the second is slow, too
@@ -78,15 +78,16 @@ class Run:
         seconds counts too. SIGTERM, SIGINT, SIGUSR1 only set a flag; a second SIGINT ends the
         process at once (under torchrun it does not: Ctrl-C may come there twice)."""
         run = cls(name, Ranks(*common.rank_world()))
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        came = set()
 
         def on_signal(signum, frame):
-            if signum == signal.SIGINT and run.stop and not under_torchrun:
+            if signum == signal.SIGINT and signum in came and not under_torchrun():
                 os._exit(130)
+            came.add(signum)
             run.stop = f"signal {signal.Signals(signum).name}"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, on_signal)
-        if under_torchrun and sys.platform == "linux":
+        if under_torchrun() and sys.platform == "linux":
             # where torchrun is killed outright its workers save and stop, too, instead of running
             # on unseen; the launcher does the same for the process that it starts
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -102,66 +103,73 @@ class Run:
         """
         Takes the lock of the phase's folder and writes its record; done on rank 0. in: settings
         (configurator.Settings); inputs {"tokenizer": fingerprint, ...}; damage() -> None if the
-        artefact is whole, else why not (by default: whether there is a whole checkpoint).
-        Ends the process with 0 where the phase is done; Failure with code 2 where its settings or
-        inputs are others than those it was started with, or another process writes here.
+        artefact is whole, else why not (without: the phase saves checkpoints, and saved_step is
+        the one to go on from, None for a new run). Collective.
+        Ends the process with 0 where the phase is done, and then changes nothing on disk; Failure
+        with code 2 where its settings or inputs are others than those it was started with, where
+        what it has saved is damaged, or another process writes here.
         """
         self.directory, self.settings = Path(directory), settings
         self.try_out = settings.get("try_out", False)
-        try:
-            self.record = self.ranks.on_rank0(self._open, settings, inputs, damage)
-        except SystemExit as e:
-            if e.code == 0:
-                self.leave(0, "done already")
-            raise
+        opened = self.ranks.on_rank0(self._open, inputs, damage)
+        if opened is None:
+            self.leave(0, "done already")
+        self.record, self.saved_step = opened
 
-    def _open(self, settings, inputs, damage):
-        directory, start_over = self.directory, settings["start_over"]
-        defining = records.comparable(settings.defining, directory)
-        if self.try_out and not living_holder(directory):
+    def _open(self, inputs, damage):
+        """-> (record, saved_step), or None where the phase is done"""
+        directory, settings = self.directory, self.settings
+        check_free(directory)
+        if self.try_out:
             shutil.rmtree(directory, ignore_errors=True)  # of an earlier try-out
-        old = records.find_record(directory, settings)
-        if start_over and old.get("inputs") != inputs:
-            old = {}
-        if not start_over and checkpoint.made_by_nanochat(directory) is not None:
-            common.fail(f"{directory} holds a model made by nanochat: --start_over=True puts it "
-                        "aside and trains anew; without, later phases go on from it "
-                        "(speedrun.sh --from)")
-        if old:
-            records.check_unchanged(self.name, directory, old, defining, inputs)
-            whole = damage() is None if damage else checkpoint.newest(directory) is not None
-            if old["status"] == "done" and whole:
-                common.print0(f"{self.name}: done already ({directory})")
-                raise SystemExit(0)
-            known = {k: v for k, v in settings.free.items() if k in old["free"]}
-            for line in records.differences(old["free"], known):
-                common.print0(f"{self.name}: setting changed since the last start: {line}")
-        elif start_over and directory.exists():
-            put_aside(directory)
+        found = records.load_record(directory)
+        judged = records.judge(self.name, directory, settings, inputs, damage)
+        if judged is None:
+            common.print0(f"{self.name}: done already ({directory})")
+            return None
+        old, saved_step = judged
         try:
+            if settings["start_over"] and not old and directory.exists():
+                put_aside(directory)
+                found = None
             directory.mkdir(parents=True, exist_ok=True)
-            self.lock = take_lock(directory)
+            lock = take_lock(directory)
         except OSError as e:
             common.fail(f"cannot write in {directory}: {e}; make it writable, or make room")
-        if old.get("status") == "running":
-            common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
-                          "memory" + " (a smaller --device_batch_size needs less)"
-                          * ("device_batch_size" in settings))
+        if records.load_record(directory) != found:
+            lock.release()
+            common.fail(f"another process has just written in {directory}: run the same command "
+                        "again")
         commit, difference = records.source_version()
-        if old and (commit, difference) != (old.get("commit"), old.get("difference")):
-            common.print0(f"{self.name}: the source changed since the last start (commit "
-                          f"{old.get('commit', '?')[:8]}, now {commit[:8]}"
-                          f"{' with uncommitted changes' if difference else ''})")
-        now = time.time()
+        self.say_what_changed(old, commit, difference)
+        self.lock = lock
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
             "command": self.command,
-            "settings": defining, "free": settings.free, "inputs": inputs,
-            "host": socket.gethostname(), "pid": os.getpid(),
+            "settings": records.comparable(settings.defining, directory), "free": settings.free,
+            "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
-            "starts": [*old.get("starts", []), now]}
+            "starts": [*old.get("starts", []), time.time()]}
         self.update_record()
-        return self.record
+        return self.record, saved_step
+
+    def say_what_changed(self, old, commit, difference):
+        """Prints what does not count for the result and is other than at the last start."""
+        if not old:
+            return
+        if old["status"] == "running":
+            advice = ""
+            if "device_batch_size" in self.settings:
+                advice = " (a smaller --device_batch_size needs less)"
+            common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
+                          f"memory{advice}")
+        known = {k: v for k, v in self.settings.free.items() if k in old["free"]}
+        for line in records.differences(old["free"], known):
+            common.print0(f"{self.name}: setting changed since the last start: {line}")
+        if (commit, difference) != (old.get("commit"), old.get("difference")):
+            uncommitted = " with uncommitted changes" if difference else ""
+            common.print0(f"{self.name}: the source changed since the last start (commit "
+                          f"{old.get('commit', '?')[:8]}, now {commit[:8]}{uncommitted})")
 
     def update_record(self, **facts):
         """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk."""
@@ -263,22 +271,26 @@ class Run:
         if self.saving:
             self.saving.join()
             self.saving = None
-        error, self.save_error = self.save_error, None
-        if error is None:
+        if self.save_error is None:
             return
+        error, self.save_error = self.save_error, None
         self.check_lock()
-        checkpoint.sweep(self.directory)
-        free = shutil.disk_usage(self.directory).free / 1e9
-        common.fail(f"could not save step {self.saved_step} in {self.directory}: {error} "
-                    f"({free:.1f} GB free); {self.last_good()}; make room or make it writable and "
-                    "run the same command again", code=1)
+        checkpoint.sweep(self.directory, self.lock.mine)
+        if isinstance(error, FloatingPointError):
+            advice = "lower the learning rates, or look at the data"
+        else:
+            free = shutil.disk_usage(self.directory).free / 1e9
+            advice = (f"{free:.1f} GB are free, make room or make it writable and run the same "
+                      "command again")
+        common.fail(f"could not save step {self.saved_step} in {self.directory}: {error}; "
+                    f"{self.last_good()}: {advice}", code=1)
 
     def last_good(self):
         """example: "the last good checkpoint is that of step 400 in .../d4" """
-        saved = checkpoint.steps(self.directory)
-        if not saved:
+        saved = checkpoint.newest(self.directory)
+        if saved is None:
             return f"nothing was saved before in {self.directory}"
-        return f"the last good checkpoint is that of step {saved[0]} in {self.directory}"
+        return f"the last good checkpoint is that of step {saved} in {self.directory}"
 
     # ---------------------------------------------------------------------------------------------
     # the loop
@@ -286,14 +298,15 @@ class Run:
     def begin_loop(self, step, num_steps, seconds, flops_per_token=0.0, peak_flops=None):
         """
         The training loop begins at `step` of num_steps, after `seconds` of training in earlier
-        attempts. Metrics of steps that will run again are dropped. peak_flops: FLOP/s of a device.
+        attempts. What a death has left is dropped: half a save, metrics of steps that will run
+        again. peak_flops: FLOP/s of a device.
         """
         free = self.record["free"]
         self.set_deadline(free["time_limit"])
-        self.saved_step = step if checkpoint.steps(self.directory)[:1] == [step] else None
         self.clock = Clock(num_steps, seconds, 60.0 * free["save_minutes"], flops_per_token,
                            peak_flops and peak_flops * self.ranks.world)
         if self.ranks.rank == 0:
+            checkpoint.sweep(self.directory, self.lock.mine)
             # always a new file: a line that an old attempt still writes goes to the old one
             path = self.directory / "metrics.jsonl"
             kept = [r for r in common.read_json_lines(path) if r["step"] < step]
@@ -333,19 +346,24 @@ class Run:
         if self.clock:  # it trains
             self.finish_save()
             if reason == TRIED_OUT:
-                self.leave(0, TRIED_OUT, trial.facts_of(self))
+                self.leave(0, TRIED_OUT, facts=trial.facts_of(self))
             reason = f"{reason}: saved at step {self.saved_step} of {self.clock.num_steps}"
         common.print0(f"stopped: {reason}; run the same command again")
         self.leave(75, reason)
 
-    def leave(self, code, reason, facts=None):
-        """Ends the process; under torchrun with 0, since it starts a worker again that says 75."""
-        self.close(code, reason, facts=facts)
+    def leave(self, code, reason, next_command=None, facts=None):
+        """Ends the process, as all ranks do. Under torchrun with 0 where it would start a worker
+        again that says 75, or print a page about one that says 2 to a launcher who knows."""
+        self.close(code, reason, next_command, facts)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             # told once more while Python winds up, when its handlers are gone, it would die of it
             signal.signal(number, signal.SIG_IGN)
+        # without a group this rank may be the only one that refuses: torchrun has to end the others
+        launcher_knows = "NANOCHAT_OUTCOME" in os.environ and self.ranks.in_group()
         self.ranks.leave()
-        raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else code)
+        if under_torchrun() and (code == 75 or launcher_knows):
+            code = 0
+        raise SystemExit(code)
 
     def close(self, code, reason, next_command=None, facts=None):
         """Records how the run ends and gives the lock back, after the save in flight has ended."""
@@ -359,9 +377,10 @@ class Run:
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")
                 following = None if code == 0 else next_command or self.command
                 self.update_record(status=status, code=code, reason=reason, next=following)
-                self.lock.release()
         except OSError as e:  # a full disk: the message and the exit code still have to get out
             print(f"the record could not be written: {e}", file=sys.stderr, flush=True)
+        if self.lock:
+            self.lock.release()
         if self.ranks.rank == 0 or code == 1:
             common.leave_outcome(code, reason, next_command or self.command, **(facts or {}))
 
@@ -373,10 +392,14 @@ class Run:
         lost = "DistBackendError" in kind.__name__ or "connection" in str(value).lower()
         if lost and self.ranks.world > 1:
             reason = f"another rank died or cannot be reached ({str(value)[-150:]})"
-        if failure.code == 75:
-            self.leave(75, reason)
+        if failure.code in (2, 75):
+            self.leave(failure.code, reason, failure.next_command, failure.facts)
+        # the others may wait for this rank: to leave their group in order could take for ever
         self.close(failure.code, reason, failure.next_command, failure.facts)
         raise SystemExit(failure.code)
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 def explained(error, name, settings):
     """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is

@@ -20,9 +20,9 @@ from compute import to_device
 
 def resume(run, model, optimizer):
     """Loads the newest whole checkpoint of the run into model and optimizer, if there is one.
-    -> (step, seconds of training so far): (0, 0.0) without one. Collective: rank 0 verifies it,
-    each rank reads the whole model and its own share of the optimizer."""
-    step = run.ranks.on_rank0(checkpoint.newest, run.directory)
+    -> (step, seconds of training so far): (0, 0.0) without one. run.open_or_exit has verified it
+    on rank 0; each rank reads the whole model and its own share of the optimizer."""
+    step = run.saved_step
     if step is None:
         return 0, 0.0
     weights, optim_state, meta = checkpoint.load(run.directory, step)

@@ -72,14 +72,62 @@ def test_the_newest_are_kept_where_they_are_whole(tmp_path):
 
 def test_what_deaths_in_a_save_have_left_is_swept(tmp_path):
     save(tmp_path, 1)
-    left = ["model_000002.pt", ".optim_000002.pt.tmp-x", "meta_000002.json"]
-    others = ["metrics.jsonl", "phase.json", "optim_000002_rank0.pt", ".lock.json.tmp-x"]
+    left = ["model_000002.pt", ".optim_000002.pt.tmp-x", "meta_000002.json", ".saving_000002"]
+    others = ["metrics.jsonl", "phase.json", "optim_000002_rank0.pt", ".lock.json.tmp-x",
+              "model_000003.pt"]
     for name in left + others:
         (tmp_path / name).write_text("half")
-    checkpoint.sweep(tmp_path)
+    assert checkpoint.holds_any(tmp_path)
+    checkpoint.sweep(tmp_path, lambda: False)
+    assert all((tmp_path / name).exists() for name in left), "the lock is lost"
+    checkpoint.sweep(tmp_path, lambda: True)
     assert checkpoint.newest(tmp_path) == 1
     assert {p.name for p in tmp_path.iterdir()} >= set(others)
     assert not any((tmp_path / name).exists() for name in left)
+
+def test_a_death_at_any_rename_of_the_first_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    real, renamed = os.replace, []
+
+    def dies(temporary, path):
+        if len(renamed) == number:
+            raise KeyboardInterrupt
+        renamed.append(path.name)
+        real(temporary, path)
+    monkeypatch.setattr(os, "replace", dies)
+    for number in range(5):
+        renamed.clear()
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 7)
+        assert list(tmp_path.iterdir()) and not checkpoint.holds_any(tmp_path), renamed
+    assert renamed[-1] == "meta_000007.json", "only the manifest was missing"
+    number = 9
+    save(tmp_path, 7)
+    assert checkpoint.newest(tmp_path) == 7 and len(list(tmp_path.iterdir())) == 4
+
+def test_later_steps_and_files_that_have_lost_their_manifest_are_never_removed(tmp_path):
+    save(tmp_path, 8, keep=2)
+    save(tmp_path, 9, keep=2)
+    (tmp_path / "manifest_000008.json").unlink()
+    (tmp_path / "manifest_000009.json").write_text("{")
+    for step in (3, 4):
+        save(tmp_path, step)
+    assert checkpoint.newest(tmp_path, say=lambda why: None) == 4
+    assert (tmp_path / "model_000008.pt").exists() and (tmp_path / "model_000009.pt").exists()
+    assert not (tmp_path / "model_000003.pt").exists()
+
+def test_an_old_attempt_that_wakes_up_after_its_last_rename_removes_nothing(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".model_000003.pt.tmp-new").write_text("the new attempt's save in flight")
+    save(tmp_path, 2, still_mine=lambda: not (tmp_path / "manifest_000002.json").exists())
+    assert checkpoint.steps(tmp_path) == [2, 1] and checkpoint.problem(tmp_path, 1) is None
+    assert (tmp_path / ".model_000003.pt.tmp-new").exists()
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match=r"not finite \(w\)"):
+            checkpoint.save(tmp_path, 2, tensors(number), {}, {})
+    assert checkpoint.newest(tmp_path) == 1
 
 def test_a_lost_lock_stops_a_save_before_anything_is_renamed(tmp_path):
     save(tmp_path, 1)

@@ -17,7 +17,7 @@ import models
 import report
 import status
 from configurator import Settings
-from conftest import REPO, alone, exit_code, script
+from conftest import REPO, alone, ends, exit_code, script
 from ranks import Ranks
 from records import load_record
 from run import Run
@@ -182,6 +182,116 @@ def test_what_an_old_attempt_still_logs_does_not_reach_the_new_ones_metrics(fold
     assert common.read_json_lines(folder / "metrics.jsonl") == [{"step": 0}, {"step": 1}]
     new.close(75, "stopped")
 
+# ---- what is saved, whole or damaged
+
+def contents(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+def trained(folder, step=9, finished=True, **more):
+    """A run that has saved a checkpoint, and is done or half done."""
+    run = start(folder, damage=None, **more)
+    save(run, step)
+    if finished:
+        exit_code(run.exit_done, step=step)
+    run.close(75, "stopped")
+
+def damage_file(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+def test_asking_whether_a_phase_is_done_changes_nothing_on_disk(folder, capsys):
+    trained(folder)
+    before = contents(folder), folder.stat().st_mtime_ns
+    assert exit_code(start, folder, damage=None) == 0
+    assert "done already" in capsys.readouterr().out
+    assert (contents(folder), folder.stat().st_mtime_ns) == before
+
+@pytest.mark.parametrize("damage", [damage_file, lambda path: path.unlink()])
+def test_what_is_done_needs_its_weights_alone(folder, damage):
+    trained(folder)
+    damage(folder / "optim_000009.pt")
+    before = contents(folder)
+    assert exit_code(start, folder, damage=None) == 0 and contents(folder) == before
+
+@pytest.mark.parametrize("finished,name", [
+    (True, "model_000009.pt"), (True, "manifest_000009.json"), (False, "model_000009.pt"),
+    (False, "optim_000009.pt"), (False, "meta_000009.json"), (False, "manifest_000009.json")])
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size // 2),
+                                    lambda path: path.unlink()])
+def test_nothing_begins_anew_over_what_is_damaged(folder, capsys, finished, name, damage):
+    trained(folder, finished=finished)
+    damage(folder / name)
+    before = contents(folder)
+    assert exit_code(start, folder, damage=None) == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint in" in said and "--start_over=True" in said and said.count("\n") == 1
+    assert name.split("_")[0] in said, "it says what is wrong"
+    assert contents(folder) == before
+    run = start(folder, settings(start_over=True), damage=None)
+    assert run.saved_step is None and checkpoint.steps(folder) == []
+    old, = folder.parent.glob("d4.old-*")
+    assert contents(old) == before
+    run.close(75, "stopped")
+
+def test_an_older_whole_checkpoint_is_gone_on_from(folder, capsys):
+    run = start(folder, damage=None)
+    save(run, 3)
+    save(run, 9, keep=2)
+    exit_code(run.exit_done, step=9)
+    damage_file(folder / "model_000009.pt")
+    run = start(folder, damage=None)
+    assert run.saved_step == 3
+    assert "passing over the checkpoint of step 9" in capsys.readouterr().out
+    run.close(75, "stopped")
+
+def test_a_run_begun_with_start_over_whose_checkpoint_is_damaged_is_put_aside_too(folder):
+    asked = settings(start_over=True)
+    run = start(folder, asked, damage=None)
+    save(run, 3)
+    run.close(75, "stopped")
+    damage_file(folder / "model_000003.pt")
+    run = start(folder, asked, damage=None)
+    assert run.saved_step is None and len(list(folder.parent.glob("d4.old-*"))) == 1
+    run.close(75, "stopped")
+
+def test_a_first_save_that_was_never_finished_is_begun_anew(folder):
+    run = start(folder, damage=None)
+    run.close(75, "stopped")
+    for name in ("model_000003.pt", "meta_000003.json", ".saving_000003"):
+        (folder / name).write_text("half")
+    run = start(folder, damage=None)
+    assert run.saved_step is None
+    run.begin_loop(0, 9, 0.0)
+    assert not list(folder.glob("*_000003*")), "and its parts are swept"
+    run.close(75, "stopped")
+
+def test_a_start_that_has_saved_nothing_binds_nobody(folder, capsys):
+    start(folder, damage=None).close(1, "out of memory")
+    run = start(folder, settings(depth=5), inputs={"data": "other"}, damage=None)
+    said = capsys.readouterr().out
+    assert "had saved nothing: depth: 4 -> 5, data: abc -> other" in said
+    assert run.record["settings"] == {"depth": 5} and run.record["inputs"] == {"data": "other"}
+    save(run, 1)
+    run.close(75, "stopped")
+    assert exit_code(start, folder, damage=None) == 2, "now it binds"
+
+def test_what_another_process_writes_while_it_looks_is_not_gone_over(folder, monkeypatch, capsys):
+    trained(folder, step=3, finished=False)
+    real = checkpoint.newest
+
+    def slow(*args, **more):
+        step = real(*args, **more)
+        monkeypatch.setattr(checkpoint, "newest", real)
+        trained(folder, step=5, finished=False)
+        return step
+    monkeypatch.setattr(checkpoint, "newest", slow)
+    assert exit_code(start, folder, damage=None) == 2
+    assert "another process has just written" in capsys.readouterr().err
+    run = start(folder, damage=None)
+    assert run.saved_step == 5
+    run.close(75, "stopped")
+
 # ---- metrics
 
 def test_metrics_survive_a_torn_line_and_a_resume(folder):
@@ -223,6 +333,8 @@ def test_signals_and_time_limits_ask_for_a_stop():
     out = python("run.set_deadline(60); print(run.stop_reason()); run.set_deadline(0.0); "
                  "print(run.stop_reason())")
     assert out.stdout == "None\ndeadline\n"
+    out = python("[os.kill(os.getpid(), number) for number in (15, 2)]; print('still here')")
+    assert out.stdout == "still here\n", "Ctrl-C once, whatever else has asked for a stop"
     twice = "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"
     out = python(twice)
     assert out.returncode == 130 and out.stdout == ""
@@ -265,10 +377,16 @@ raise ValueError("the reason why")
 
 def test_a_stop_while_the_others_wait_for_rank_0_is_no_failure_to_torchrun(monkeypatch):
     run = Run("test", Ranks(1, 1, 2))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for failure, code in ((common.Failure("stopped", 75), 0), (common.Failure("bad", 2), 2)):
         monkeypatch.setattr(torch.distributed, "broadcast_object_list",
                             lambda box, failure=failure, **more: box.__setitem__(1, failure))
-        assert exit_code(run.ranks.on_rank0, len) == code  # else it would start the workers again
+        with ends() as end:
+            try:
+                run.ranks.on_rank0(len)
+            except common.Failure:
+                run.end_process(*sys.exc_info())
+        assert end.code == code  # else it would start the workers again
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -113,14 +113,14 @@ def test_a_disk_that_fails_in_the_middle_of_a_background_save(run, monkeypatch, 
 
     def fsync(fd):
         calls.append(fd)
-        if len(calls) == 3:  # metrics and weights are on disk, the optimizer is not
+        if len(calls) == 5:  # metrics, the mark in its folder and weights are on disk, no optimizer
             raise OSError(number, text)
         real(fd)
     monkeypatch.setattr(os, "fsync", fsync)
     in_background(run, 2)
     run.saving.join()
     monkeypatch.undo()
-    assert len(calls) == 3 and run.should_save(), "it is said at once"
+    assert len(calls) == 5 and run.should_save(), "it is said at once"
     assert exit_code(in_background, run, 3) == 1
     said = capsys.readouterr().err
     assert text in said and "step 2" in said and said.count("\n") == 1
@@ -133,6 +133,16 @@ def test_a_disk_that_fails_in_the_middle_of_a_background_save(run, monkeypatch, 
     save(again, 2)
     assert checkpoint.newest(folder) == 2
     again.close(75, "stopped")
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones(run, capsys):
+    save(run, 1)
+    in_background(run, 2, Weights(float("nan")))
+    assert exit_code(run.finish_save) == 1
+    said = capsys.readouterr().err
+    assert "could not save step 2" in said and "its weights are not finite (w)" in said
+    assert "the last good checkpoint is that of step 1" in said and "learning rates" in said
+    assert checkpoint.newest(run.directory) == 1
+    assert not list(run.directory.glob("*_000002*"))
 
 def test_torch_reports_a_failed_write_as_an_error_too(run, monkeypatch, capsys):
     def fails(*args):
