@@ -565,3 +565,10 @@ def test_every_recipe_is_a_file_of_assignments_that_its_script_takes(tmp_path, c
     out = script(tmp_path / "state", scripts[name], config)
     assert out.returncode == 2 and "prepare_data.py" in out.stderr or "there is no" in out.stderr
     assert "unknown setting" not in out.stderr and out.stderr.count("\n") == 1, out.stderr
+
+def test_ctrl_c_comes_to_the_workers_through_the_supervisor_alone(tmp_path):
+    path = tmp_path / "seen"
+    code = (f"import signal; ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN; "
+            f"open({str(path)!r}, 'w').write(str(ignored))")
+    assert launch.Supervisor(tmp_path / "outcome").run([sys.executable, "-c", code]) == (0, {})
+    assert path.read_text() == "True", "torchrun would kill its workers 30 seconds later"

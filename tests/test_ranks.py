@@ -18,14 +18,14 @@ BASE = ["base_train.py", "--data=toy", "--depth=1", "--max_seq_len=64", "--total
         "--compile=False", "--eval_tokens=2000", "--eval_every=0", "--sample_every=0",
         "--num_steps=50"]
 
-def torchrun(state, ranks, *args, restarts=0):
+def torchrun(state, ranks, *args, restarts=0, **env):
     """The process of torchrun (of Python, for one rank); its output goes to a file, see said()."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                 f"--max_restarts={restarts}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *map(str, args)]
     with open(f"{state}.log", "w") as f:
         return subprocess.Popen(command, cwd=REPO, stdout=f, stderr=subprocess.STDOUT,
-                                env={**environment(state), "OMP_NUM_THREADS": "1"})
+                                env={**environment(state), "OMP_NUM_THREADS": "1", **env})
 
 def said(state):
     return Path(f"{state}.log").read_text()
@@ -102,6 +102,26 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_continues(prepared):
     assert killed(1, second + 4, restarts=1).wait(150) == 0, said(prepared)[-3000:]
     assert said(prepared).count("continuing at step") == 2
     losses(folder)
+
+def test_ctrl_c_saves_and_what_is_refused_then_ends_in_order(prepared, tmp_path):
+    folder = prepared / "toy/base_checkpoints/broken"
+    command = [*BASE, "--tag=broken", "--save_minutes=0.0"]
+    process = torchrun(prepared, 2, *command)
+    wait_for(lambda: checkpoint.steps(folder)[:1] > [3], process)
+    process.send_signal(signal.SIGINT)  # the workers are in sessions of their own
+    process.wait(100)
+    record = load_record(folder)
+    assert record["status"] == "interrupted", said(prepared)[-3000:]
+    assert f"signal SIGINT: saved at step {checkpoint.newest(folder)} of 50" in record["reason"]
+
+    for _ in range(2):  # gloo's threads abort a process only now and then
+        assert torchrun(prepared, 2, *command, "--seed=5").wait(100) == 1
+        assert "seed: 1337 -> 5" in said(prepared) and "SIGABRT" not in said(prepared)
+        assert said(prepared).count("exitcode  : 2") == 2, said(prepared)[-3000:]
+    outcome = tmp_path / "outcome"
+    refused = torchrun(prepared, 2, *command, "--seed=5", NANOCHAT_OUTCOME=str(outcome))
+    assert refused.wait(100) == 0 and common.read_json(outcome)["code"] == 2
+    assert "Traceback" not in said(prepared), "the launcher knows, so torchrun need not explain"
 
 LATE = f"""
 import os, signal, sys, time
