@@ -8,10 +8,10 @@ Checkpoints that cannot be hurt by killing the writer. That of step 400 is four 
 
 Each is written under a temporary name, flushed to disk, read back, then renamed. Without its
 manifest there is no checkpoint, so a death at any moment leaves the old one or the new one. While
-it is being saved there is an empty file .saving_000400 beside it: so what a death in the middle has
-left is told from files that have lost their manifest otherwise, which nobody removes. Older ones go
-only after the new one is whole, later ones never. Nothing random has to be saved: every draw is a
-function of (seed, step, item), see common.rng.
+it is being saved, or removed, there is a file .partial_000400 beside it: so what a death in the
+middle has left is told from files that have lost their manifest otherwise, which nobody removes.
+Older ones go only after the new one is whole, later ones never. Nothing random has to be saved:
+every draw is a function of (seed, step, item), see common.rng.
 """
 import contextlib
 import hashlib
@@ -28,6 +28,9 @@ def names(step):
 
 def manifest_name(step):
     return f"manifest_{step:06d}.json"
+
+def mark_name(step):
+    return f".partial_{step:06d}"
 
 def steps(directory):
     """Steps of which the directory holds a manifest, newest first."""
@@ -94,11 +97,11 @@ def made_by_nanochat(directory):
 
 def leftovers(directory):
     """What deaths in the middle of a save have left, a list of paths: temporary files, and the
-    parts of a step that has no manifest but the mark of a save that was never finished."""
+    parts of a step that has no manifest but its mark."""
     directory = Path(directory)
     found = list(directory.glob(".*_*.tmp-*"))
-    for mark in directory.glob(".saving_*"):
-        step = int(mark.name.removeprefix(".saving_"))
+    for mark in directory.glob(".partial_[0-9]*"):
+        step = int(mark.name.removeprefix(".partial_"))
         if not (directory / manifest_name(step)).exists():
             found += [directory / name for name in names(step)]
         found.append(mark)  # behind the parts: they need it to be known
@@ -159,7 +162,7 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
     def write(name, how):
         return write_file(directory / name, how, still_mine)
 
-    write(f".saving_{step:06d}", lambda f: None)
+    write(mark_name(step), lambda f: None)
     common.fsync_dir(directory)
     written = {model_name: write(model_name, lambda f: torch.save(model_state, f)),
                optim_name: write(optim_name, lambda f: torch.save(optim_state, f)),
@@ -175,20 +178,16 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
             continue
         if whole < keep and problem(directory, other) is None:
             whole += 1
-        else:  # the manifest first: a checkpoint half removed is no checkpoint
-            unwanted = [directory / name for name in [manifest_name(other), *names(other)]]
-            remove(unwanted, still_mine)
+        elif still_mine():
+            os.replace(directory / manifest_name(other), directory / mark_name(other))
     sweep(directory, still_mine)
 
-def remove(paths, still_mine):
-    for path in paths:
+def sweep(directory, still_mine):
+    """Removes what leftovers() finds, as long as still_mine()."""
+    for path in leftovers(directory):
         with contextlib.suppress(OSError):
             if still_mine():
                 path.unlink()
-
-def sweep(directory, still_mine):
-    """Removes what deaths in the middle of a save have left."""
-    remove(leftovers(directory), still_mine)
 
 def load(directory, step, optimizer=True):
     """-> (model_state, optim_state or {}, meta); the tensors are the file's own memory (mmap), so

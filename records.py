@@ -31,10 +31,12 @@ def find_record(directory, settings, inputs=None):
     """
     The record that a start in `directory` goes on from, {} where it begins anew.
     --start_over=True holds for one beginning: the same command given again goes on with the
-    half-done run that it has begun.
+    half-done run that it has begun. inputs=None: they are not known yet.
     """
     directory = Path(directory)
     old = load_record(directory) or recovered_record(directory)
+    if old and not binds(old, directory):
+        old = {k: v for k, v in old.items() if k not in ("chosen", "train_files")}
     if not old or not settings["start_over"]:
         return old
     begun_so = old["free"].get("start_over") and old["status"] != "done"
@@ -50,6 +52,10 @@ def source_version():
         digest = hashlib.sha256(difference).hexdigest()[:16] if difference else ""
         return git("rev-parse", "HEAD").decode().strip() or "unknown", digest
     return "unknown", ""
+
+def binds(record, directory):
+    """Whether later starts have to keep to the record: something was saved, or all is done."""
+    return record["status"] == "done" or checkpoint.holds_any(directory)
 
 # -------------------------------------------------------------------------------------------------
 # comparing
@@ -96,10 +102,10 @@ def judge(name, directory, settings, inputs, damage=None):
         common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
                       "compared with what the newest checkpoint says of them")
     changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
-    if changed and (old["status"] == "done" or checkpoint.holds_any(directory)):
-        common.fail(f"{name} was started with other settings or inputs in {directory}: {changed} "
-                    "(--start_over=True keeps the old state aside and starts again)")
     if changed:
+        common.check(not binds(old, directory), f"{name} was started with other settings or inputs "
+                     f"in {directory}: {changed} (--start_over=True keeps the old state aside and "
+                     "starts again)")
         common.print0(f"{name}: begins with other settings or inputs than the last start, which "
                       f"had saved nothing: {changed}")
         return {}, None

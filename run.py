@@ -172,10 +172,16 @@ class Run:
                           f"{old.get('commit', '?')[:8]}, now {commit[:8]}{uncommitted})")
 
     def update_record(self, **facts):
-        """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk."""
+        """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk.
+        Failure (code 1) where it cannot be written."""
         self.record.update(facts, updated=time.time())
         if self.lock:
-            common.atomic_write(self.directory / "phase.json", json.dumps(self.record, indent=1))
+            try:
+                text = json.dumps(self.record, indent=1)
+                common.atomic_write(self.directory / "phase.json", text)
+            except OSError as e:
+                common.fail(f"the record could not be written: {e}; make room or make "
+                            f"{self.directory} writable and run the same command again", code=1)
 
     def check_lock(self):
         """Failure with code 1 where another process has taken the folder over: this one is an old
@@ -338,7 +344,7 @@ class Run:
 
     def exit_done(self, **facts):
         """Marks the phase as done, with facts for the report, and ends the process with 0."""
-        self.record.update(facts)
+        self.update_record(**facts)
         self.leave(0, "done")
 
     def exit_interrupted(self, reason):
@@ -377,8 +383,8 @@ class Run:
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")
                 following = None if code == 0 else next_command or self.command
                 self.update_record(status=status, code=code, reason=reason, next=following)
-        except OSError as e:  # a full disk: the message and the exit code still have to get out
-            print(f"the record could not be written: {e}", file=sys.stderr, flush=True)
+        except (OSError, common.Failure) as e:  # the message and the exit code have to get out
+            print(e, file=sys.stderr, flush=True)
         if self.lock:
             self.lock.release()
         if self.ranks.rank == 0 or code == 1:

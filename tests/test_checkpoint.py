@@ -72,7 +72,7 @@ def test_the_newest_are_kept_where_they_are_whole(tmp_path):
 
 def test_what_deaths_in_a_save_have_left_is_swept(tmp_path):
     save(tmp_path, 1)
-    left = ["model_000002.pt", ".optim_000002.pt.tmp-x", "meta_000002.json", ".saving_000002"]
+    left = ["model_000002.pt", ".optim_000002.pt.tmp-x", "meta_000002.json", ".partial_000002"]
     others = ["metrics.jsonl", "phase.json", "optim_000002_rank0.pt", ".lock.json.tmp-x",
               "model_000003.pt"]
     for name in left + others:
@@ -103,6 +103,21 @@ def test_a_death_at_any_rename_of_the_first_save_leaves_nothing_that_counts(tmp_
     number = 9
     save(tmp_path, 7)
     assert checkpoint.newest(tmp_path) == 7 and len(list(tmp_path.iterdir())) == 4
+
+def test_a_death_while_an_old_one_is_removed_leaves_nothing_for_good(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    real = checkpoint.Path.unlink
+
+    def dies(path, **more):
+        if path.name == "optim_000001.pt":
+            raise KeyboardInterrupt
+        real(path, **more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Path, "unlink", dies)
+        save(tmp_path, 2)
+    assert (tmp_path / "optim_000001.pt").exists() and checkpoint.newest(tmp_path) == 2
+    save(tmp_path, 3)
+    assert len(list(tmp_path.iterdir())) == 4 and checkpoint.newest(tmp_path) == 3
 
 def test_later_steps_and_files_that_have_lost_their_manifest_are_never_removed(tmp_path):
     save(tmp_path, 8, keep=2)

@@ -14,6 +14,7 @@ import checkpoint
 import clock
 import common
 import models
+import records
 import report
 import status
 from configurator import Settings
@@ -258,7 +259,7 @@ def test_a_run_begun_with_start_over_whose_checkpoint_is_damaged_is_put_aside_to
 def test_a_first_save_that_was_never_finished_is_begun_anew(folder):
     run = start(folder, damage=None)
     run.close(75, "stopped")
-    for name in ("model_000003.pt", "meta_000003.json", ".saving_000003"):
+    for name in ("model_000003.pt", "meta_000003.json", ".partial_000003"):
         (folder / name).write_text("half")
     run = start(folder, damage=None)
     assert run.saved_step is None
@@ -275,6 +276,28 @@ def test_a_start_that_has_saved_nothing_binds_nobody(folder, capsys):
     save(run, 1)
     run.close(75, "stopped")
     assert exit_code(start, folder, damage=None) == 2, "now it binds"
+
+def test_nor_do_the_files_that_it_has_found(folder):
+    run = start(folder, damage=None)
+    run.update_record(train_files=["a"], chosen={"dtype": "bfloat16"})
+    for expected in (None, ["a"]):
+        assert records.find_record(folder, settings()).get("train_files") == expected
+        save(run, 1)
+    run.close(75, "stopped")
+
+def test_a_disk_that_is_full_when_all_is_done_is_no_success(folder, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+    run = start(folder, damage=None)
+    save(run, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "atomic_write", full)
+        assert exit_code(run.exit_done, step=9) == 1
+    assert "No space left" in capsys.readouterr().err
+    run.lock.release()
+    run = start(folder, damage=None)
+    assert run.saved_step == 9
+    run.close(75, "stopped")
 
 def test_what_another_process_writes_while_it_looks_is_not_gone_over(folder, monkeypatch, capsys):
     trained(folder, step=3, finished=False)
