@@ -68,14 +68,3 @@ class Clock:
         left = (self.num_steps - step) * self.step_seconds()
         common.print0(f"step {step:,}/{self.num_steps:,} | {words} | {speed} | "
                       f"{common.duration(self.seconds())} so far, {common.duration(left)} left")
-
-def budget(name, seconds_left, deadline, now):
-    """What a run needs and what this job has; deadline, now: seconds since the epoch.
-    example: "base_train needs 7h06m more, this job has 4h54m left: it will stop at 23:41 with
-    everything saved and continue in its next attempt" """
-    line = (f"{name} needs {common.duration(seconds_left)} more, this job has "
-            f"{common.duration(max(0, deadline - now))} left")
-    if now + seconds_left > deadline:
-        when = time.strftime("%H:%M", time.localtime(deadline))
-        line += f": it will stop at {when} with everything saved and continue in its next attempt"
-    return line

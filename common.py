@@ -76,9 +76,8 @@ def show_uncaught(kind, value, trace):
     return value
 
 def end_process(kind, value, trace):
-    failure = show_uncaught(kind, value, trace)
-    leave_outcome(failure.code, failure.message, failure.next_command, **failure.facts)
-    raise SystemExit(failure.code)  # Python takes the exit code from a hook that raises it
+    # Python takes the exit code from a hook that raises it
+    raise SystemExit(show_uncaught(kind, value, trace).code)
 
 sys.excepthook = end_process
 

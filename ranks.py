@@ -46,12 +46,9 @@ class Ranks:
         sys.excepthook = end_process  # torch's own would swallow what ours prints
         self.patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
-    def in_group(self):
-        return self.patient_group is not None
-
     def leave(self):
         """Leaves the group; without, gloo's threads may abort the process where it ends."""
-        if self.in_group():
+        if self.patient_group is not None:
             import torch.distributed as dist
             dist.destroy_process_group()
 

@@ -34,7 +34,7 @@ import common
 import records
 import slurm
 import trial
-from clock import Clock, budget
+from clock import Clock
 from lock import Lock, check_free, put_aside, take_lock
 from ranks import Ranks
 
@@ -61,7 +61,7 @@ class Run:
     limit: float = math.inf        # the end that --time_limit sets,
     job_end: float = math.inf      # and the end of the Slurm job,
     job_left: float = 0.0          # which was so many seconds ahead when it was asked for
-    longest_save: float | None = None
+    longest_save: float = 0.0      # seconds; 0: none was measured
 
     clock: Clock | None = None     # of a training loop
     try_out: bool = False          # --try_out=True: only the first steps, and what they need
@@ -141,7 +141,8 @@ class Run:
             common.fail(f"another process has just written in {directory}: run the same command "
                         "again")
         commit, difference = records.source_version()
-        self.say_what_changed(old, commit, difference)
+        if old.get("free"):  # else it is a new run, or its record was lost
+            self.say_what_changed(old, commit, difference)
         self.lock = lock
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
@@ -154,9 +155,8 @@ class Run:
         return self.record, saved_step
 
     def say_what_changed(self, old, commit, difference):
-        """Prints what does not count for the result and is other than at the last start."""
-        if not old:
-            return
+        """Prints how the last start has ended, and what has changed since without counting for the
+        result: settings, the source."""
         if old["status"] == "running":
             advice = ""
             if "device_batch_size" in self.settings:
@@ -164,12 +164,11 @@ class Run:
             common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
                           f"memory{advice}")
         known = {k: v for k, v in self.settings.free.items() if k in old["free"]}
-        for line in records.differences(old["free"], known):
-            common.print0(f"{self.name}: setting changed since the last start: {line}")
-        if (commit, difference) != (old.get("commit"), old.get("difference")):
-            uncommitted = " with uncommitted changes" if difference else ""
-            common.print0(f"{self.name}: the source changed since the last start (commit "
-                          f"{old.get('commit', '?')[:8]}, now {commit[:8]}{uncommitted})")
+        source = "hash of the uncommitted source"
+        before = {**old["free"], "commit": old.get("commit"), source: old.get("difference")}
+        now = {**known, "commit": commit, source: difference}
+        for line in records.differences(before, now):
+            common.print0(f"{self.name}: changed since the last start: {line}")
 
     def update_record(self, **facts):
         """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk.
@@ -206,9 +205,9 @@ class Run:
         """When to stop; infinity for never. Before the end of a Slurm job: three of the longest
         saves and half a minute, or two minutes while none was measured, but never more than a
         quarter of what the job had left (short jobs must get on, too)."""
-        save = self.longest_save
-        margin = min(120.0 if save is None else 30.0, max(0.0, self.job_left) / 4)
-        return min(self.limit, self.job_end - margin - 3 * (save or 0.0))
+        usual = 30.0 if self.longest_save else 120.0
+        margin = min(usual, max(0.0, self.job_left) / 4)
+        return min(self.limit, self.job_end - margin - 3 * self.longest_save)
 
     def stop_reason(self):
         """Why this process should stop ("signal SIGTERM", "deadline"), or None. Not collective."""
@@ -267,7 +266,7 @@ class Run:
             os.fsync(self.metrics.fileno())  # the steps before this one will not run again
             checkpoint.save(self.directory, step, weights, optim_state, meta,
                             self.record["free"]["keep"], self.lock.mine)
-            self.longest_save = max(self.longest_save or 0.0, time.monotonic() - began)
+            self.longest_save = max(self.longest_save, time.monotonic() - began)
         except Exception as e:  # noqa: BLE001  (the main thread tells it: see finish_save)
             self.save_error = e
 
@@ -334,9 +333,6 @@ class Run:
         left. shown: what to show besides; tokens: how many it has trained on."""
         reading = self.clock.tick(tokens)
         self.log(kind="train", step=step - 1, **metrics, clock=reading)
-        if len(self.clock.steps) == 10 and self.deadline() < math.inf:
-            left = (self.clock.num_steps - step) * self.clock.step_seconds()
-            common.print0(budget(self.name, left, self.deadline(), self.now()))
         self.clock.show(step, shown, reading)
 
     # ---------------------------------------------------------------------------------------------
@@ -365,7 +361,7 @@ class Run:
             # told once more while Python winds up, when its handlers are gone, it would die of it
             signal.signal(number, signal.SIG_IGN)
         # without a group this rank may be the only one that refuses: torchrun has to end the others
-        launcher_knows = "NANOCHAT_OUTCOME" in os.environ and self.ranks.in_group()
+        launcher_knows = "NANOCHAT_OUTCOME" in os.environ and self.ranks.patient_group
         self.ranks.leave()
         if under_torchrun() and (code == 75 or launcher_knows):
             code = 0
@@ -411,13 +407,13 @@ def explained(error, name, settings):
     """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is
     out, a Failure (code 1) that says what to try instead."""
     text = str(error)
-    kind = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if not (kind or "out of memory" in text or "not enough memory" in text):
+    signs = ("out of memory", "not enough memory", "allocate memory")
+    if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
         return error
     fewer = [f"--{key}={max(1, settings[key] // 2)}"
              for key in ("device_batch_size", "rollout_rows", "rows") if key in settings]
     failure = common.Failure(
-        f"ran out of memory in {name} ({text.splitlines()[0][:150]}); run the same command with "
+        f"ran out of memory in {name} ({text[:150]}); run the same command with "
         f"{' '.join(fewer)}: the result stays the same to rounding, and what is saved goes on",
         code=1)
     failure.facts["retry_with"] = fewer  # the launcher does so once

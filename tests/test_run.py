@@ -64,7 +64,8 @@ def test_done_half_done_changed(folder, capsys):
     assert "data: abc -> other" in capsys.readouterr().err
     run = start(folder, settings(rows=2), damage=lambda: "damaged")
     assert run.record["status"] == "running" and run.record["val_bpb"] == 1.0
-    assert "rows: 8 -> 2" in capsys.readouterr().out, "what does not define the result is logged"
+    said = capsys.readouterr().out
+    assert "changed since the last start: rows: 8 -> 2" in said, "it does not define the result"
     run.close(1, "over")
 
 def test_starting_over_keeps_the_old(folder):
@@ -128,7 +129,7 @@ def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damag
     assert run.record["chosen"] == {"dtype": "float32"}
     assert load_record(folder)["status"] == "running"
     said = capsys.readouterr().out
-    assert "phase.json is gone or damaged" in said and "setting changed" not in said
+    assert "phase.json is gone or damaged" in said and "changed since" not in said
     run.close(75, "stopped")
 
 @pytest.mark.parametrize("asked,advised", [({"device_batch_size": 8}, True), ({}, False)])
@@ -411,6 +412,17 @@ def test_a_stop_while_the_others_wait_for_rank_0_is_no_failure_to_torchrun(monke
                 run.end_process(*sys.exc_info())
         assert end.code == code  # else it would start the workers again
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't "
+                                "allocate memory: you tried to allocate 99 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")])
+def test_memory_that_is_out_is_one_line_in_any_words(capsys, error):
+    run = alone()
+    run.settings = {"device_batch_size": 8}
+    assert exit_code(run.end_process, type(error), error, None) == 1
+    said = capsys.readouterr().err
+    assert "ran out of memory in test" in said and "--device_batch_size=4" in said
+
 def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -452,26 +464,6 @@ def test_the_margin_before_the_end_of_a_job_follows_from_the_longest_save(monkey
     run = alone()
     run.set_deadline()
     assert run.deadline() == math.inf and run.stop_reason() is None
-
-def test_the_budget_is_said_in_words():
-    def line(left, until_end):
-        return clock.budget("base_train", left, NOON + until_end, NOON)
-    assert line(7.1 * 3600, 4.9 * 3600) == (
-        "base_train needs 7h06m more, this job has 4h54m left: it will stop at 16:54 with "
-        "everything saved and continue in its next attempt")
-    assert line(1800, 4.9 * 3600) == "base_train needs 30m00s more, this job has 4h54m left"
-
-def test_the_budget_is_said_once_seconds_per_step_are_known(folder, monkeypatch, capsys):
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
-    run = start(folder)
-    run.begin_loop(0, 10_000, 0.0)
-    for step in range(1, 21):
-        now[0] += 5
-        run.log_step(step, "loss 1", 8)
-        assert ("more, this job has" in capsys.readouterr().out) is (step == 10)
-    run.close(75, "stopped")
 
 def test_a_clock_that_is_set_back_does_not_put_off_a_save(monkeypatch):
     wall, running = [5000.0], [100.0]  # neither depends on this machine's pace
