@@ -50,16 +50,10 @@ def leave_outcome(code, reason, next_command=None, **facts):
     Leaves how this process ends where the launcher finds it, in the file $NANOCHAT_OUTCOME:
     torchrun turns every exit code into 1. The first rank's word counts: the others die of it.
     """
-    path = os.environ.get("NANOCHAT_OUTCOME")
-    if not path:
-        return
-    try:
-        with open(path, "x") as f:
+    if path := os.environ.get("NANOCHAT_OUTCOME"):
+        # not there for the first only; on a full disk the exit code has to do
+        with contextlib.suppress(OSError), open(path, "x") as f:
             json.dump({"code": code, "reason": reason, "next": next_command, **facts}, f)
-    except FileExistsError:
-        pass
-    except OSError as e:  # a full disk: the message and the exit code still have to get out
-        print(f"the outcome could not be recorded: {e}", file=sys.stderr, flush=True)
 
 def show_uncaught(kind, value, trace):
     """Prints an exception that nobody has caught -> it as a Failure."""

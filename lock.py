@@ -130,8 +130,9 @@ def take_lock(directory):
         check_free(path.parent)
         holder = common.read_json(path)
         if "host" in holder:
-            stray = end_stray(path, holder)
-            why = "an attempt that Slurm has ended: killed" if stray else "which is dead"
+            why = "which is dead"
+            if end_stray(path, holder):
+                why = "an attempt that Slurm has ended: killed"
             common.print0(f"taking over the lock of {holder_name(holder)}, {why}")
         token = uuid.uuid4().hex
         temporary = path.with_name(f".lock.json.tmp-{token}")

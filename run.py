@@ -135,7 +135,7 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             lock = take_lock(directory)
         except OSError as e:
-            common.fail(f"cannot write in {directory}: {e}; make it writable, or make room")
+            fail_to_write(directory, e, code=2)
         if records.load_record(directory) != found:
             lock.release()
             common.fail(f"another process has just written in {directory}: run the same command "
@@ -172,15 +172,15 @@ class Run:
 
     def update_record(self, **facts):
         """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk.
-        Failure (code 1) where it cannot be written."""
+        Failure (code 1) where it cannot be written, or another process has taken over."""
+        self.check_lock()
         self.record.update(facts, updated=time.time())
         if self.lock:
             try:
                 text = json.dumps(self.record, indent=1)
                 common.atomic_write(self.directory / "phase.json", text)
             except OSError as e:
-                common.fail(f"the record could not be written: {e}; make room or make "
-                            f"{self.directory} writable and run the same command again", code=1)
+                fail_to_write(self.directory, e)
 
     def check_lock(self):
         """Failure with code 1 where another process has taken the folder over: this one is an old
@@ -324,9 +324,7 @@ class Run:
             try:
                 self.metrics.write(json.dumps(line) + "\n")
             except OSError as e:
-                common.fail(f"could not write to {self.metrics.name}: {e}; what is saved is "
-                            "untouched, make room or make it writable and run the same command "
-                            "again", code=1)
+                fail_to_write(self.metrics.name, e)
 
     def log_step(self, step, shown, tokens, /, **metrics):
         """A training step has ended, `step` of them are done: logs it, shows progress and time
@@ -402,6 +400,10 @@ class Run:
 
 def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+def fail_to_write(path, error, code=1):
+    common.fail(f"could not write to {path}: {error}; what is saved is untouched: make room or "
+                "make it writable and run the same command again", code)
 
 def explained(error, name, settings):
     """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is

@@ -165,6 +165,7 @@ def test_an_old_attempt_does_not_write_when_it_wakes_up(folder, capsys):
     before = sorted(p.name for p in folder.iterdir())
     record = (folder / "phase.json").read_text()
     assert exit_code(save, run, 2) == 1 and "lost the lock" in capsys.readouterr().err
+    assert exit_code(run.exit_done, step=2) == 1
     run.close(1, "lost")
     assert checkpoint.steps(folder) == [1] and checkpoint.problem(folder, 1) is None
     assert (folder / "phase.json").read_text() == record
