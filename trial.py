@@ -16,7 +16,6 @@ import checkpoint
 import common
 import pipeline
 import slurm
-from clock import budget
 
 def gpu_names():
     """The names of this machine's GPUs, without asking torch."""
@@ -116,7 +115,11 @@ def print_time(plan, tried):
         total += left
         at_most = "at most " if name == "rl" else ""  # its answers may be shorter
         parts.append(f"{name} {at_most}{common.duration(left)}")
-    print(f"trial: the trainings left take about {common.duration(total)} ({', '.join(parts)})",
-          flush=True)
-    if end := slurm.end_time():
-        print(budget("training", total, end, time.time()), flush=True)
+    line = f"trial: the trainings left take about {common.duration(total)} ({', '.join(parts)})"
+    end = slurm.end_time()
+    if end:
+        left = max(0.0, end - time.time())
+        line += f"; this job has {common.duration(left)} left"
+        if total > left:
+            line += ": it will stop with everything saved and continue in its next attempt"
+    print(line, flush=True)
