@@ -186,8 +186,8 @@ def make_batches(groups, model, budget):
     about `budget` bytes: first those with a prefix, which need a cache, then those without, the
     longest of each first"""
     config = model.config
-    # of a token: while a block runs; in the cache, where select() copies keys and values
-    numbers = 24 * config.n_embd + 4 * config.n_layer * config.n_kv_head * config.head_dim
+    # numbers for a token: while a block runs; in the cache, where select() copies keys and values
+    of_token = 24 * config.n_embd + 4 * config.n_layer * config.n_kv_head * config.head_dim
 
     def order(rows):
         return rows[0].prefix > 0, max(len(row.ids) for row in rows)
@@ -196,7 +196,9 @@ def make_batches(groups, model, budget):
     left = 0
     for rows in sorted(groups, key=order, reverse=True):
         cached, length = order(rows)
-        need = len(rows) * length * numbers * model.dtype.itemsize
+        scored = sum(len(row.ids) - row.start for row in rows)
+        need = len(rows) * length * of_token * model.dtype.itemsize
+        need += 3 * 4 * scored * config.vocab_size  # logits, in float32, and what is made of them
         if need > left or cached != (batches[-1][0].prefix > 0):
             batches.append([])
             left = budget
@@ -213,12 +215,18 @@ def score(model, rows):
         prefixes = [row.ids[:row.prefix] for row in rows]
         longest = max(map(len, prefixes))
         cache, _ = gpt.prefill(model, prefixes, longest + ids.size(1))  # equal ones once
-    for row, h in zip(rows, model.hidden(ids.to(device), cache)):
-        last = len(row.ids) - row.prefix - 1
-        logits = model.logits(h[row.start - row.prefix - 1:last])
-        targets = torch.tensor(row.ids[row.start:], device=device)
-        row.loss = F.cross_entropy(logits, targets).item()
-        row.greedy = bool((logits.argmax(-1) == targets).all())
+    hidden = model.hidden(ids.to(device), cache)
+    before = [h[row.start - row.prefix - 1:len(row.ids) - row.prefix - 1]
+              for row, h in zip(rows, hidden)]
+    # all at once: each product with lm_head casts its weights to the compute dtype anew
+    logits = model.logits(torch.cat(before))
+    targets = torch.cat([torch.tensor(row.ids[row.start:]) for row in rows]).to(device)
+    losses = F.cross_entropy(logits, targets, reduction="none").cpu()
+    likeliest = (logits.argmax(-1) == targets).cpu()
+    counts = [len(h) for h in before]
+    for row, loss, greedy in zip(rows, losses.split(counts), likeliest.split(counts)):
+        row.loss = loss.mean().item()
+        row.greedy = greedy.all().item()
 
 @torch.inference_mode()
 def evaluate(model, tokenizer, task, numbers, longest, budget, keep_going=lambda: True):

@@ -31,6 +31,7 @@ from conftest import (
     script,
     wait_for,
 )
+from test_gpt import NoFloat64
 
 torch.set_num_threads(1)
 BUNDLE = SHARED / "eval_bundle"
@@ -320,8 +321,23 @@ def test_what_is_shared_is_run_once(monkeypatch):
     item = {"query": "q" * 98, "choices": ["a", "b", "c", "d"], "gold": 0}
     core_eval.evaluate(model, BYTES, a_task("multiple_choice", [item]), [0], 1000, 1e9)
     # bos and the question without the space, then the space before each of four; logits of the
-    # last token of each
-    assert run == [99, 4] and scored == [1] * 5
+    # last token of each, all at once
+    assert run == [99, 4] and scored == [1, 4]
+
+def test_a_batch_has_room_for_its_logits():
+    """Of a small model with a large vocabulary they are most of what a batch takes."""
+    model = random_model(64, 10_000, 1, 1, 1, 8)
+    one = [[core_eval.Row(list(range(40)), 30)] for _ in range(6)]
+    logits = 10 * 10_000 * 4  # bytes of one row's, of which there are three
+    batches = core_eval.make_batches(one, model, 2.5 * 3 * logits)
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+
+def test_nothing_is_made_in_float64():
+    """Apple's GPUs have none."""
+    model = small()
+    for task in some_tasks(model):
+        with NoFloat64("cpu"):
+            core_eval.evaluate(model, BYTES, task, range(20), 1000, 1e9)
 
 def test_asked_to_stop_between_batches():
     answers = iter([True, False])
