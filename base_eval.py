@@ -14,6 +14,8 @@ from run import Run
 
 run = Run.start("base_eval")  # a signal counts from here on; importing torch takes seconds
 
+import shlex
+
 import checkpoint
 import common
 import configurator
@@ -59,8 +61,8 @@ common.check(max_prompt == -1 or max_prompt >= 2, "--max_prompt is at least 2, o
 core_tasks, missing, bundle = [], [], None
 if core_items:
     where = pipeline.eval_bundle_dir(data)
-    core_tasks, missing, bundle = core_eval.read_bundle(
-        where, f"python prepare_data.py --data={data}")
+    command = shlex.join(["python", "prepare_data.py", f"--data={data}"])
+    core_tasks, missing, bundle = core_eval.read_bundle(where, command)
 for label in missing:
     common.print0(f"the file of the task {label} is missing in {where}")
 
@@ -137,7 +139,6 @@ for sample in samples:
 # -------------------------------------------------------------------------------------------------
 # CORE
 
-name = "toy-CORE" if data == "toy" else "CORE"
 longest = length if max_prompt == -1 else max_prompt
 usual_gb = 0.2 if compute.device.type == "cpu" else 4.0  # on a CPU more is no faster
 budget = 1e9 * (memory_gb or usual_gb)
@@ -148,14 +149,15 @@ for task in core_tasks:
     label, n = task["label"], len(task["items"])
     asked = range(n if core_items == -1 else min(core_items, n))
     results[label] = core_eval.summary(task, measured.outcomes(label, asked, answers))
-    evaluation.print_score(label, results[label], n)
+    evaluation.print_score(label, results[label])
 
-core, reason, mean = core_eval.core_of(results, missing)
-part = ", ".join(f"{task} {n}" for task, n in evaluation.parts(data, results).items())
-note = f" in part ({reason or part})" if reason or part else ""
+core, reason = core_eval.core_of(results, missing)
+mean = evaluation.mean_centred(results)
+name = "toy-CORE" if data == "toy" else "CORE"
 if results:
-    common.print0(f"{name}{note} {mean:.4f}")
+    common.print0(f"{name} {mean:.4f}" if core is not None
+                  else f"{name} in part {mean:.4f} ({reason})")
 measured.exit_done(
-    stage="base", data=data, tag=folder.name, step=step, label=name, core=core, reason=reason,
+    data=data, tag=folder.name, step=step, core=core, reason=reason, mean_centred=mean,
     train_bpb=measured.pieces.get("train bpb"), val_bpb=measured.pieces.get("val bpb"),
-    mean_centred=mean, missing=missing, tasks=results, samples=samples)
+    missing=missing, tasks=results, samples=samples)

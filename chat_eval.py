@@ -41,17 +41,17 @@ time_limit = None            # minutes until it stops; None: the Slurm job's, if
 try_out = False              # only the end of a longest answer, on any model of this shape
 settings = configurator.configure(globals())
 
-CHATCORE = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee"]
-
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
 common.check(source in pipeline.STAGES, f"--source is base, mid, sft or rl, not {source!r}")
 if data == "toy" and "facts" not in tasks:
     tasks = [*tasks, "facts"]
+measurable = [name for name, task in task_list.TASKS.items()
+              if task["test"] and task["kind"] != "chat"]
 for name in tasks:
-    common.check("chance" in task_list.TASKS.get(name, {}),
-                 f"--tasks: {name!r} is no task with right answers")
+    common.check(name in measurable,
+                 f"--tasks={name}: the tasks with right answers are {', '.join(measurable)}")
 run.ranks.join()
 folder, step = run.ranks.on_rank0(models.find_parent, source, data, tag, try_out)
 tokenizer = models.load_tokenizer_of(folder, step, data)
@@ -94,64 +94,59 @@ compute = measured.compute
 model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 
 # -------------------------------------------------------------------------------------------------
-# outcomes of some items: a list of bool each
+# whether some items of a task are answered rightly: a list of bool, None if stopped
 
-def prompt_of(item):
-    return tokenizer.render_for_completion(item)[-model.config.sequence_len:]
+def going():
+    return run.stop_reason() is None
 
 @torch.inference_mode()
-def categorical(items):
-    """Whether the letter of the right choice has the largest logit of the item's letters."""
+def categorical(items, prompts):
+    """Right is the letter with the largest logit of the item's letters."""
     outcomes = []
     for start in range(0, len(items), rows):
-        part = items[start:start + rows]
-        prompts = [prompt_of(item) for item in part]
-        logits = gpt.prefill(model, prompts, max(map(len, prompts)))[1]
-        for item, row in zip(part, logits.cpu()):
+        if not going():
+            return None
+        part = prompts[start:start + rows]
+        logits = gpt.prefill(model, part, max(map(len, part)))[1].cpu()
+        for item, row in zip(items[start:], logits):
             letters = [tokenizer.encode(letter)[0] for letter in item["letters"]]
             best = item["letters"][row[letters].argmax().item()]
             outcomes.append(best == item["messages"][-1]["content"])
     return outcomes
 
-def generative(items):
-    """Whether the greedy answer is right."""
-    answers = gpt.generate(model, tokenizer, [prompt_of(item) for item in items], max_new_tokens,
-                           calculate=execution.calculate, max_rows=rows,
-                           keep_going=lambda: run.stop_reason() is None)
+def generative(items, prompts):
+    """What is right of the greedy answers."""
+    answers = gpt.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
+                           calculate=execution.calculate, keep_going=going)
+    if not going():
+        return None
     texts = [tokenizer.decode(tokens) for tokens, _ in answers]
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's are processes of their own
         return list(pool.map(task_list.correct, items, texts, repeat(unsafe_exec)))
 
 def outcomes_of(items):
-    """Whether items of one task are answered rightly; None if stopped."""
-    # by length, so that there is little padding
-    order = sorted(range(len(items)), key=lambda i: len(str(items[i]["messages"][:-1])))
+    length = model.config.sequence_len
+    prompts = [tokenizer.render_for_completion(item)[-length:] for item in items]
     measure = categorical if "letters" in items[0] else generative
-    found = dict(zip(order, measure([items[i] for i in order])))
-    if run.stop_reason():
-        return None
-    return [found[i] for i in range(len(items))]
+    return measure(items, prompts)
 
 # -------------------------------------------------------------------------------------------------
 
-prefix = "toy-" if data == "toy" else ""
 results = {}
 for name in tasks:
     items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
     outcomes = measured.outcomes(name, items, outcomes_of)
     results[name] = evaluation.score(outcomes, task_list.TASKS[name]["chance"])
-    of = len(items)
-    if evaluation.parts(data, {name: results[name]}):
-        of = evaluation.FULL[name]
-    evaluation.print_score(prefix + name, results[name], of)
+    evaluation.print_score(evaluation.name_of(name, data, results[name]), results[name])
 
-missing = [name for name in CHATCORE if name not in results]
+missing = [name for name in evaluation.CHATCORE if name not in results]
 chatcore = None
 if missing:
     common.print0(f"no ChatCORE: {', '.join(missing)} not measured")
 else:
-    chatcore = sum(results[name]["centred"] for name in CHATCORE) / len(CHATCORE)
-    in_part = "in part " if evaluation.parts(data, results) else ""
-    common.print0(f"{prefix}ChatCORE {in_part}{chatcore:.4f}")
+    chatcore = evaluation.mean_centred({name: results[name] for name in evaluation.CHATCORE})
+    name = "toy-ChatCORE" if data == "toy" else "ChatCORE"
+    part = " in part" if evaluation.in_part(data, results) else ""
+    common.print0(f"{name}{part} {chatcore:.4f}")
 measured.exit_done(source=source, data=data, tag=folder.name, step=step, results=results,
                    chatcore=chatcore, missing=missing)

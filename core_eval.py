@@ -258,24 +258,21 @@ def evaluate(model, tokenizer, task, numbers, longest, budget, keep_going=lambda
 # the numbers
 
 def summary(task, outcomes):
-    """What evaluation.score says of a task's outcomes (list of bool), and what was measured."""
-    facts = {"of": len(task["items"]), "kind": task["kind"], "shots": task["shots"]}
-    return {**evaluation.score(outcomes, 0.01 * task["baseline"]), **facts}
+    """What evaluation.score says of a task's outcomes (list of bool), and how many items it has:
+    the bundle's file may hold a part of a public test set."""
+    of = max(len(task["items"]), evaluation.FULL.get(task["label"], 0))
+    return {**evaluation.score(outcomes, 0.01 * task["baseline"]), "of": of}
 
 def core_of(results, missing):
-    """results {label: summary}, missing: labels -> (CORE or None, why there is none or None, mean
-    of the centred accuracies that were measured or None)"""
+    """results {label: summary}, missing: labels -> (CORE, None), or (None, why there is none)"""
     reasons = []
     if missing:
         reasons.append(f"tasks without their file: {', '.join(missing)}")
     partial = sum(result["n"] < result["of"] for result in results.values())
     if partial:
         reasons.append(f"{partial} tasks measured in part")
-    mean = None
-    if results:
-        mean = sum(result["centred"] for result in results.values()) / len(results)
-    else:
+    if not results:
         reasons.append("nothing measured")
     if reasons:
-        return None, "; ".join(reasons), mean
-    return mean, None, mean
+        return None, "; ".join(reasons)
+    return evaluation.mean_centred(results), None

@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-import status
 from records import differences
 
 BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
 
-# items of the public test sets
+# what chat_eval.py measures; ChatCORE is the mean of these
+CHATCORE = {
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "mmlu": "MMLU",
+    "gsm8k": "GSM8K",
+    "humaneval": "HumanEval",
+    "spellingbee": "SpellingBee",
+}
+# items of the public test sets, CORE's among them
 FULL = {"arc_easy": 2376, "arc_challenge": 1172, "mmlu": 14042, "gsm8k": 1319, "humaneval": 164,
         "squad": 10570}
 
@@ -59,7 +67,7 @@ class Evaluation:
                   for start in range(0, len(items), BLOCK)}
         todo = [start for start, piece in pieces.items() if piece not in self.pieces]
         ranks = self.run.ranks
-        t0 = next_line = time.monotonic()
+        began = said = time.monotonic()
         for turn in range(0, len(todo), ranks.world):
             due = todo[turn:turn + ranks.world]
             mine = None
@@ -68,13 +76,13 @@ class Evaluation:
                 mine = measure(items[start:start + BLOCK])
             for start, value in zip(due, ranks.gather(mine)):
                 self.keep(pieces[start], value)
-            done = due[-1] + BLOCK
             now = time.monotonic()
-            if done < len(items) and now >= next_line:
-                next_line = now + 10
-                left = (len(items) - done) * (now - t0) / (done - todo[0])
-                common.print0(f"  {task}: {done:,} of {len(items):,} items, about "
-                              f"{common.duration(left)} left")
+            left = len(todo) - turn - len(due)
+            if left > 0 and (turn == 0 or now - said >= 10):
+                said = now
+                seconds = left * (now - began) / (turn + len(due))
+                common.print0(f"  {task}: {due[-1] + BLOCK:,} of {len(items):,} items, about "
+                              f"{common.duration(seconds)} left")
         return [outcome for piece in pieces.values() for outcome in self.pieces[piece]]
 
     def exit_done(self, **result):
@@ -93,18 +101,20 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     already. Ends the process with 0 where that is of these inputs, of the dtype that is asked for,
     and has all `needed` tasks. Collective.
     """
-    from compute import choose_compute  # report.py needs scores alone, and no torch
+    from compute import choose_compute  # report.py needs the scores alone, and no torch
 
     def fits(begun):
         same_dtype = settings["dtype"] in ("auto", begun.get("chosen", {}).get("dtype"))
         return begun.get("inputs") == inputs and same_dtype
 
     run.settings = settings
-    found = run.ranks.on_rank0(status.read, path)
-    if fits(found) and all(name in found["results"] for name in needed):
+    partial = path.with_suffix(".partial.jsonl")
+    result = run.ranks.on_rank0(common.read_json, path)
+    if isinstance(result, dict) and fits(result) and {*needed} <= {*result.get("results", ())}:
+        if run.ranks.rank == 0:
+            partial.unlink(missing_ok=True)  # of an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
-    partial = path.with_suffix(".partial.jsonl")
     lines = run.ranks.on_rank0(common.read_json_lines, partial)
     begun = lines[0] if lines else {}
     kept = [line for line in lines if "piece" in line]
@@ -115,8 +125,7 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
     start = {"inputs": inputs, "chosen": compute.recorded()}
     if run.ranks.rank == 0:  # without a line torn by a death
-        whole = "".join(json.dumps(line) + "\n" for line in [start, *kept])
-        common.atomic_write(partial, whole)
+        common.atomic_write(partial, "".join(json.dumps(line) + "\n" for line in [start, *kept]))
         run.partial = partial
     if kept:
         common.print0(f"continuing, {len(kept)} pieces are there already")
@@ -148,16 +157,27 @@ def score(outcomes, chance):
         "outcomes": outcomes,
     }
 
-def parts(data, results):
-    """Which results are of a part of a public test set only: {task: "30 of 164"}; they are not
-    called by the name of the whole."""
-    if data == "toy":
-        return {}
-    return {name: f"{result['n']:,} of {FULL[name]:,}" for name, result in results.items()
-            if result["n"] < FULL.get(name, 0)}
+def mean_centred(results):
+    """The mean of the centred accuracies of {task: score}; None where there are none."""
+    if not results:
+        return None
+    return sum(result["centred"] for result in results.values()) / len(results)
 
-def print_score(name, result, of):
-    """of: how many items the whole task has"""
+def in_part(data, results):
+    """Whether of any public test set only a part was measured. The toy world's are whole."""
+    few = any(result["n"] < FULL.get(task, 0) for task, result in results.items())
+    return few and data != "toy"
+
+def name_of(task, data, result):
+    """What a task of chat_eval.py is called: a part of a public test set has not the name of the
+    whole.  examples: "toy-MMLU";  "MMLU";  "MMLU, 500 of 14,042" """
+    name = CHATCORE.get(task, task.capitalize())
+    if data == "toy":
+        return f"toy-{name}"
+    if in_part(data, {task: result}):
+        return f"{name}, {result['n']:,} of {FULL[task]:,}"
+    return name
+
+def print_score(name, result):
     common.print0(f"{name:<32} {result['accuracy']:.4f}  ({result['low']:.4f} to "
-                  f"{result['high']:.4f}, centred {result['centred']:+.4f}, {result['n']:,} items "
-                  f"of {of:,})")
+                  f"{result['high']:.4f}, centred {result['centred']:+.4f}, {result['n']:,} items)")

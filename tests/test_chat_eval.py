@@ -75,8 +75,15 @@ def test_a_part_of_the_public_test_sets_is_called_a_part(ready, tmp_path):
     shutil.copytree(pipeline.state_path("base", "toy", "d2"), there)
     pipeline.task_dir(own).symlink_to(pipeline.task_dir("toy"))
     out = run(f"--data={own}", "--max_items=2", "--unsafe_exec=True")
-    assert out.returncode == 0 and "2 items of 2,376" in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 0 and "ARC-Easy, 2 of 2,376 " in out.stdout, out.stdout + out.stderr
     assert re.search(r"^ChatCORE in part -?0\.\d{4}$", out.stdout, re.MULTILINE), out.stdout
+
+def test_what_has_no_right_answers_is_no_task_to_measure(ready):
+    run, _ = ready
+    for name in ("smoltalk", "mmlu_aux", "arc_esay"):
+        out = run(f"--tasks=gsm8k,{name}")
+        assert out.returncode == 2 and f"--tasks={name}: the tasks with" in out.stderr, out.stderr
+        assert out.stderr.count("\n") == 1 and "arc_easy" in out.stderr
 
 def test_without_a_sandbox_humaneval_is_left_out_unless_asked_for_and_measured_where_there_is_one(
         ready):

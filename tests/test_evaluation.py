@@ -29,6 +29,15 @@ measured.keep("b", 2)
 measured.exit_done(results=measured.pieces)
 """
 
+def test_a_damaged_result_is_measured_again(state):
+    path = state / "report/chat_sft_d4.json"
+    path.parent.mkdir(parents=True)
+    for content in ('{"inputs": {"weigh', "[]", "null"):
+        path.write_text(content)
+        out = script(state, "-c", SCRIPT, path, "float32", "finish")
+        assert out.returncode == 0 and "done already" not in out.stdout, out.stderr
+        assert json.loads(path.read_text())["results"] == {"a": [True, False], "b": 2}
+
 def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_anew(state):
     path = state / "report/chat_sft_d4.json"
     partial = path.with_suffix(".partial.jsonl")
@@ -60,6 +69,9 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     assert code == 1 and "kept {}" in out
     code, out = run("float32", "stop")
     assert code == 0 and "done already" in out, "the result of before is there still"
+    assert status.describe_eval(path, state / "none")[0] == "done", "what failed was another"
+    code, out = run("bfloat16", "stop")
+    assert code == 75
     path.unlink()
     code, out = run("float32", "finish")
     assert code == 0 and "is dropped: dtype" in out and "kept {}" in out
