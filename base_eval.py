@@ -153,7 +153,7 @@ for task in core_tasks:
 
 core, reason = core_eval.core_of(results, missing)
 mean = evaluation.mean_centred(results)
-name = "toy-CORE" if data == "toy" else "CORE"
+name = evaluation.called("CORE", data)
 if results:
     common.print0(f"{name} {mean:.4f}" if core is not None
                   else f"{name} in part {mean:.4f} ({reason})")

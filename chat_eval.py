@@ -137,7 +137,8 @@ for name in tasks:
     items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
     outcomes = measured.outcomes(name, items, outcomes_of)
     results[name] = evaluation.score(outcomes, task_list.TASKS[name]["chance"])
-    evaluation.print_score(evaluation.name_of(name, data, results[name]), results[name])
+    title = evaluation.name_of(name, data, results[name])
+    evaluation.print_score(evaluation.called(title, data), results[name])
 
 missing = [name for name in evaluation.CHATCORE if name not in results]
 chatcore = None
@@ -145,8 +146,7 @@ if missing:
     common.print0(f"no ChatCORE: {', '.join(missing)} not measured")
 else:
     chatcore = evaluation.mean_centred({name: results[name] for name in evaluation.CHATCORE})
-    name = "toy-ChatCORE" if data == "toy" else "ChatCORE"
     part = " in part" if evaluation.in_part(data, results) else ""
-    common.print0(f"{name}{part} {chatcore:.4f}")
+    common.print0(f"{evaluation.called('ChatCORE', data)}{part} {chatcore:.4f}")
 measured.exit_done(source=source, data=data, tag=folder.name, step=step, results=results,
                    chatcore=chatcore, missing=missing)

@@ -168,12 +168,14 @@ def in_part(data, results):
     few = any(result["n"] < FULL.get(task, 0) for task, result in results.items())
     return few and data != "toy"
 
+def called(name, data):
+    """The toy world's scores are named as toys.  example: ("CORE", "toy") -> "toy-CORE" """
+    return f"toy-{name}" if data == "toy" else name
+
 def name_of(task, data, result):
-    """What a task of chat_eval.py is called: a part of a public test set has not the name of the
-    whole.  examples: "toy-MMLU";  "MMLU";  "MMLU, 500 of 14,042" """
+    """What the score of a task of chat_eval.py is called: that of a part of a public test set has
+    not the name of the whole.  examples: "MMLU";  "MMLU, 500 of 14,042" """
     name = CHATCORE.get(task, task.capitalize())
-    if data == "toy":
-        return f"toy-{name}"
     if in_part(data, {task: result}):
         return f"{name}, {result['n']:,} of {FULL[task]:,}"
     return name

@@ -19,7 +19,6 @@ STAGES = {"base": ("base_train", "base_checkpoints"), "mid": ("mid_train", "mid_
           "sft": ("chat_sft", "chatsft_checkpoints"), "rl": ("chat_rl", "chatrl_checkpoints")}
 TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee", "facts")
 SHOWN = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "Facts")
-RAISED = "RL raises word problems by 0.05, or to 0.95"
 SCORES = {"mid": 0.3, "sft": 0.7, "rl": 0.8}
 BASE = {"parameters": 5242936, "settings": {"data": "toy", "tag": "", "depth": 4, "num_steps": 40}}
 MIXTURE = ["smoltalk", "gsm8k*2", "identity*2", "spellingbee:80000", "mine.jsonl"]
@@ -41,6 +40,7 @@ def write_record(folder, name, status="done", reason="done", **facts):
         "phase": name, "status": status, "reason": reason,
         "next": None if status == "done" else f"python {name}.py --data=toy",
         "settings": {"data": "toy", "tag": "", "seed": 1337}, "free": {}, "inputs": {},
+        "command": f"python {name}.py --data=toy --seed=1",
         "host": "somewhere", "pid": 4194303, "commit": "abcdef0123456789", "difference": "",
         "starts": [time.time() - 100.0], "updated": time.time() - 50.0, **facts})
 
@@ -123,35 +123,33 @@ def section(text, title):
 
 def test_everything_done(whole):
     text, printed = run(whole)
-    assert row(text, "") == ["BASE", "MID", "SFT", "RL"]
-    assert row(text, "toy-CORE") == ["0.2042 ±0.0100", "-", "-", "-"]
+    assert row(text, "") == ["BASE", "MID", "SFT", "RL", "goal"]
+    assert row(text, "toy-CORE") == ["0.2042 ±0.0100", "-", "-", "-", ""]
     for name in SHOWN:
-        cells = row(text, f"toy-{name}")
+        *cells, goal = row(text, f"toy-{name}")
         assert cells == ["-", "0.300 ±0.040", "0.700 ±0.040", "0.800 ±0.040"]
+        assert bool(goal) == (name != "HumanEval")
+    assert row(text, "toy-SpellingBee")[-1] == "0.9"
     cores = row(text, "toy-ChatCORE")
-    assert [float(cell.split()[0]) for cell in cores[1:]] == [0.3, 0.7, 0.8]
+    assert [float(cell.split()[0]) for cell in cores[1:4]] == [0.3, 0.7, 0.8]
     half = float(cores[3].split("±")[1])
     assert half == pytest.approx(0.04 / 6 ** 0.5, abs=1e-4), "the mean of six errs less than one"
 
-    assert row(text, "SpellingBee: 0.9") == ["0.700", "NO", "0.800", "NO"]
-    assert row(text, "word problems (toy-GSM8K): 0.6") == ["0.700", "yes", "0.800", "yes"]
-    assert row(text, "facts, asked as never before: 0.7") == ["0.700", "yes", "0.800", "yes"]
-    assert row(text, RAISED) == ["0.700 to 0.800", "yes", "", ""]
-
-    for words in ("Never ran", "Not done", "This part could not be made"):
+    for words in ("Never ran", "not done", "is left out"):
         assert words not in text
     # 4 x 120 s of training, 3 x 30 s and 60 s of evaluation
     assert "Total time: 10m30s" in text and "tokenizer of 2048 tokens" in text
     assert f"tokens trained on: {4 * 40 * 8192:,}" in text and "parameters: 5,242,936" in text
     base = section(text, "Pretraining")
-    assert "final loss: 4.1000 nats" in base and "validation: 1.0000 bits per byte" in base
-    assert "steps: 40 of 40" in base
-    assert "`depth=4` (20)" in base and "`num_steps=40` (-1)" in base
+    assert "training loss, nats: 4.1000 at the end" in base
+    assert "validation, bits per byte: 1.0000 at the end" in base
+    assert "step 40 of 40" in base and "2m00s of training" in base and "1,020 tokens/s" in base
+    assert "command: `python base_train.py --data=toy --seed=1`" in base
     mid = section(text, "Midtraining")
-    assert "taken out of the mixture: `mmlu_aux`, `simplespelling:200000`" in mid
-    assert "in their place: `mine.jsonl`" in mid and "smoltalk" not in mid
-    assert "in another amount in the mixture: `gsm8k -> gsm8k*2`" in mid
-    for cell in ("toy-GSM8K", "0.800 ±0.040", "RL raises word problems", "report.md"):
+    assert "taken out of the mixture: `mmlu_aux`, `gsm8k`, `simplespelling:200000`" in mid
+    assert "put into the mixture: `gsm8k*2`, `mine.jsonl`" in mid and "smoltalk" not in mid
+    assert "mixture" not in section(text, "Supervised finetuning"), "its record has none"
+    for cell in ("toy-GSM8K", "0.800 ±0.040", "report.md"):
         assert cell in printed
     lines = [line for line in printed.split("\n") if "±0.040" in line]
     assert len({line.index("0.700") for line in lines}) == 1, "the columns stand under each other"
@@ -199,11 +197,10 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
     (root / "kept.json").rename(result)
     text, printed = run(whole)
     sft = section(text, "Supervised finetuning")
-    assert "**Failed**: ValueError: the reason why, step 20 of 40" in sft
-    assert "`python chat_sft.py --data=toy`" in sft
+    failed = r"\*\*failed, saved at step 20 of 40, \S+ ago: ValueError: the reason why\*\*"
+    assert re.search(failed, sft) and "to go on: `python chat_sft.py --data=toy`" in sft
     assert "**Never ran** (`chat_rl.py`)" in text
-    assert row(text, "toy-GSM8K") == ["-", "0.300 ±0.040", "-", "-"]
-    assert row(text, "word problems (toy-GSM8K): 0.6") == ["-"] * 4 and row(text, RAISED)[1] == "-"
+    assert row(text, "toy-GSM8K")[:4] == ["-", "0.300 ±0.040", "-", "-"]
     assert "Next: `python chat_sft.py --data=toy`" in text
     assert re.search(r"not done: sft: failed, .*the reason why", printed)
     assert "not done: rl: not started" in printed
@@ -234,6 +231,15 @@ def test_a_part_of_a_public_test_set_is_not_called_by_the_name_of_the_whole(whol
     assert row(text, "ChatCORE in part")[3].startswith("0.8000")
     for name in ("ARC-Easy, 1,197 of 2,376", "ARC-Challenge", "GSM8K, 30 of 1,319", "SpellingBee"):
         assert row(text, name)[1] == "0.300 ±0.040"
+    assert not re.search(r"^\| (ARC-Easy|GSM8K|Facts) \|", text, re.MULTILINE)
+
+    path = result_of(root, "sft")
+    found = json.loads(path.read_text())
+    found["results"]["gsm8k"]["n"] = 1319
+    write(path, found)
+    text, _ = run(whole, texts)
+    assert row(text, "GSM8K, 30 of 1,319") == ["-", "0.300 ±0.040", "-", "0.800 ±0.040"]
+    assert row(text, "GSM8K") == ["-", "-", "0.700 ±0.040", "-"]
 
     path = result_of(root, "base")
     core = json.loads(path.read_text())
@@ -252,7 +258,7 @@ def test_scores_of_other_weights_are_left_out(whole):
 
 def test_nothing_at_all(state):
     text, printed = run(state)
-    assert text.count("**Never ran**") == 4 and row(text, "toy-ChatCORE") == ["-"] * 4
+    assert text.count("**Never ran**") == 4 and row(text, "toy-ChatCORE") == [*"----", ""]
     assert "Total time: 0s" in text and "not done: base: not started" in printed
     assert status_of(state / "other")[1] == "next: bash speedrun.sh"
     assert not (state / "other").exists(), "status.py only reads"
@@ -270,13 +276,18 @@ def test_torn_and_damaged_files_cost_their_own_part_only(whole):
     write(folder_of(root, "sft") / "phase.json", '{"phase": "chat_sft", "status"')
     write(folder_of(root, "rl") / "meta_000040.json", "[1, 2")
     write(result_of(root, "mid"), '{"results": {"gsm8k"')
-    write(result_of(root, "base"), {"core": "x", "tasks": {"a": 5}})
+    core = {"core": "x", "tasks": {"a": 5}, "inputs": {"weights": "base-weights-012"}}
+    write(result_of(root, "base"), core)
+    chat = json.loads(result_of(root, "rl").read_text())
+    write(result_of(root, "rl"), {**chat, "results": []})
     write(root / "tokenizer/phase.json", "")
-    text, _ = run(whole)
+    text, printed = run(whole)
     base = section(text, "Pretraining")
-    assert "final loss: 4.1000 nats" in base and "base_loss.svg" in base
+    assert "training loss, nats: 4.1000 at the end" in base and "base_loss.svg" in base
     assert "cannot be read" in text
-    assert row(text, "toy-GSM8K") == ["-", "-", "0.700 ±0.040", "0.800 ±0.040"]
+    for what in ("CORE by task", "scores of base", "scores of rl"):
+        assert f"{what} is left out, since a file is damaged" in printed
+    assert row(text, "toy-GSM8K")[:4] == ["-", "-", "0.700 ±0.040", "-"]
     said, _ = status_of(whole)
     assert said.count("cannot be read") == 3
 
@@ -287,7 +298,7 @@ def test_half_done_running_and_dead(whole):
     said, last = status_of(whole, "--data=toy")
     half = r"rl d4 +half done, saved at step 40 of 60, \S+ ago \(signal SIGTERM"
     assert re.search(half, said) and last == "next: python chat_rl.py --data=toy"
-    assert f"**Half done**: {reason}" in run(whole)[0]
+    assert re.search(rf"\*\*half done, .* \({reason}\)\*\*", run(whole)[0])
 
     write_record(folder, "chat_rl", status="running", reason="")
     said, _ = status_of(whole, "--data=toy")
