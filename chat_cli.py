@@ -11,9 +11,9 @@ leaves.
 import codecs
 import contextlib
 import secrets
+import shlex
 import signal
 import sys
-from collections import namedtuple
 from types import SimpleNamespace
 
 import common
@@ -48,48 +48,26 @@ common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {s
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
-Model = namedtuple("Model", "saved data stage tag state")  # state: a word of status.py
-
-def find_models():
-    """A Model for everything with a checkpoint, the newest last"""
-    found = []
-    for name in [data] if data else status.data_sets():
-        for stage in STAGES:
-            for tag in models.tags(stage, name):
-                folder = pipeline.state_path(stage, name, tag)
-                state = status.describe(folder)[0]
-                found.append(Model(models.saved_at(folder), name, stage, tag, state))
-    return sorted(found)
-
-def fail_without_model(found):
-    """Failure (code 2): what is missing, what there is, and the command that makes it."""
-    exists = "; ".join(f"{name}: {', '.join(models.what_exists(name))}"
-                       for name in sorted({model.data for model in found}))
-    half = [f"{model.stage} {model.tag}" for model in found if model.state != "done"]
-    of_data = f"of {data}" if data else ""
-    command = f"bash speedrun.sh --data={data or 'toy'}"
-    if found:
-        last = found[-1]
-        for stage in STAGES[STAGES.index(source or last.stage)::-1]:  # back to what can be made now
-            try:
-                models.find_model(stage, last.data, tag or last.tag)
-                break
-            except common.Failure as e:
-                command = e.next_command
-    common.fail(f"there is no {source or 'trained'} model {tag} {of_data} in "
-                f"{pipeline.base_dir()}; there is: {exists or 'nothing'} (not finished: "
-                f"{', '.join(half) or 'none'})", next_command=command)
-
-found = find_models()
-usable = [m for m in found if m.state == "done" and source in ("", m.stage) and tag in ("", m.tag)]
-if not usable:
-    fail_without_model(found)
-data = usable[-1].data
-chosen = max((m for m in usable if m.data == data), key=lambda m: (STAGES.index(m.stage), m.saved))
-source, tag = chosen.stage, chosen.tag
+sets = [data] if data else status.data_sets()
+found = sorted(model for name in sets for model in models.trained(name))
+asked_for = [m for m in found if source in ("", m.stage) and tag in ("", m.tag)]
+usable = [m for m in asked_for if m.finished]
+if not found:
+    of_data = f" of {data}" if data else ""
+    common.fail(f"there is no trained model{of_data} in {pipeline.base_dir()}",
+                next_command=shlex.join(["bash", "speedrun.sh", f"--data={data or 'toy'}"]))
+if usable:
+    data = usable[-1].data
+    chosen = max((m for m in usable if m.data == data),
+                 key=lambda m: (STAGES.index(m.stage), m.saved))
+    source, tag = chosen.stage, chosen.tag
+last = (asked_for or found)[-1]  # where none is usable find_model says what to do for one
+source, data, tag = source or last.stage, data or last.data, tag or last.tag
+with contextlib.redirect_stdout(sys.stderr):  # what it says is no answer
+    folder, step = models.find_model(source, data, tag)
 for m in found:
     later = STAGES.index(m.stage) > STAGES.index(source)
-    if later and (m.data, m.tag) == (data, tag) and m.state != "done":
+    if later and (m.data, m.tag) == (data, tag) and not m.finished:
         say(f"({m.stage} {tag} is not finished, python status.py says why; this is what comes "
             "before it)")
 
@@ -108,16 +86,12 @@ sys.stdout.reconfigure(errors="replace")    # a terminal that lacks a character 
 import gpt
 from compute import choose_compute
 
-folder, step = models.find_model(source, data, tag)
 tokenizer = models.load_tokenizer_of(folder, step, data)
 compute = choose_compute(Ranks(0, 0, 1), settings)
-model, meta = models.load_model(folder, step, compute.device, compute.dtype)
+model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 context = model.config.sequence_len
 longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
-loss = meta.get("loss")
-say(f"{source} model {tag} of {data}, step {meta['step']:,}"
-    + (f", loss {loss:.3f}" if loss else "")
-    + ("" if prompt else "; /new, /quit"))
+say(f"{source} model {tag} of {data}, step {step:,}" + ("" if prompt else "; /new, /quit"))
 seed = secrets.randbits(32) if seed is None else seed
 
 # -------------------------------------------------------------------------------------------------
@@ -180,6 +154,7 @@ while said != "/quit":
     try:
         said = input("\n> ").strip()
     except EOFError:
+        print()
         break
     if said == "/new":
         turns = []

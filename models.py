@@ -4,6 +4,7 @@ Everything here only reads.
 """
 import shlex
 import time
+from typing import NamedTuple
 
 import checkpoint
 import common
@@ -11,16 +12,20 @@ import pipeline
 import tokenizer as tok
 from records import load_record
 
-def command_for(stage, data, tag):
-    """The command that trains, or goes on with, the model of a stage."""
-    words = ["python", pipeline.find_phase(stage).script, f"--data={data}"]
-    if tag:
-        words.append(f"--depth={tag[1:]}" if is_depth(stage, tag) else f"--tag={tag}")
-    return shlex.join(words)
+class Model(NamedTuple):
+    """One that holds a checkpoint, ours or nanochat's."""
+    saved: float     # when, in seconds since the epoch
+    data: str
+    stage: str
+    tag: str
+    finished: bool
 
-def is_depth(stage, tag):
-    """Whether it is base_train.py's own tag, which follows from the depth."""
-    return stage == "base" and tag[:1] == "d" and tag[1:].isdigit()
+    def __str__(self):
+        """example: "base d4: step 400, 3m12s old, not finished" """
+        steps = checkpoint.steps(pipeline.state_path(self.stage, self.data, self.tag))
+        age = common.duration(time.time() - self.saved)
+        rest = "" if self.finished else ", not finished"
+        return f"{self.stage} {self.tag}: step {(steps or '?')[0]}, {age} old{rest}"
 
 def saved_at(folder):
     """When the newest checkpoint of a folder was saved, ours or nanochat's, in seconds since the
@@ -30,37 +35,53 @@ def saved_at(folder):
         saved = folder.glob("model_*.pt")
     return max((path.stat().st_mtime for path in saved), default=None)
 
-def tags(stage, data):
-    """The runs of a stage that hold a checkpoint, the one saved last at the end.
-    example: ["d12", "d4"]"""
-    folders = pipeline.state_path(stage, data, "x").parent.glob("*")
-    found = {f.name: saved_at(f) for f in folders if ".old-" not in f.name}
-    return sorted((tag for tag in found if found[tag]), key=found.get)
+def is_finished(folder):
+    record = load_record(folder)
+    if record:
+        return record["status"] == "done"
+    steps = checkpoint.steps(folder)
+    return bool(steps) and steps[0] >= checkpoint.load_meta(folder, steps[0]).get("num_steps", 0)
 
-def what_exists(data):
-    """Lines that name what has been trained: ["base d4: step 400, loss 1.234, 3m12s old"]"""
-    lines = []
-    for stage in pipeline.STAGES:
-        for tag in tags(stage, data):
-            folder = pipeline.state_path(stage, data, tag)
-            for step in checkpoint.steps(folder)[:1]:
-                meta = checkpoint.load_meta(folder, step)
-                written = (folder / checkpoint.manifest_name(step)).stat().st_mtime
-                loss = f", loss {meta['loss']:.4f}" if meta.get("loss") else ""
-                age = common.duration(time.time() - written)
-                lines.append(f"{stage} {tag}: step {step}{loss}, {age} old")
-    return lines
+def trained(data, stage=""):
+    """All models of a data set (and stage), the one saved last at the end."""
+    found = []
+    for name in [stage] if stage else pipeline.STAGES:
+        for folder in pipeline.state_path(name, data, "x").parent.glob("*"):
+            saved = saved_at(folder)
+            if saved and ".old-" not in folder.name:
+                found.append(Model(saved, data, name, folder.name, is_finished(folder)))
+    return sorted(found)
+
+def command_for(stage, data, tag):
+    """The command that trains, or goes on with, the model of a stage; where what it goes on from is
+    not there either, the command for that."""
+    phase = pipeline.find_phase(stage)
+    parent = phase.parent
+    if parent in pipeline.STAGES and not is_finished(pipeline.state_path(parent, data, tag)):
+        return command_for(parent, data, tag)
+    record = load_record(pipeline.state_path(stage, data, tag))
+    if record and record.get("next"):
+        return record["next"]
+    words = ["python", phase.script, f"--data={data}"]
+    if data == "toy":  # as speedrun.sh trains it
+        words.append(f"config/toy_{stage}.py")
+    if stage == "base" and tag[:1] == "d" and tag[1:].isdigit():
+        words.append(f"--depth={tag[1:]}")  # from which base_train.py makes its tag
+    elif tag:
+        words.append(f"--tag={tag}")
+    return shlex.join(words)
 
 def find_model(stage, data, tag=""):
     """
     -> (folder, step) of a finished model with whole weights; tag "" takes the one saved last.
     Failure (code 2) that names what exists where there is none, or it is half trained.
     """
-    tag = tag or (tags(stage, data) or [""])[-1]
-    command = command_for(stage, data, tag)
+    if not tag:
+        tag = next((model.tag for model in reversed(trained(data, stage))), "")
     folder = pipeline.state_path(stage, data, tag)
+    command = command_for(stage, data, tag)
     if not tag or not folder.exists():
-        exists = "; ".join(what_exists(data)) or "nothing"
+        exists = "; ".join(map(str, trained(data))) or "nothing"
         name = f"{stage} model {tag}".rstrip()
         common.fail(f"there is no {name} of the data set {data} in {pipeline.data_root(data)} "
                     f"(trained so far: {exists})", next_command=command)
@@ -69,12 +90,8 @@ def find_model(stage, data, tag=""):
                     next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
     step = checkpoint.newest(folder, optimizer=False)
     common.check(step is not None, f"{folder} holds no whole checkpoint", command)
-    record = load_record(folder)
-    if record is None:
-        finished = step >= checkpoint.load_meta(folder, step).get("num_steps", 0)
-        record = {"status": "done" if finished else "its record is lost"}
-    common.check(record["status"] == "done", f"the {stage} model {tag} is only half trained (step "
-                 f"{step}, {record['status']}): finish it first", record.get("next") or command)
+    common.check(is_finished(folder), f"the {stage} model {tag} of {data} is only half trained "
+                 f"(step {step}): finish it first", command)
     return folder, step
 
 def find_parent(stage, data, tag, try_out=False):
@@ -91,7 +108,7 @@ def find_parent(stage, data, tag, try_out=False):
     folder = pipeline.state_path("base", data, tag, try_out=True)
     step = checkpoint.newest(folder, optimizer=False)
     common.check(step is not None, f"there is no base model {tag} of {data} to try out with",
-                 f"python base_train.py --data={data} --try_out=True")
+                 f"{command_for('base', data, tag)} --try_out=True")
     return folder, step
 
 def check_tokenizer(folder, step, tokenizer):
