@@ -35,12 +35,14 @@ def saved_at(folder):
         saved = folder.glob("model_*.pt")
     return max((path.stat().st_mtime for path in saved), default=None)
 
-def is_finished(folder):
+def is_finished(folder, step=None):
+    """Whether the checkpoint of `step`, by default the newest, is that of a finished training."""
+    if step is None:
+        step = max(checkpoint.steps(folder), default=-1)
     record = load_record(folder)
     if record:
-        return record["status"] == "done"
-    steps = checkpoint.steps(folder)
-    return bool(steps) and steps[0] >= checkpoint.load_meta(folder, steps[0]).get("num_steps", 0)
+        return record["status"] == "done" and record.get("step", step) == step
+    return step >= checkpoint.load_meta(folder, step).get("num_steps", 0)
 
 def trained(data, stage=""):
     """All models of a data set (and stage), the one saved last at the end."""
@@ -90,8 +92,8 @@ def find_model(stage, data, tag=""):
                     next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
     step = checkpoint.newest(folder, optimizer=False)
     common.check(step is not None, f"{folder} holds no whole checkpoint", command)
-    common.check(is_finished(folder), f"the {stage} model {tag} of {data} is only half trained "
-                 f"(step {step}): finish it first", command)
+    common.check(is_finished(folder, step), f"the {stage} model {tag} of {data} is only half "
+                 f"trained (step {step}): finish it first", command)
     return folder, step
 
 def find_parent(stage, data, tag, try_out=False):

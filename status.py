@@ -49,7 +49,8 @@ def lost_part(directory, step):
     if directory.parent.name.endswith("_checkpoints"):
         if step is None:
             return "its checkpoint is gone"
-        sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()}
+        sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()
+                 if name != checkpoint.names(step)[1]}  # nobody needs the optimizer any more
     for name, size in sizes.items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
             return f"{name} is gone or cut short"

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+import checkpoint
 import common
 import gpt
 import models
@@ -84,6 +85,18 @@ def test_the_command_for_a_missing_model_names_all_that_defines_it(state):
     assert shlex.split(models.command_for("rl", data, "d12")) == [
         "python", "mid_train.py", f"--data={data}", "--tag=d12"]
     assert exit_code(models.find_parent, "sft", "climbmix", "d6", try_out=True) == 2
+
+def test_an_older_checkpoint_is_not_taken_for_the_finished_model(state, capsys):
+    make("base", tag="d2")
+    folder = pipeline.state_path("base", "toy", "d2")
+    record = common.read_json(folder / "phase.json")
+    common.atomic_write(folder / "phase.json", json.dumps({**record, "step": 40}))
+    assert models.find_model("base", "toy") == (folder, 40)
+    weights = folder / "model_000040.pt"
+    checkpoint.save(folder, 30, torch.load(weights), {}, checkpoint.load_meta(folder, 40), keep=2)
+    weights.write_bytes(b"damaged")
+    assert exit_code(models.find_model, "base", "toy") == 2
+    assert "only half trained (step 30): finish it first" in capsys.readouterr().err
 
 def test_a_model_without_its_optimizer_is_talked_to_and_a_damaged_one_is_named(state):
     make("sft")

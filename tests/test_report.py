@@ -312,6 +312,8 @@ def test_half_done_running_and_dead(whole):
 
     write(result_of(root, "rl").with_suffix(".partial.jsonl"), "{}\n")
     write_record(folder, "chat_rl")
+    (folder / "optim_000040.pt").unlink()
+    assert re.search(r"rl d4 +done, step 40", status_of(whole, "--data=toy")[0])
     (folder / "model_000040.pt").write_bytes(b"")
     assert "was done, but model_000040.pt is gone or cut" in status_of(whole, "--data=toy")[0]
     (folder / "model_000040.pt").unlink()
