@@ -5,9 +5,11 @@ version of November 2025.
     python adopt.py                        # of fineweb_edu, where nanochat has its own
     python adopt.py --stage=base           # the base model alone
 
-nanochat's files stay byte for byte. Beside tokenizer.pkl come ranks.txt and tokenizer.json, plain
-data; beside a model comes a manifest with checksums, which also holds what our meta has more, and a
-record. After it the phases go on from there: bash speedrun.sh --data=fineweb_edu --from=mid
+nanochat's own files stay byte for byte. Beside tokenizer.pkl it writes ranks.txt and
+tokenizer.json, plain data; beside a model a record, and a manifest with checksums and with what our
+meta files hold and nanochat's do not. Then go on with
+
+    bash speedrun.sh --data=fineweb_edu --from=mid
 """
 import io
 import json
@@ -89,17 +91,22 @@ def adopt_model(directory, step):
     print(f"adopted nanochat's checkpoint of step {step:,} in {directory}")
 
 def main():
+    found = False
     common.check(stage in ("", *pipeline.STAGES), f"--stage is one of "
                  f"{', '.join(pipeline.STAGES)}, not {stage!r}")
     directory = pipeline.tokenizer_dir(data)
     if (directory / "tokenizer.pkl").exists() and tok.damage(directory) is not None:
         adopt_tokenizer(directory)
+        found = True
     for name in [stage] if stage else pipeline.STAGES:
         for directory in pipeline.state_path(name, data, "x").parent.glob("*"):
             step = checkpoint.made_by_nanochat(directory)
             adopted = step in (None, *checkpoint.steps(directory))
             if not adopted and ".old-" not in directory.name:
                 adopt_model(directory, step)
+                found = True
+    if not found:
+        print(f"nothing is left to adopt in {pipeline.data_root(data)}")
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,14 @@
 """
-Measures a base model: bits per byte of training and validation text, a few samples to look at, and
-CORE.
+Measures a base model: bits per byte of training and validation text, CORE (the mean over 22 public
+tasks, arXiv 2406.11794), and a few samples to look at.
 
     python base_eval.py --data=toy
     python base_eval.py --tag=d20 --core_items=100       # quick: an impression, not called CORE
     torchrun --standalone --nproc_per_node=8 base_eval.py
 
 Scores on the toy world's own tasks are called toy-CORE. CORE is CORE only if all items of all its
-tasks were measured. Writes report/core_base_<tag>.json. Every finished piece is kept beside it: an
-interrupted evaluation continues.
+tasks were measured. Writes report/core_base_<tag>.json in the state folder. Every finished piece is
+kept beside it: an interrupted evaluation continues.
 """
 from run import Run
 
@@ -25,19 +25,18 @@ import pipeline
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
-tag = ""                     # which model; empty: the newest
+tag = ""                     # which model, d20 for instance; empty: the newest
 core_items = -1              # items of each CORE task; -1: all (fewer is not CORE); 0: no CORE
-max_prompt = 2048            # tokens of a CORE prompt, of a longer one the last; -1: a row's
-eval_tokens = 10_485_760     # tokens of each split measured for bits per byte (or all); 0: none
-show_samples = True          # whether samples are written
-seed = 1337                  # of the samples that are drawn
+max_prompt = 2048            # of a CORE prompt so many last tokens are read; -1: a training row's
+eval_tokens = 10_485_760     # tokens of each split measured for bits per byte; 0: none
+show_samples = True          # whether the model writes samples
+seed = 1337                  # of the samples
 # ---- settings below may change at every resume
 memory_gb = 0.0              # GB that a CORE batch may take besides the model; 0: CPU 0.2, else 4
 device_batch_size = 16       # rows at once for bits per byte
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
-compile = False              # not compiled: every batch has another shape
 time_limit = None            # minutes until it stops; None: the Slurm job's, if any
 settings = configurator.configure(globals())
 

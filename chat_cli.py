@@ -25,17 +25,16 @@ import status
 from ranks import Ranks
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
-source = ""                  # base, mid, sft or rl; empty: the furthest that exists
-tag = ""                     # which model; empty: the newest
-prompt = ""                  # one prompt instead of a conversation (-p "..." for short)
-temperature = 0.6            # 0: always the most likely token
-top_k = 50                   # of how many likely tokens it draws; 0: of all
+source = ""                  # stage of training: base, mid, sft or rl; empty: the furthest
+tag = ""                     # which model, d4 for instance; empty: the newest
+prompt = ""                  # answers this one prompt and ends (-p "..." for short)
+temperature = 0.6            # how freely it draws; 0: always the most likely token
+top_k = 50                   # draws from so many of the likeliest tokens; 0: from all
 max_new_tokens = 256         # tokens of an answer
-seed = None                  # of the draws: the same one gives the same answers; None: any
+seed = None                  # the same seed gives the same answers; None: another each time
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads; 0: all cores
-compile = False              # not compiled: every length is another shape
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
 STAGES = pipeline.STAGES

@@ -5,8 +5,8 @@ others by greedy answers with the calculator at hand.
     python chat_eval.py --data=toy --source=sft
     torchrun --standalone --nproc_per_node=8 chat_eval.py --source=mid
 
-Writes report/chat_<source>_<tag>.json. What was measured is kept batch by batch: an interrupted
-evaluation continues.
+Writes report/chat_<source>_<tag>.json in the state folder. What was measured is kept batch by
+batch: an interrupted evaluation continues.
 """
 from run import Run
 
@@ -24,19 +24,18 @@ import pipeline
 import tasks as task_list
 
 data = "fineweb_edu"         # the data set of the model
-source = "sft"               # base, mid, sft or rl
-tag = ""                     # which model; empty: the newest
+source = "sft"               # the model's stage of training: base, mid, sft or rl
+tag = ""                     # which model, d20 for instance; empty: the newest
 tasks = ["arc_easy", "arc_challenge", "mmlu",     # what is measured; toy adds facts
          "gsm8k", "humaneval", "spellingbee"]
 max_items = -1               # items of each task; -1: all
 max_new_tokens = 512         # tokens of an answer
 # ---- settings below may change at every resume
-rows = 64                    # answers generated at once: less where memory runs out
+rows = 64                    # answers generated at once; fewer need less memory
 unsafe_exec = False          # run HumanEval's programs without a sandbox where the system has none
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # auto (measured), bfloat16, float32
 threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
-compile = False              # not compiled: every batch has another shape
 time_limit = None            # minutes until it stops; None: the Slurm job's, if any
 try_out = False              # only the end of a longest answer, on any model of this shape
 settings = configurator.configure(globals())

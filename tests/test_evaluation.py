@@ -14,8 +14,7 @@ from pathlib import Path
 from run import Run
 run = Run.start("chat_eval")
 import evaluation
-settings = {"device": "cpu", "dtype": sys.argv[2], "threads": 1, "compile": False,
-            "time_limit": None}
+settings = {"device": "cpu", "dtype": sys.argv[2], "threads": 1, "time_limit": None}
 measured = evaluation.open_or_exit(run, Path(sys.argv[1]), {"weights": "w"}, settings)
 print("kept", measured.pieces)
 if "a" not in measured.pieces:
