@@ -27,7 +27,7 @@ from records import load_record
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
 tag = ""                     # which model, d20 for instance; empty: the newest
 core_items = -1              # items of each CORE task; -1: all (fewer is not CORE); 0: no CORE
-max_prompt = 2048            # of a CORE prompt so many last tokens are read; -1: a training row's
+max_prompt = 2048            # of a CORE prompt so many tokens are read, the last ones
 eval_tokens = 10_485_760     # tokens of each split measured for bits per byte; 0: none
 show_samples = True          # whether the model writes samples
 seed = 1337                  # of the samples
@@ -56,7 +56,7 @@ PROMPTS = ["The capital of France is", "The opposite of hot is",
 # inputs, all checked before a model is loaded
 
 common.check(core_items >= -1, "--core_items is -1 (all), 0 (no CORE) or a number of items")
-common.check(max_prompt == -1 or max_prompt >= 2, "--max_prompt is at least 2, or -1 for a row's")
+common.check(max_prompt >= 2, "--max_prompt is at least 2")
 core_tasks, missing, bundle = [], [], None
 if core_items:
     where = pipeline.eval_bundle_dir(data)
@@ -138,13 +138,12 @@ for sample in samples:
 # -------------------------------------------------------------------------------------------------
 # CORE
 
-longest = length if max_prompt == -1 else max_prompt
 usual_gb = 0.2 if compute.device.type == "cpu" else 4.0  # on a CPU more is no faster
 budget = 1e9 * (memory_gb or usual_gb)
 results = {}
 for task in core_tasks:
     def answers(numbers, task=task):
-        return core_eval.evaluate(model, tokenizer, task, numbers, longest, budget, going)
+        return core_eval.evaluate(model, tokenizer, task, numbers, max_prompt, budget, going)
     label, n = task["label"], len(task["items"])
     asked = range(n if core_items == -1 else min(core_items, n))
     results[label] = core_eval.summary(task, measured.outcomes(label, asked, answers))

@@ -113,8 +113,10 @@ def find_parent(stage, data, tag, try_out=False):
                  f"{command_for('base', data, tag)} --try_out=True")
     return folder, step
 
-def check_tokenizer(folder, step, tokenizer):
-    """Failure (code 2) where the tokenizer is not the one that the model was trained with."""
+def load_tokenizer_of(folder, step, data):
+    """The data set's tokenizer. Failure (code 2) where the model of `step` was not trained with it.
+    """
+    tokenizer = tok.load_tokenizer(data)
     meta = checkpoint.load_meta(folder, step)
     vocab_size = meta["model"]["vocab_size"]
     trained_with = meta.get("tokenizer", tokenizer.fingerprint)
@@ -122,6 +124,7 @@ def check_tokenizer(folder, step, tokenizer):
     common.check(fits, f"tokenizer and checkpoint do not belong together: {folder} has a "
                  f"vocabulary of {vocab_size} ({trained_with[:8]}), the tokenizer one of "
                  f"{tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})")
+    return tokenizer
 
 def put_weights(model, model_state):
     """Copies weights into a model. Failure (code 2) where they are not those of this model."""
@@ -146,9 +149,3 @@ def load_model(folder, step, device, dtype):
     """What find_model has found -> (model in eval mode, meta)"""
     model_state, _, meta = checkpoint.load(folder, step, optimizer=False)
     return build_model(meta, model_state, device, dtype).eval(), meta
-
-def load_tokenizer_of(folder, step, data):
-    """The data set's tokenizer, which has to be the one of this model."""
-    tokenizer = tok.load_tokenizer(data)
-    check_tokenizer(folder, step, tokenizer)
-    return tokenizer

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import common
 import execution
 import pipeline
 import tokenizer as tok
@@ -61,6 +62,10 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
     assert outcomes(path) == {**whole, "arc_easy": wrong + whole["arc_easy"][64:]}
 
     path.unlink()
+    out = run(*args, "--time_limit=0", launcher=TORCHRUN)
+    assert "the 0 pieces measured so far are kept" in out.stdout and not path.exists()
+    last = common.read_json_lines(path.with_suffix(".partial.jsonl"))[-1]
+    assert last["code"] == 75 and "deadline" in last["reason"]
     out = run(*args, launcher=TORCHRUN)
     assert out.returncode == 0 and outcomes(path) == whole, out.stdout + out.stderr
 
