@@ -53,7 +53,7 @@ asked_for = [m for m in found if source in ("", m.stage) and tag in ("", m.tag)]
 usable = [m for m in asked_for if m.finished]
 if not found:
     of_data = f" of {data}" if data else ""
-    common.fail(f"there is no trained model{of_data} in {pipeline.base_dir()}",
+    common.fail(f"there is no {source or 'trained'} model{of_data} in {pipeline.base_dir()}",
                 next_command=shlex.join(["bash", "speedrun.sh", f"--data={data or 'toy'}"]))
 if usable:
     data = usable[-1].data

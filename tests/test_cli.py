@@ -57,7 +57,7 @@ def test_a_missing_stage_is_named_with_what_exists_and_the_command_that_makes_it
             (["--source=mid", "--data=toy"], "there is no mid model d1 of the data set toy", mid),
             (["--source=base", "--tag=d9"], "there is no base model d9 of", base),
             (["--tag=d9"], "there is no sft model d9 of", base),
-            (["--source=rl", "--data=fineweb_edu"], "there is no trained model of fineweb_edu in",
+            (["--source=rl", "--data=fineweb_edu"], "there is no rl model of fineweb_edu in",
              "bash speedrun.sh --data=fineweb_edu")]:
         out = script(state, "chat_cli.py", *args)
         assert out.returncode == 2 and says in out.stderr, out.stderr
