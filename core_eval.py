@@ -218,7 +218,8 @@ def score(model, rows):
     hidden = model.hidden(ids.to(device), cache)
     before = [h[row.start - row.prefix - 1:len(row.ids) - row.prefix - 1]
               for row, h in zip(rows, hidden)]
-    # all at once: each product with lm_head casts its weights to the compute dtype anew
+    # all at once: each product with lm_head casts its weights to the compute dtype anew (row by
+    # row takes about a fifth more CPU time on one core)
     logits = model.logits(torch.cat(before))
     targets = torch.cat([torch.tensor(row.ids[row.start:]) for row in rows]).to(device)
     losses = F.cross_entropy(logits, targets, reduction="none").cpu()
