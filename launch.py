@@ -198,7 +198,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 continue
         self.child = None
-        outcome = common.read_json(self.outcome_path) or {}
+        outcome = common.read_json(self.outcome_path)
         # the phase's own word also holds where a signal hit it after its end
         code = outcome.get("code", code if code >= 0 else 128 - code)
         if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
@@ -395,7 +395,9 @@ def main():
         code = end_attempt(plan, supervisor, code)
     else:
         subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False)
-        print(line + ": run the same command again" * (code == 75), flush=True)
+        if code == 75:
+            line += ": run the same command again"
+        print(line, flush=True)
     for signum in signals:
         signal.signal(signum, signal.SIG_IGN)  # what comes while Python winds up changes nothing
     return code

@@ -67,9 +67,9 @@ def gather(name, run):
     def result(kind):
         path = pipeline.report_dir(data) / f"{kind}_{name}_{run}.json"
         done = status.describe_eval(path, directory)[0] == "done"
-        return status.read(path) if done else {}
+        return common.read_json(path) if done else {}
 
-    record, (_, meta) = status.read(directory / "phase.json"), status.saved(directory)
+    record, (_, meta) = common.read_json(directory / "phase.json"), status.saved(directory)
     lines = [line for line in common.read_json_lines(directory / "metrics.jsonl") if "step" in line]
     return Stage(name, record, meta, lines, result("core"), result("chat"))
 
@@ -176,7 +176,7 @@ def aligned(rows):
 # the parts of the report
 
 def head(stages):
-    tokenizer = status.read(pipeline.state_path("tok", data) / "phase.json")
+    tokenizer = common.read_json(pipeline.state_path("tok", data) / "phase.json")
     tokens = sum(stage.meta.get("tokens", 0) for stage in stages)
     gpus = "; ".join(trial.gpu_names()) or "no GPU"
     return [

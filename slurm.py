@@ -170,7 +170,7 @@ def progress(data, tag):
                         *pipeline.report_dir(data).glob("*.json*")]
     for phase in pipeline.PHASES[:-1]:  # all but the report
         folder = pipeline.state_path(phase.name, data, tag)
-        if (common.read_json(folder / "phase.json") or {}).get("status") == "done":
+        if common.read_json(folder / "phase.json").get("status") == "done":
             marks.append(f"{folder} done")
         if phase.name != "data":
             files += folder.glob("manifest_*.json")
@@ -190,7 +190,7 @@ def guard(data, tag, ended=None):
     if ended not in (None, 75, KILLED):
         path.unlink(missing_ok=True)
         return
-    old, marks = common.read_json(path) or {}, progress(data, tag)
+    old, marks = common.read_json(path), progress(data, tag)
     same = old.get("marks") == marks
     ends = old.get("ends", []) if same else []
     if same and ended:

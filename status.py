@@ -20,11 +20,6 @@ from lock import holder_name, living_holder
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: all that have a state
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
-def read(path):
-    """The JSON object in `path`; {} where there is none that can be read."""
-    found = common.read_json(path)
-    return found if isinstance(found, dict) else {}
-
 def saved(directory):
     """(step, meta) of the newest checkpoint in `directory`; (None, {}) where there is none"""
     for step in checkpoint.steps(directory)[:1]:
@@ -59,7 +54,7 @@ def lost_part(directory, step):
 def describe(directory):
     """-> (state, words) of a phase; state is done, running, half, failed or absent.
     example: ("half", "half done, saved at step 120 of 400, 3m10s ago (signal SIGTERM: ...)")"""
-    record, (step, meta) = read(directory / "phase.json"), saved(directory)
+    record, (step, meta) = common.read_json(directory / "phase.json"), saved(directory)
     status, reason = record.get("status"), record.get("reason")
     where, half = "", "nothing saved yet"
     if step is not None:
@@ -96,7 +91,7 @@ def describe_eval(path, directory):
         return "half", f"half done, the last piece was kept {ago(written(partial))} ({reason})"
     if not path.exists():
         return "absent", "not started"
-    result = read(path)
+    result = common.read_json(path)
     if not result:
         return "failed", f"its result, {path.name}, cannot be read"
     for step in checkpoint.steps(directory)[:1]:
@@ -134,8 +129,8 @@ def next_command(states, name, tag):
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
     running = states[first][0] == "running"
-    given = read(pipeline.command_file(name, tag))
-    record = read(pipeline.state_path(first, name, tag) / "phase.json")
+    given = common.read_json(pipeline.command_file(name, tag))
+    record = common.read_json(pipeline.state_path(first, name, tag) / "phase.json")
     if first in given.get("phases", []):
         command = given["command"]
     elif first in pipeline.STAGES and record.get("next") and not running:
@@ -151,7 +146,7 @@ def data_sets():
     """The data sets that have a state, as records name them, the one touched last at the end."""
     found = {}
     for path in pipeline.base_dir().rglob("phase.json"):
-        if record := read(path):
+        if record := common.read_json(path):
             usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
             name = record["settings"].get("data", usual)  # adopt.py's has none
             found[name] = max(written(path.parent), found.get(name, 0.0))

@@ -37,7 +37,7 @@ def try_out(plan, run_phase):
              for name in [*trainings, *chats[:1]]}
     path = pipeline.data_root(plan.data) / f"tried_{plan.tag}.json"
     stand_ins = pipeline.data_root(plan.data) / "try_out"  # for models that are not trained yet
-    old, tried = common.read_json(path) or {}, {}
+    old, tried = common.read_json(path), {}
 
     def was_tried(name):
         return asked[name].items() <= old.get(name, {}).items()

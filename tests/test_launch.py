@@ -2,6 +2,7 @@
 pretend, and a few real ones."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -402,7 +403,7 @@ def test_it_is_held_against_the_time_of_the_job(try_out, monkeypatch, capsys):
     monkeypatch.setattr(trial.slurm, "end_time", lambda: trial.time.time() + 60)
     try_out({}, "--only=base")
     said = capsys.readouterr().out
-    assert "it will stop at " in said and "with everything saved and continue" in said
+    assert re.search("this job has 5.s left: it will stop with everything saved and continue", said)
 
 def test_the_time_counts_the_first_step_the_measurements_and_their_saves(
         try_out, record, capsys):
@@ -565,10 +566,3 @@ def test_every_recipe_is_a_file_of_assignments_that_its_script_takes(tmp_path, c
     out = script(tmp_path / "state", scripts[name], config)
     assert out.returncode == 2 and "prepare_data.py" in out.stderr or "there is no" in out.stderr
     assert "unknown setting" not in out.stderr and out.stderr.count("\n") == 1, out.stderr
-
-def test_ctrl_c_comes_to_the_workers_through_the_supervisor_alone(tmp_path):
-    path = tmp_path / "seen"
-    code = (f"import signal; ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN; "
-            f"open({str(path)!r}, 'w').write(str(ignored))")
-    assert launch.Supervisor(tmp_path / "outcome").run([sys.executable, "-c", code]) == (0, {})
-    assert path.read_text() == "True", "torchrun would kill its workers 30 seconds later"
