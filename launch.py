@@ -203,7 +203,9 @@ class Supervisor:
         code = outcome.get("code", code if code >= 0 else 128 - code)
         if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
             code = 75  # before its handlers stood: it had not begun
-        if self.stopping and code == 0:
+        # nor had workers that the signal has killed: of them torchrun says 1, and they say nothing
+        not_begun = command[0] == "torchrun" and code == 1 and not outcome
+        if self.stopping and (code == 0 or not_begun):
             code = 75
         return code, outcome
 
@@ -231,24 +233,16 @@ def run_phase(plan, supervisor, name, words):
               "rows at once (--device_batch_size) need less", file=sys.stderr, flush=True)
     return code, added, outcome
 
-def wait_for_holder(folder, sleep=time.sleep):
-    """Where the process of a killed launcher is still saving, it is given time to do so."""
+def wait_for_holder(folder, supervisor, sleep=time.sleep):
+    """Where the process of a killed launcher is still saving, it is given time to do so; until a
+    signal comes."""
     for second in range(PATIENCE):
         holder = living_holder(folder)
-        if not holder:
+        if not holder or supervisor.stopping:
             return
         if second == 0:
             print(f"waiting for {holder_name(holder)}, which writes in {folder}", flush=True)
         sleep(1)
-
-def without_start_over(plan, name, words):
-    """--start_over=True holds for one beginning: what this very command has begun anew and is done
-    is left alone."""
-    kept = [word for word in words if not word.startswith("--start_over=")]
-    record = load_record(plan.folder(name)) or {"free": {}}
-    began_so = record["free"].get("start_over") and plan.is_done(name)
-    same = record.get("command") == shlex.join(["python", *kept])
-    return kept if began_so and same else words
 
 def check_inputs(plan, supervisor):
     """What the phases build on and this run does not make must be there, whole, before anything
@@ -282,6 +276,8 @@ def run_all(plan, supervisor):
     if code == 0 and plan.in_slurm:
         slurm.guard(plan.data, plan.tag)
         code = check_nodes(plan, supervisor)
+    if code == 75:
+        return 75, "stopped before the first phase"
     if code:
         return code, "nothing was started: mend what the error above names"
     failed = []
@@ -297,7 +293,7 @@ def run_all(plan, supervisor):
             if code:
                 return code, f"the trial ended with code {code}; mend what the error above names"
         words = [*plan.words(name), *(added or {}).get(name, [])]
-        code, reason = start(plan, supervisor, name, without_start_over(plan, name, words))
+        code, reason = start(plan, supervisor, name, words)
         if code == 75:
             return 75, f"stopped in {name} with everything saved"
         if code == 128 + signal.SIGINT:
@@ -328,7 +324,9 @@ def start(plan, supervisor, name, words):
         code, _ = supervisor.run(["python", *words, "--time_limit=0"])
         if code == 0:
             return 0, "done already"
-    wait_for_holder(plan.folder(name))
+    wait_for_holder(plan.folder(name), supervisor)
+    if supervisor.stopping:
+        return 75, "a signal came while waiting"
     code, _, outcome = run_phase(plan, supervisor, name, words)
     return code, outcome.get("reason", "the lines above say why")
 

@@ -30,8 +30,8 @@ def recovered_record(directory):
 def find_record(directory, settings, inputs=None):
     """
     The record that a start in `directory` goes on from, {} where it begins anew.
-    --start_over=True holds for one beginning: the same command given again goes on with the
-    half-done run that it has begun. inputs=None: they are not known yet.
+    --start_over=True holds for one beginning: the same command given again goes on with what it has
+    begun, or finds it done. inputs=None: they are not known yet.
     """
     directory = Path(directory)
     old = load_record(directory) or recovered_record(directory)
@@ -39,7 +39,7 @@ def find_record(directory, settings, inputs=None):
         old = {k: v for k, v in old.items() if k not in ("chosen", "train_files")}
     if not old or not settings["start_over"]:
         return old
-    begun_so = old["free"].get("start_over") and old["status"] != "done"
+    begun_so = old["free"].get("start_over")
     return old if begun_so and not changes(old, directory, settings, inputs) else {}
 
 def source_version():

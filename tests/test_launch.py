@@ -164,6 +164,16 @@ def test_torchrun_does_not_hear_of_signals_its_workers_do(supervise, monkeypatch
     supervisor.run(["torchrun", "x.py"])
     assert not process.signals and asked == [["pkill", "-TERM", "-P", "4711"]] * 2
 
+def test_workers_that_a_signal_kills_before_they_can_hear_it_had_not_begun(supervise, tmp_path):
+    """Of them torchrun says 1."""
+    leaves.path = tmp_path / "outcome"
+    failed = FakeProcess(1, 1, leaves({"code": 1, "reason": "the disk is full"}))
+    supervisor = supervise(1, failed, 1)
+    supervisor.stopping = True
+    assert supervisor.run(["torchrun", "x.py"])[0] == 75
+    assert supervisor.run(["torchrun", "x.py"])[0] == 1, "it says itself that it has failed"
+    assert supervisor.run(["python", "x.py"])[0] == 1
+
 def test_out_of_memory_is_tried_once_more_with_fewer_rows(supervise, tmp_path):
     leaves.path = tmp_path / "outcome"
     retry = {"code": 1, "reason": "ran out of memory", "retry_with": ["--device_batch_size=4"]}
@@ -210,6 +220,10 @@ def test_before_the_first_training_all_are_tried_out(run_all, monkeypatch):
     code, line, started = run_all({}, trial=())
     assert tried == [1] and code == 75 and line == "stopped while trying out the trainings to come"
     assert started == ["prepare_data.py", "tok_train.py"]
+
+def test_a_signal_while_the_inputs_are_looked_at_is_no_failure(run_all, monkeypatch):
+    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 75)
+    assert run_all({}) == (75, "stopped before the first phase", [])
 
 def test_all_done(run_all):
     code, line, started = run_all({})
@@ -287,34 +301,36 @@ def test_a_done_phase_says_so_in_one_process(supervise, record):
     assert len(found) == 1 and found[0][0] == "torchrun", "without a record nobody is asked"
     assert commands("base", [0], "--nproc=1") == [["python", "base_train.py"]]
 
-def test_starting_over_holds_for_one_beginning(record):
-    plan, words = given(), ["base_train.py", "--data=toy", "--start_over=True", "--seed=1"]
-    kept = ["base_train.py", "--data=toy", "--seed=1"]
-    assert launch.without_start_over(plan, "base", words) == words
-    began = {"command": "python base_train.py --data=toy --seed=1", "free": {"start_over": True}}
-    record(**began)
-    assert launch.without_start_over(plan, "base", words) == kept
-    for other in ({"status": "interrupted"}, {"free": {"start_over": False}},
-                  {"command": "python base_train.py --data=toy --seed=2"}):
-        record(**{**began, **other})
-        assert launch.without_start_over(plan, "base", words) == words, other
-
 def test_the_process_of_a_killed_launcher_is_given_time_to_save(monkeypatch, capsys):
     holders = [{"pid": 1, "host": "here"}] * 4 + [None]
     monkeypatch.setattr(launch, "living_holder", lambda folder: holders.pop(0))
     slept = []
-    launch.wait_for_holder("folder", slept.append)
+    supervisor = SimpleNamespace(stopping=False)
+    launch.wait_for_holder("folder", supervisor, slept.append)
     assert len(slept) == 4
     assert capsys.readouterr().out == "waiting for process 1 on here, which writes in folder\n"
     monkeypatch.setattr(launch, "living_holder", lambda folder: {"pid": 1, "host": "here"})
-    launch.wait_for_holder("folder", slept.append)
+    launch.wait_for_holder("folder", supervisor, slept.append)
     assert sum(slept) <= 4 + launch.PATIENCE, "but not for ever"
 
 def test_every_phase_waits_for_the_process_of_a_killed_launcher(run_all, monkeypatch):
     waited = []
-    monkeypatch.setattr(launch, "wait_for_holder", waited.append)
+    monkeypatch.setattr(launch, "wait_for_holder", lambda folder, _: waited.append(folder))
     run_all({})
     assert waited == [given().folder(phase.name) for phase in pipeline.PHASES]
+
+def test_a_signal_ends_the_wait_and_nothing_is_started(supervise, monkeypatch, state):
+    monkeypatch.setattr(launch, "living_holder", lambda folder: {"pid": 1, "host": "here"})
+    supervisor = supervise()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        assert len(waits) < 3, "it goes on waiting"
+        supervisor.on_signal(signal.SIGUSR1, None)
+    monkeypatch.setattr(launch.wait_for_holder, "__defaults__", (sleep,))
+    assert launch.start(given("--nproc=1"), supervisor, "base", ["base_train.py"])[0] == 75
+    assert len(waits) == 1 and not supervisor.commands
 
 def next_after(done, **others):
     """The next command that status.py names, where these phases are done."""
