@@ -72,7 +72,7 @@ def state_path(name, data, tag="", try_out=False):
     base_dir()/toy/chatsft_checkpoints/d4. try_out: where it tries out its first steps instead."""
     if name == "data":
         return base_data_dir(data)
-    root = data_root(data) / "try_out" if try_out else data_root(data)
+    root = try_out_dir(data, tag) if try_out else data_root(data)
     return root / find_phase(name).state.format(tag=tag)
 
 def base_data_dir(data):
@@ -85,6 +85,10 @@ def base_data_dir(data):
 def command_file(data, tag):
     """What the launcher was last given for a run."""
     return data_root(data) / f"speedrun_{tag}.json"
+
+def try_out_dir(data, tag):
+    """What a run's trial leaves for its later phases: another run's trial may go on beside it."""
+    return data_root(data) / f"try_out_{tag}"
 
 def tokenizer_dir(data):
     return data_root(data) / "tokenizer"

@@ -36,7 +36,7 @@ def try_out(plan, run_phase):
     asked = {name: {"words": plan.words(name), "machine": machine}
              for name in [*trainings, *chats[:1]]}
     path = pipeline.data_root(plan.data) / f"tried_{plan.tag}.json"
-    stand_ins = pipeline.data_root(plan.data) / "try_out"  # for models that are not trained yet
+    stand_ins = pipeline.try_out_dir(plan.data, plan.tag)  # for models that are not trained yet
     old, tried = common.read_json(path), {}
 
     def was_tried(name):
@@ -54,12 +54,17 @@ def try_out(plan, run_phase):
         code, added, outcome = run_phase(name, [*plan.words(name), "--try_out=True"])
         if code:
             return code, {}
-        tried[name] = {**key, "added": added, **outcome}
+        tried[name] = {"added": added, **outcome}
+        if name in trainings and "bytes" not in outcome:
+            print(f"trial: {name} has not said what it needs; going on without", flush=True)
+            continue  # it is tried again at the next start
+        tried[name].update(key)
         common.atomic_write(path, json.dumps(tried))
     shutil.rmtree(stand_ins, ignore_errors=True)
-    facts = {name: tried[name] for name in trainings}
-    check_disk(plan, facts.values())
-    print_time(plan, facts)
+    facts = {name: tried[name] for name in trainings if "bytes" in tried[name]}
+    if facts:
+        check_disk(plan, facts)
+        print_time(plan, facts)
     return 0, {name: tried[name]["added"] for name in tried}
 
 def facts_of(run):
@@ -94,10 +99,16 @@ def facts_of(run):
 
 def check_disk(plan, tried):
     """Failure (code 2) where the disk has no room for the checkpoints to come: those that are kept,
-    and one more, since an old one goes after the new one is there."""
+    less what is there already, and one more, since an old one goes after the new one is there.
+    tried: {phase: facts_of()}"""
     root = pipeline.data_root(plan.data)
-    needed = sum(facts["keep"] * facts["bytes"] for facts in tried)
-    needed = (needed + max(facts["bytes"] for facts in tried)) / 1e9
+    needed = max(facts["bytes"] for facts in tried.values())
+    for name, facts in tried.items():
+        folder = plan.folder(name)
+        files = [checkpoint.files(folder, step) for step in checkpoint.steps(folder)]
+        there = sum(size for of_step in files for size, _ in of_step.values())
+        needed += max(0, facts["keep"] * facts["bytes"] - there)
+    needed /= 1e9
     free = shutil.disk_usage(root).free / 1e9
     words = f"the checkpoints to come need {needed:.2f} GB, {free:.2f} GB are free in {root}"
     common.check(needed <= free, f"{words}: make room")

@@ -46,7 +46,7 @@ def faulty(state, name, args, fault, more="", env=None):
 
 @pytest.fixture
 def folder(prepared):
-    for name in ("base_checkpoints", "mid_checkpoints", "try_out"):
+    for name in ("base_checkpoints", "mid_checkpoints", "try_out_d1"):
         shutil.rmtree(prepared / "toy" / name, ignore_errors=True)
     return prepared / "toy/base_checkpoints/d1"
 
@@ -86,7 +86,7 @@ def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared,
     out = script(prepared, "chat_eval.py", "--data=toy", "--tag=d1", "--source=mid", "--rows=8",
                  "--max_new_tokens=16", "--threads=1", "--try_out=True")
     assert out.returncode == 0 and "tried out: 8 answers at once" in out.stdout, out.stderr
-    assert {p.name for p in (prepared / "toy").iterdir()} >= {"try_out", "tokens"}
+    assert {p.name for p in (prepared / "toy").iterdir()} >= {"try_out_d1", "tokens"}
     assert not any((prepared / "toy" / f"{name}_checkpoints").exists()
                    for name in ("base", "mid", "chatsft", "chatrl"))
 

@@ -381,7 +381,7 @@ def outcome(**changes):
 @pytest.fixture
 def try_out(state, monkeypatch):
     """try_out(outcomes, *flags) -> (result of trial.try_out, phases that were tried)"""
-    (state / "toy/try_out").mkdir(parents=True)
+    (state / "toy/try_out_d4").mkdir(parents=True)
     monkeypatch.setattr(trial, "gpu_names", list)
 
     def run(outcomes, *flags):
@@ -404,7 +404,7 @@ def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(
     assert added["mid"] == ["--device_batch_size=4"] and added["sft"] == []
     said = capsys.readouterr().out
     assert "the trainings left take about 12m30s (mid 4m10s, sft 4m10s, rl at most 4m10s)" in said
-    assert not (state / "toy/try_out").exists()
+    assert not (state / "toy/try_out_d4").exists()
     assert try_out(fits) == ((code, added), [])
     assert "12m30s" in capsys.readouterr().out
     assert try_out({}, "--", "--seed=2")[1] == tried, "with other settings it is tried anew"
@@ -453,15 +453,15 @@ def test_an_interrupted_trial_goes_on(try_out, state):
     (code, _), tried = try_out({"mid": outcome(code=75)})
     assert code == 75 and tried == ["base", "mid"]
     assert try_out({})[1] == ["mid", "sft", "rl", "mid-eval"], "on what base has left for it"
-    assert not (state / "toy/try_out").exists()
+    assert not (state / "toy/try_out_d4").exists()
     assert try_out({"sft": outcome(code=75)}, "--", "--seed=2")[1] == ["base", "mid", "sft"]
-    (state / "toy/try_out").mkdir()
+    (state / "toy/try_out_d4").mkdir()
     tried = try_out({}, "--", "--seed=3")[1]
     assert tried == ["base", "mid", "sft", "rl", "mid-eval"], "base's shapes are others now"
 
 def test_without_what_was_tried_before_it_nothing_of_an_interrupted_trial_counts(try_out, state):
     try_out({"mid": outcome(code=75)})
-    (state / "toy/try_out").rmdir()
+    (state / "toy/try_out_d4").rmdir()
     assert try_out({})[1] == ["base", "mid", "sft", "rl", "mid-eval"]
 
 def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsys):
@@ -471,6 +471,32 @@ def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsy
     assert end.code == 2 and ": make room" in capsys.readouterr().err
     monkeypatch.setattr(trial.shutil, "disk_usage", lambda path: SimpleNamespace(free=3000))
     assert try_out({}, "--only=base,mid")[0][0] == 0, "both, and one more while it is written"
+
+def test_what_is_on_disk_already_needs_no_room(try_out, record, monkeypatch):
+    folder = record("base", status="interrupted")
+    (folder / "manifest_000075.json").write_text(json.dumps({"files": {"model": [900, "x"]}}))
+    monkeypatch.setattr(trial.shutil, "disk_usage", lambda path: SimpleNamespace(free=1100))
+    assert try_out({}, "--only=base")[0][0] == 0, "100 are missing, and one more while it is saved"
+    monkeypatch.setattr(trial.shutil, "disk_usage", lambda path: SimpleNamespace(free=1099))
+    with ends() as end:
+        try_out({}, "--only=base")
+    assert end.code == 2
+
+def test_a_training_that_has_not_said_what_it_needs_is_tried_again(try_out, capsys):
+    silent = {"code": 0, "reason": "done"}
+    (code, added), _ = try_out({"base": silent}, "--only=base,mid")
+    assert code == 0 and added == {"base": [], "mid": []}
+    said = capsys.readouterr().out
+    assert "base has not said what it needs" in said and "take about 4m10s (mid 4m10s)" in said
+    assert try_out({"base": silent, "mid": silent}, "--only=base,mid")[1][0] == "base"
+
+def test_a_trial_leaves_that_of_another_run_alone(try_out, state):
+    other = pipeline.state_path("base", "toy", "d12", try_out=True)
+    other.mkdir(parents=True)
+    mine = pipeline.state_path("base", "toy", "d4", try_out=True)
+    mine.mkdir(parents=True)
+    try_out({})
+    assert other.exists() and not mine.exists()
 
 # ---- real processes
 
