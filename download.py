@@ -154,6 +154,14 @@ def fetch(url, path, opens, progress):
         os.replace(part, path)
         common.fsync_dir(path.parent)
 
+def check_online(paths, command):
+    """Failure (code 2) where files have to be downloaded and the network is forbidden."""
+    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
+    common.check(not offline and "SLURM_JOB_ID" not in os.environ,
+                 f"{len(paths)} files have to be downloaded ({paths[0]} is the first), but in a "
+                 "Slurm job, or with NANOCHAT_OFFLINE, the network is not used; on a machine with "
+                 "internet that sees the same folder", command)
+
 def fetch_all(jobs, command, should_stop, workers=8, also=0):
     """
     jobs: list of (url, path, opens, size): opens(path) -> None or what is wrong with the file,
@@ -163,11 +171,7 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     the first byte where the network is forbidden or the disk too small, else with 1.
     """
     first = jobs[0][1]
-    offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
-    common.check(not offline and "SLURM_JOB_ID" not in os.environ,
-                 f"{len(jobs)} files have to be downloaded ({first} is the first), but in a Slurm "
-                 "job, or with NANOCHAT_OFFLINE, the network is not used; on a machine with "
-                 "internet that sees the same folder", command)
+    check_online([path for _, path, _, _ in jobs], command)
     parts = [part_of(path) for _, path, _, _ in jobs]
     there = sum(part.stat().st_size for part in parts if part.exists())
     needed = sum(size for *_, size in jobs) - there

@@ -11,7 +11,7 @@ A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that y
 into task_data/. Settings of one phase are taken too: --sft.mixture=gsm8k,arc_easy
 Nothing that is there is ever written over: what has to make room is renamed.
 """
-from run import Run
+from run import Run, fail_to_write
 
 run = Run.start("prepare_data")
 
@@ -255,6 +255,7 @@ def make_toy_world():
     -> {"counts": {what: how many}, "files": {name: size and checksum}}"""
     import toy_world
     new = root / ".new"
+    shutil.rmtree(new, ignore_errors=True)  # what a death has left is no part of it
     common.print0("generating the toy world")
     counts = toy_world.generate(new, seed, size)
     files = {}
@@ -327,6 +328,9 @@ if check:
 if not pipeline.is_folder_data(data):
     if data != "toy":
         settings.defining = {"data": data}
+        if start_over and not records.find_record(directory, settings):
+            # before the old data is put aside
+            download.check_online([file.path for file in files_of("text")], again)
     run.open_or_exit(directory, settings, {}, lambda: bad[0].wrong if bad else None)
 if start_over:
     files = look()  # the old data was put aside
@@ -340,8 +344,7 @@ try:
         show(files)
         bring(bad)
 except OSError as e:
-    common.fail(f"cannot write in {pipeline.base_dir()}: {e}; make room, or make it writable", 1,
-                again)
+    fail_to_write(pipeline.base_dir(), e)
 files = look()
 show(files)
 missing = sum(file.wrong is not None for file in files)

@@ -465,6 +465,18 @@ def test_everything_is_downloaded_and_then_nothing_needs_the_network(hub, state)
     assert out.returncode == 0 and "done already" in out.stdout
     assert len(hub.seen) == asked and digests(state) == before
 
+def test_starting_over_without_a_network_leaves_the_old_data_where_they_are(hub, state):
+    args = ["--data=fineweb_edu", "--shards=1", "--phases=tok"]
+    assert prepare(hub, state, *args).returncode == 0
+    before = digests(state)
+    out = prepare(hub, state, *args, "--start_over=True", env={"NANOCHAT_OFFLINE": "1"})
+    assert out.returncode == 2 and "the network is not used" in out.stderr
+    assert digests(state) == before and not list(state.glob("*.old-*"))
+    assert prepare(hub, state, *args, "--start_over=True").returncode == 0
+    assert len(list(state.glob("*.old-*"))) == 1
+    out = prepare(hub, state, *args, "--start_over=True", env={"NANOCHAT_OFFLINE": "1"})
+    assert out.returncode == 0 and "done already" in out.stdout, "the same command again"
+
 def test_damage_is_found_and_mended(hub, state):
     args = ["--data=fineweb_edu", "--shards=2"]
     assert prepare(hub, state, *args).returncode == 0
@@ -761,6 +773,8 @@ runpy.run_path("prepare_data.py", run_name="__main__")
 
 def test_a_death_while_the_toy_world_is_made_leaves_nothing_that_is_not_whole(state):
     made = ["--data=toy", "--size=0.01"]
+    (state / "toy/.new/task_data").mkdir(parents=True)  # of a death of another version
+    (state / "toy/.new/task_data/stray.jsonl").write_text("stray")
     for last in (4, 30, 38):  # the record is the first write, then 27 files are made twice
         out = script(state, "-c", DIES, last, *made)
         assert out.returncode == 9, out.stdout + out.stderr
@@ -783,7 +797,7 @@ def test_a_state_folder_that_cannot_be_written_is_one_line(state, tmp_path, what
         (data / "a.txt").write_text("text")
     out = script(state, "prepare_data.py", f"--data={data}", "--phases=mid", "--mixture=identity",
                  f"--held_out={talks}")
-    assert out.returncode in (1, 2) and "cannot write in" in out.stderr, out.stderr
+    assert out.returncode in (1, 2) and "could not write to" in out.stderr, out.stderr
     assert out.stderr.count("\n") == 1
 
 def test_in_a_network_namespace_without_interface(hub, state):
