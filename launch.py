@@ -28,9 +28,9 @@ import common
 import configurator
 import pipeline
 import slurm
+import status
 import trial
 from lock import holder_name, living_holder
-from records import load_record
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 HELP = "bash speedrun.sh --help"
@@ -66,8 +66,7 @@ class Plan:
         return pipeline.state_path(name, self.data, self.tag)
 
     def is_done(self, name):
-        record = load_record(self.folder(name))
-        return bool(record) and record["status"] == "done"
+        return status.state_of(pipeline.find_phase(name), self.data, self.tag)[0] == "done"
 
 def split_at(words, mark):
     """example: (["a", "-", "b", "c"], "-") -> [["a"], ["b", "c"]]"""
@@ -181,11 +180,12 @@ class Supervisor:
         else:  # not its children: a sandbox that dies is an answer that counts as wrong
             self.child.send_signal(signal.SIGTERM)
 
-    def run(self, command):
+    def run(self, command, **variables):
         """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
-        signal came, 130 where a second Ctrl-C has ended it at once."""
+        signal came, 130 where a second Ctrl-C has ended it at once. variables: for its environment
+        """
         self.outcome_path.unlink(missing_ok=True)
-        environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
+        environment = {**os.environ, **variables, "NANOCHAT_OUTCOME": str(self.outcome_path)}
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
                                 preexec_fn=before_exec)
@@ -317,16 +317,16 @@ def start(plan, supervisor, name, words):
     if plan.in_slurm and slurm.given_up():
         common.fail("Slurm has started another attempt of this job: going no further", code=1)
     print(f"\n=== {name}: python {shlex.join(words)}", flush=True)
+    wait_for_holder(plan.folder(name), supervisor)
+    if supervisor.stopping:
+        return 75, "a signal came while waiting"
     if not plan.is_done(name):
         note_command(plan)
     elif command_for(plan, name, words)[0] != "python":
         # one process sees that it is done long before processes on all nodes would have met
-        code, _ = supervisor.run(["python", *words, "--time_limit=0"])
-        if code == 0:
-            return 0, "done already"
-    wait_for_holder(plan.folder(name), supervisor)
-    if supervisor.stopping:
-        return 75, "a signal came while waiting"
+        code, outcome = supervisor.run(["python", *words], NANOCHAT_ONLY_ASK="1")
+        if code in (0, 2):
+            return code, outcome.get("reason", "done already")
     code, _, outcome = run_phase(plan, supervisor, name, words)
     return code, outcome.get("reason", "the lines above say why")
 

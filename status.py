@@ -108,18 +108,18 @@ def tags(name):
                 found[folder.name] = max(written(folder), found.get(folder.name, 0.0))
     return sorted(found, key=found.get)
 
+def state_of(phase, name, tag):
+    """-> (state, words) of a Phase of a run of the data set `name`"""
+    path = pipeline.state_path(phase.name, name, tag)
+    if phase.kind == "evaluation":
+        return describe_eval(path, pipeline.state_path(phase.parent, name, tag))
+    if phase.name == "data" and pipeline.is_folder_data(name):
+        return "done", "your own folder"
+    return describe(path)
+
 def phases_of(name, tag):
-    """{phase: (state, words)} of a run of the data set `name`"""
-    states = {}
-    for phase in pipeline.PHASES[:-1]:  # all but the report
-        path = pipeline.state_path(phase.name, name, tag)
-        if phase.kind == "evaluation":
-            states[phase.name] = describe_eval(path, pipeline.state_path(phase.parent, name, tag))
-        else:
-            states[phase.name] = describe(path)
-    if pipeline.is_folder_data(name):
-        states["data"] = "done", "your own folder"
-    return states
+    """{phase: (state, words)} of a run of the data set `name`, without the report"""
+    return {phase.name: state_of(phase, name, tag) for phase in pipeline.PHASES[:-1]}
 
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What

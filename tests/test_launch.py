@@ -282,12 +282,14 @@ def record(state):
         folder = pipeline.state_path(name, "toy", "d4")
         usual = {"settings": {}, "inputs": {}, "free": {}, "status": "done", "updated": 0.0}
         common.atomic_write(folder / "phase.json", json.dumps({**usual, **facts}))
+        if {**usual, **facts}["status"] == "done":
+            common.atomic_write(folder / "manifest_000100.json", "{}")
         return folder
     return write
 
-def test_a_done_phase_says_so_in_one_process(supervise, record):
-    record()
-    alone = ["python", "base_train.py", "--time_limit=0"]
+def test_a_done_phase_says_so_in_one_process(supervise, record, state):
+    folder = record()
+    alone = ["python", "base_train.py"]
 
     def commands(name, codes, *flags):
         supervisor = supervise(*codes)
@@ -300,6 +302,22 @@ def test_a_done_phase_says_so_in_one_process(supervise, record):
     found = commands("mid", [0], "--nproc=2")
     assert len(found) == 1 and found[0][0] == "torchrun", "without a record nobody is asked"
     assert commands("base", [0], "--nproc=1") == [["python", "base_train.py"]]
+    weights = launch.checkpoint.fingerprint(folder, 100)
+    result = {"inputs": {"weights": weights}}
+    common.atomic_write(state / "toy/report/core_base_d4.json", json.dumps(result))
+    note = pipeline.command_file("toy", "d4")
+    note.unlink()
+    assert commands("base-eval", [0], "--nproc=2") == [["python", "base_eval.py"]]
+    assert not note.exists(), "it has nothing left to do"
+    (folder / "manifest_000100.json").unlink()
+    found = commands("base", [0], "--nproc=2")
+    assert len(found) == 1 and found[0][0] == "torchrun", "its checkpoint is gone"
+
+def test_what_one_process_refuses_is_not_asked_of_all(supervise, record):
+    record()
+    supervisor = supervise(2)
+    assert launch.start(given("--nproc=2"), supervisor, "base", ["base_train.py"])[0] == 2
+    assert len(supervisor.commands) == 1
 
 def test_the_process_of_a_killed_launcher_is_given_time_to_save(monkeypatch, capsys):
     holders = [{"pid": 1, "host": "here"}] * 4 + [None]
