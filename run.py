@@ -93,7 +93,11 @@ class Run:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         sys.excepthook = run.end_process
         kept = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over=")]
-        run.command = "python " + shlex.join([os.path.basename(sys.argv[0]), *kept])
+        start = "python"
+        nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if nproc == os.environ.get("WORLD_SIZE") != "1":  # several ranks on one machine
+            start = f"torchrun --standalone --nproc_per_node={nproc}"
+        run.command = f"{start} {shlex.join([os.path.basename(sys.argv[0]), *kept])}"
         return run
 
     # ---------------------------------------------------------------------------------------------

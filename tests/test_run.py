@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,16 @@ def test_done_half_done_changed(folder, capsys):
     said = capsys.readouterr().out
     assert "changed since the last start: rows: 8 -> 2" in said, "it does not define the result"
     run.close(1, "over")
+
+def test_what_goes_on_with_several_ranks_starts_as_many(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/mid_train.py", "--data=my texts", "--start_over=True"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *call: None)
+    assert Run.start("mid_train").command == "python mid_train.py '--data=my texts'"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Run.start("mid_train").command == (
+        "torchrun --standalone --nproc_per_node=4 mid_train.py '--data=my texts'")
 
 def test_starting_over_keeps_the_old(folder):
     run = start(folder)
