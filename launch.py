@@ -186,6 +186,8 @@ class Supervisor:
         """
         self.outcome_path.unlink(missing_ok=True)
         environment = {**os.environ, **variables, "NANOCHAT_OUTCOME": str(self.outcome_path)}
+        if command[0] == "torchrun":  # which would do so itself, and print five lines about it
+            environment.setdefault("OMP_NUM_THREADS", "1")
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
                                 preexec_fn=before_exec)

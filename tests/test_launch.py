@@ -174,6 +174,20 @@ def test_workers_that_a_signal_kills_before_they_can_hear_it_had_not_begun(super
     assert supervisor.run(["torchrun", "x.py"])[0] == 1, "it says itself that it has failed"
     assert supervisor.run(["python", "x.py"])[0] == 1
 
+def test_torchrun_has_nothing_to_say_about_threads(supervise, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    supervisor, found = supervise(), []
+
+    def popen(command, env, **more):
+        found.append(env.get("OMP_NUM_THREADS"))
+        return FakeProcess(0)
+    supervisor.popen = popen
+    supervisor.run(["torchrun", "x.py"])
+    supervisor.run(["python", "x.py"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    supervisor.run(["torchrun", "x.py"])
+    assert found == ["1", None, "3"]
+
 def test_out_of_memory_is_tried_once_more_with_fewer_rows(supervise, tmp_path):
     leaves.path = tmp_path / "outcome"
     retry = {"code": 1, "reason": "ran out of memory", "retry_with": ["--device_batch_size=4"]}
