@@ -115,7 +115,6 @@ def open_or_exit(run, path, inputs, settings, needed=()):
             partial.unlink(missing_ok=True)  # of an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
-    run.leave_if_only_asked()
     lines = run.ranks.on_rank0(common.read_json_lines, partial)
     begun = lines[0] if lines else {}
     kept = [line for line in lines if "piece" in line]

@@ -180,12 +180,11 @@ class Supervisor:
         else:  # not its children: a sandbox that dies is an answer that counts as wrong
             self.child.send_signal(signal.SIGTERM)
 
-    def run(self, command, **variables):
+    def run(self, command):
         """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
-        signal came, 130 where a second Ctrl-C has ended it at once. variables: for its environment
-        """
+        signal came, 130 where a second Ctrl-C has ended it at once."""
         self.outcome_path.unlink(missing_ok=True)
-        environment = {**os.environ, **variables, "NANOCHAT_OUTCOME": str(self.outcome_path)}
+        environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
         if command[0] == "torchrun":  # which would do so itself, and print five lines about it
             environment.setdefault("OMP_NUM_THREADS", "1")
         self.command = command
@@ -322,14 +321,10 @@ def start(plan, supervisor, name, words):
     wait_for_holder(plan.folder(name), supervisor)
     if supervisor.stopping:
         return 75, "a signal came while waiting"
-    if not plan.is_done(name):
-        note_command(plan)
-    elif command_for(plan, name, words)[0] != "python":
-        # one process sees that it is done long before processes on all nodes would have met
-        code, outcome = supervisor.run(["python", *words], NANOCHAT_ONLY_ASK="1")
-        if code in (0, 2):
-            return code, outcome.get("reason", "done already")
+    done = plan.is_done(name)
     code, _, outcome = run_phase(plan, supervisor, name, words)
+    if not done and code != 2:  # a command that was refused does not go on with anything
+        note_command(plan)
     return code, outcome.get("reason", "the lines above say why")
 
 def note_command(plan):

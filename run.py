@@ -131,7 +131,6 @@ class Run:
         if judged is None:
             common.print0(f"{self.name}: done already ({directory})")
             return None
-        self.leave_if_only_asked()
         old, saved_step = judged
         try:
             if settings["start_over"] and not old and directory.exists():
@@ -158,12 +157,6 @@ class Run:
             "starts": [*old.get("starts", []), time.time()]}
         self.update_record()
         return self.record, saved_step
-
-    def leave_if_only_asked(self):
-        """Where launch.py has started one process to ask whether the phase is done: it is not, so
-        this ends the process with 75, before anything is written."""
-        if "NANOCHAT_ONLY_ASK" in os.environ:
-            self.leave(75, "not done yet")
 
     def say_what_changed(self, old, commit, difference):
         """Prints how the last start has ended, and what has changed since without counting for the

@@ -75,16 +75,6 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     code, out = run("float32", "finish")
     assert code == 0 and "is dropped: dtype" in out and "kept {}" in out
 
-def test_who_only_asks_whether_it_is_done_measures_nothing(state):
-    path = state / "report/chat_sft_d4.json"
-    path.parent.mkdir(parents=True)
-    asks = {"NANOCHAT_ONLY_ASK": "1"}
-    out = script(state, "-c", SCRIPT, path, "float32", "finish", env=asks)
-    assert out.returncode == 75 and not [*path.parent.iterdir()]
-    assert script(state, "-c", SCRIPT, path, "float32", "finish").returncode == 0
-    out = script(state, "-c", SCRIPT, path, "float32", "finish", env=asks)
-    assert out.returncode == 0 and "done already" in out.stdout
-
 @pytest.mark.parametrize("right,n,low,high", [
     (5, 10, 0.237, 0.763), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (560, 1000, 0.529, 0.590)])
 def test_intervals_as_in_wilsons_tables(right, n, low, high):

@@ -208,19 +208,6 @@ def trained(folder, step=9, finished=True, **more):
         exit_code(run.exit_done, step=step)
     run.close(75, "stopped")
 
-def test_who_only_asks_whether_it_is_done_changes_nothing(folder, monkeypatch):
-    trained(folder, finished=False)
-    before = contents(folder)
-    monkeypatch.setenv("NANOCHAT_ONLY_ASK", "1")
-    for asked in (settings(), settings(start_over=True)):
-        assert exit_code(start, folder, asked) == 75
-        assert contents(folder) == before and not list(folder.parent.glob("*.old-*"))
-    monkeypatch.delenv("NANOCHAT_ONLY_ASK")
-    trained(folder)
-    before = contents(folder)
-    monkeypatch.setenv("NANOCHAT_ONLY_ASK", "1")
-    assert exit_code(start, folder) == 0 and contents(folder) == before
-
 def damage_file(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
