@@ -27,19 +27,20 @@ from ranks import Ranks
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
 source = ""                  # stage of training: base, mid, sft or rl; empty: the furthest
 tag = ""                     # which model, d4 for instance; empty: the newest
-prompt = ""                  # answers this one prompt and ends (-p "..." for short)
-temperature = 0.6            # how freely it draws; 0: always the most likely token
-top_k = 50                   # draws from so many of the likeliest tokens; 0: from all
-max_new_tokens = 256         # tokens of an answer
-seed = None                  # the same seed gives the same answers; None: another each time
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
+prompt = ""                  # answer this one prompt and end (-p "..." for short)
+temperature = 0.6            # sampling temperature; 0: always the most likely token
+top_k = 50                   # sample from the k likeliest tokens; 0: from all
+max_new_tokens = 256         # tokens of an answer at most
+seed = None                  # random seed: the same gives the same answers; None: a new one
+device = "auto"              # device to compute on: auto, cuda, mps, cpu
+dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
 threads = 0                  # CPU threads; 0: all cores
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
 STAGES = pipeline.STAGES
 common.check(temperature >= 0 and top_k >= 0, "--temperature and --top_k must not be negative")
-common.check(source in ("", *STAGES), f"--source is base, mid, sft or rl, not {source!r}")
+common.check(source in ("", *STAGES), f"--source must be base, mid, sft or rl, not {source!r}")
+common.check(prompt or "-p" not in sys.argv, "-p needs a prompt, as in -p \"Who are you?\"")
 
 # -------------------------------------------------------------------------------------------------
 # which model
@@ -67,7 +68,7 @@ with contextlib.redirect_stdout(sys.stderr):  # what it says is no answer
 for m in found:
     later = STAGES.index(m.stage) > STAGES.index(source)
     if later and (m.data, m.tag) == (data, tag) and not m.finished:
-        say(f"({m.stage} {tag} is not finished, python status.py says why; this is what comes "
+        say(f"({m.stage} {tag} is not finished: python status.py says why; this is the stage "
             "before it)")
 
 # Ctrl-C stops an answer; where there is none to stop it leaves
@@ -90,7 +91,8 @@ compute = choose_compute(Ranks(0, 0, 1), settings)
 model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 context = model.config.sequence_len
 longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
-say(f"{source} model {tag} of {data}, step {step:,}" + ("" if prompt else "; /new, /quit"))
+COMMANDS = "(/new: new conversation, /quit: leave)"
+say(f"{source} model {tag} of {data}, step {step:,}", *([] if prompt else [COMMANDS]))
 seed = secrets.randbits(32) if seed is None else seed
 
 # -------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def answer(ids, number):
                              keep_going=lambda: not now.interrupted)[0]
     now.answering = False
     print(decoder.decode(b"", True), flush=True)
-    if len(tokens) == most and source != "base":
+    if len(tokens) == most:
         why = "--max_new_tokens" if most == max_new_tokens else "the context is full"
         say(f"(cut after {most} tokens: {why})")
     return tokens
@@ -158,6 +160,8 @@ while said != "/quit":
     if said == "/new":
         turns = []
         print("(a new conversation)")
+    elif said.startswith("/") and said[1:].isalpha() and said != "/quit":
+        say(COMMANDS)
     elif said not in ("", "/quit"):
         if source == "base":
             turns = []

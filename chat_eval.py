@@ -26,24 +26,25 @@ import tasks as task_list
 data = "fineweb_edu"         # the data set of the model
 source = "sft"               # the model's stage of training: base, mid, sft or rl
 tag = ""                     # which model, d20 for instance; empty: the newest
-tasks = ["arc_easy", "arc_challenge", "mmlu",     # what is measured; toy adds facts
+tasks = ["arc_easy", "arc_challenge", "mmlu",     # tasks to measure; toy adds facts
          "gsm8k", "humaneval", "spellingbee"]
 max_items = -1               # items of each task; -1: all
-max_new_tokens = 512         # tokens of an answer
+max_new_tokens = 512         # tokens of an answer at most
 # ---- settings below may change at every resume
 rows = 64                    # answers generated at once; fewer need less memory
 unsafe_exec = False          # run HumanEval's programs without a sandbox where the system has none
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
-threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
+device = "auto"              # device to compute on: auto, cuda, mps, cpu
+dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
+threads = 0                  # CPU threads of each rank; 0: the cores divided by the ranks
 time_limit = None            # minutes until it stops; None: the Slurm job's, if any
-try_out = False              # only the end of a longest answer, on any model of this shape
+try_out = False              # trial run: the end of the longest answers; measures, saves nothing
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
-common.check(source in pipeline.STAGES, f"--source is base, mid, sft or rl, not {source!r}")
+common.check(source in pipeline.STAGES, f"--source must be base, mid, sft or rl, not {source!r}")
+common.check(tasks, "--tasks is empty: name one or more, as in --tasks=gsm8k,mmlu")
 if data == "toy" and "facts" not in tasks:
     tasks = [*tasks, "facts"]
 measurable = [name for name, task in task_list.TASKS.items()
@@ -90,6 +91,8 @@ path = pipeline.report_dir(data) / f"chat_{source}_{folder.name}.json"
 # a result without a task that was left out then does not do where it is possible now
 measured = evaluation.open_or_exit(run, path, inputs, settings, needed=tasks)
 compute = measured.compute
+common.print0(f"{source} {folder.name}, step {step:,}: {run.ranks.world} x {compute}; tasks: "
+              f"{', '.join(tasks)}")
 model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 
 # -------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ for name in tasks:
 missing = [name for name in evaluation.CHATCORE if name not in results]
 chatcore = None
 if missing:
-    common.print0(f"no ChatCORE: {', '.join(missing)} not measured")
+    common.print0(f"ChatCORE needs all six tasks; missing: {', '.join(missing)}")
 else:
     chatcore = evaluation.mean_centred({name: results[name] for name in evaluation.CHATCORE})
     part = " in part" if evaluation.in_part(data, results) else ""

@@ -61,10 +61,12 @@ def parse(spec):
     name, limit, epochs = re.fullmatch(r"(.*?)(?::(\d+))?(?:\*(\d+))?", spec).groups()
     limit = int(limit) if limit else None
     epochs = int(epochs or 1)
-    common.check(name in TASKS or name.endswith((".jsonl", ".jsonl.gz")),
-                 f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, or a .jsonl file "
-                 "of conversations")
-    common.check(limit != 0 and epochs, f"{spec!r} stands for no item at all: take it out")
+    known = name in TASKS or name.endswith((".jsonl", ".jsonl.gz"))
+    common.check(known or not {":", "*"} & {*name}, f"cannot read {spec!r}: write name, name:300 "
+                 "(examples) or name*2 (epochs)")
+    common.check(known, f"there is no task {name!r}; the tasks are {', '.join(TASKS)}; a file of "
+                 "conversations must end in .jsonl or .jsonl.gz")
+    common.check(limit != 0 and epochs, f"{spec!r} asks for 0 examples: remove it")
     return name, limit, epochs
 
 def stem_of(name, split):
@@ -96,8 +98,8 @@ def find(name, split, data):
         return [Path(name)]
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
-    common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing; the task {name} reads "
-                        "it: link or copy it there", texts.prepare_command(data))
+    common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing, which the task {name} "
+                 "reads", texts.prepare_command(data))
     return found
 
 def fingerprint(specs, split, data):
@@ -185,7 +187,8 @@ def convert(name, row):
     else:
         messages = row["messages"] if isinstance(row, dict) else row
         made = {"messages": messages, "task": name, "row": None}
-    tok.messages_of(made)  # an error where it is no conversation
+    if tok.messages_of(made)[-1][0] != "assistant":  # an error where it is no conversation
+        raise ValueError("the last message is not the assistant's")
     for field in JUDGED_BY.get(name, []):
         if field not in row:
             raise KeyError(field)
@@ -238,7 +241,9 @@ def load(name, split, data, limit=None):
         items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
     if name in GENERATED:  # one word in ten, by its hash, is a test word
         items = [word for word in items if word and one_in(10, word) == test]
-    common.check(items, f"{paths[0]} holds no rows of the {split} split; the task {name} reads it",
+    common.check(items or name in TASKS,
+                 f"{name} has no usable conversation: see the lines named above")
+    common.check(items, f"{paths[0]} has no usable rows of the {split} split of the task {name}",
                  texts.prepare_command(data))
     if name in GENERATED:
         made = []

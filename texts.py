@@ -18,6 +18,7 @@ ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 # the validation split of the known data sets, fixed by name: the last of all their shards
 VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
 HOLD_OUT = 20  # of a data set in a single file every 20th document is held out
+NAMED = 5  # so many broken lines of a file are named one by one
 LARGE = 500_000_000  # bytes of a file that text_problem does not read to its end
 
 # -------------------------------------------------------------------------------------------------
@@ -30,6 +31,8 @@ def text_files(data):
     """The files of a data set that are not empty, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
+    common.check(folder.exists() or command, f"there is no folder {folder}: --data takes toy, "
+                 "fineweb_edu, climbmix or a folder of texts")
     common.check(folder.exists(), f"the data folder {folder} does not exist", command)
     common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
     files = [path for path in sorted(folder.glob("[!.]*"))
@@ -120,12 +123,12 @@ def all_lines(path, newline="\n"):
 
 def good_rows(path, rows, convert, say=common.print0):
     """
-    convert(row) for each (number, row) of `rows`. What convert refuses is named as path:number and
-    left out. Failure where that is more than 1 % (and more than 5), or the file is damaged.
+    convert(row) for each (number, row) of `rows`. What convert refuses is skipped, the first NAMED
+    with a message. Failure where that is more than 1 % (and more than 5), or the file is damaged.
     """
     broken = 0
     total = 0
-    first = None
+    first = ""
     hint = ""
     try:
         for number, row in rows:
@@ -134,25 +137,35 @@ def good_rows(path, rows, convert, say=common.print0):
                 value = convert(row)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 broken += 1
-                why = f"{path}:{number} ({type(e).__name__}: {str(e)[:80]})"
-                first = first or why
+                why = reason_of(e)
+                first = first or f"first: {number}, {why}"
                 if isinstance(e, UnicodeError) and path.suffix != ".gz":
                     hint = to_utf_8(path)
-                if broken <= 20:
-                    say(f"left out, broken: {why}")
+                if broken <= NAMED:
+                    say(f"{path}:{number} skipped: {why}")
             else:
                 yield value
     except ValueError as e:
         common.fail(f"{e}; remove it and prepare the data again")
-    common.check(broken <= max(5, total / 100),
-                 f"{path} has {broken} broken lines or rows among {total}, the first: "
-                 f"{first}{hint}")
-    if broken > 20:
-        say(f"{path}: {broken} broken lines or rows were left out in all")
+    kind = "rows" if path.suffix == ".parquet" else "lines"
+    common.check(broken <= max(5, total / 100), f"{path}: {broken:,} of {total:,} {kind} are "
+                 f"broken, more than 1 % ({first}): {hint or 'fix or remove them'}")
+    if broken > NAMED:
+        say(f"{path}: and {broken - NAMED:,} more")
+
+def reason_of(error):
+    """Why a line or row is skipped, in words."""
+    if isinstance(error, json.JSONDecodeError):
+        return "not JSON"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(error, KeyError):
+        return f"no field {error.args[0]}"
+    return str(error)[:80]
 
 def to_utf_8(path):
     old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
-    return ("; it is not in UTF-8: find out its encoding (here CP1252 is assumed) and run: "
+    return ("if its encoding is CP1252 (else name the right one) run: "
             f"iconv -f CP1252 -t UTF-8 {old} > {new} && mv {new} {old}")
 
 def problem(path, rows, convert, enough=None):
@@ -171,9 +184,11 @@ def text_of(row):
     """The text of a row, or of a line of JSON; an empty field is no text."""
     if isinstance(row, bytes):
         row = json.loads(row)
+    if not isinstance(row, dict):
+        raise TypeError("not a JSON object")
     text = row["text"]
     if text is not None and not isinstance(text, str):
-        raise TypeError("text is no string")
+        raise TypeError("its text is not a string")
     return text
 
 def text_of_line(line):

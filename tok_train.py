@@ -44,9 +44,9 @@ import texts as user_texts
 import tokenizer as tok
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
-vocab_size = 32768           # tokens, the 256 bytes and the 9 special tokens among them
-max_chars = 2_000_000_000    # characters of text read, from the start of the training split
-doc_cap = 10_000             # characters of a document that count, so that no long one dominates
+vocab_size = 32768           # tokens in the vocabulary, with the 256 bytes and 9 special tokens
+max_chars = 2_000_000_000    # characters read at most, from the start of the training split
+doc_cap = 10_000             # characters read of each document at most: no long one dominates
 # ---- settings below may change at every resume
 workers = 0                  # processes that count words; 0: one for each core
 time_limit = None            # minutes until it stops; None: the Slurm job's, if any
@@ -265,7 +265,12 @@ def main():
     record = records.find_record(directory, settings)
     # files that were added since it began do not stop a run
     begun_with = record.get("train_files")
-    files = user_texts.dataset_files(data, begun_with)["train"]
+    splits = user_texts.dataset_files(data, begun_with)
+    files = splits["train"]
+    if start_over:  # a broken file must not cost the old tokenizer
+        for path in dict.fromkeys([*files, *splits["val"]]):
+            why = user_texts.text_problem(path)
+            common.check(why is None, why)
     common.check(any(user_texts.iter_texts(data)),
                  f"no file of the data set {data} holds a document")
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
@@ -275,9 +280,13 @@ def main():
     sizes = [(path.name, path.stat().st_size) for path in files]
     inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
     run.open_or_exit(directory, settings, inputs, lambda: tok.damage(directory))
+    if record.get("status") == "done":
+        common.print0(f"the tokenizer in {directory} is damaged ({tok.damage(directory)}): "
+                      "training it again")
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
 
+    common.print0(f"training a tokenizer of {vocab_size:,} tokens on the texts of {data}")
     most_chars = min(max_chars, 4 * sum(size for _, size in sizes))  # of packed text
     at_once = min(workers or common.cores(), math.ceil(most_chars / CHUNK_CHARS))
     texts = user_texts.iter_texts(data, names=begun_with)
@@ -286,8 +295,8 @@ def main():
                                  watch("characters at most", most_chars))
     except BrokenProcessPool:
         exit_if_stopped()  # a signal to the whole group meets workers that cannot ignore it yet
-        common.fail("a process that counts words was killed, probably for want of memory; with a "
-                    "smaller --workers less is needed", code=1)
+        common.fail("a process that counts words was killed, probably out of memory: try fewer "
+                    "--workers", code=1)
     exit_if_stopped()
     common.print0(f"{chars:,} characters, {len(words):,} different words")
     n_tokens = vocab_size - len(tok.SPECIAL_TOKENS)
@@ -296,8 +305,8 @@ def main():
     run.check_lock()
     tokenizer = tok.save_tokenizer(directory, ranks)
     if tokenizer.vocab_size < vocab_size:
-        common.print0(f"the text has nothing left to merge: {tokenizer.vocab_size:,} tokens "
-                      f"instead of {vocab_size:,}")
+        common.print0(f"warning: the text is too small for {vocab_size:,} tokens; the vocabulary "
+                      f"has {tokenizer.vocab_size:,}")
     prose = "".join(islice(user_texts.iter_texts(data, "val"), 200))[:200_000]
     ids = tokenizer.encode(prose)
     ratio = round(len(tokenizer.decode_bytes(ids)) / max(1, len(ids)), 3)

@@ -12,10 +12,12 @@ nobody can type one into a conversation. A Python string may hold surrogates, wh
 pair becomes the character it stands for, a lone one U+FFFD.
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -204,6 +206,12 @@ def damage(directory):
     """None if a whole tokenizer is in `directory`, else what is wrong with it."""
     try:
         read_tokenizer(directory)
+    except FileNotFoundError as e:
+        return f"{e.filename} is missing"
+    except json.JSONDecodeError:
+        return "tokenizer.json is not JSON"
+    except KeyError as e:
+        return f"tokenizer.json has no field {e}"
     except DAMAGE as e:
         return str(e)
     return None
@@ -212,9 +220,14 @@ def load_tokenizer(data):
     """The Tokenizer of a data set. Failure (code 2) with the command to run where it is missing or
     damaged."""
     directory = pipeline.tokenizer_dir(data)
-    script = "adopt.py" if (directory / "tokenizer.pkl").exists() else "tok_train.py"
-    try:
+    with contextlib.suppress(*DAMAGE):
         return read_tokenizer(directory)
-    except DAMAGE as e:
-        common.fail(f"there is no tokenizer in {directory}, or it is damaged: {e}",
-                    next_command=f"python {script} --data={data}")
+    words = ["python", "tok_train.py", f"--data={data}"]
+    if (directory / "tokenizer.pkl").exists():
+        words[1] = "adopt.py"
+    elif data == "toy":  # as speedrun.sh trains it
+        words.append("config/toy_tok.py")
+    message = f"there is no tokenizer in {directory}"
+    if any((directory / name).exists() for name in ("ranks.txt", "tokenizer.json")):
+        message = f"the tokenizer in {directory} is damaged ({damage(directory)})"
+    common.fail(message, next_command=shlex.join(words))

@@ -114,13 +114,13 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
                      + "".join(good[300:]).encode())
     assert list(texts.read_documents(path)) == ["".join(good)], "nothing stands in their place"
     said = capsys.readouterr().out
-    assert f"left out, broken: {path}:301 (UnicodeDecodeError" in said and f"{path}:302 " in said
+    assert f"{path}:301 skipped: not UTF-8" in said and f"{path}:302 " in said
     assert texts.text_problem(path) is None
     path.write_bytes("".join(good).replace("fine", "naïve").encode("cp1252"))
     with ends() as stopped:
         list(texts.read_documents(path))
     err = capsys.readouterr().err
-    assert stopped.code == 2 and "600 broken lines" in err and f"{path}:1 " in err
+    assert stopped.code == 2 and f"{path}: 600 of 600 lines" in err and "first: 1," in err
     assert texts.text_problem(path) in err
     subprocess.run(["bash", "-c", re.search("run: (iconv .*)", err)[1]], check=True)
     assert list(texts.read_documents(path)) == ["".join(good).replace("fine", "naïve")]
