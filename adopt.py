@@ -5,9 +5,9 @@ version of November 2025.
     python adopt.py                        # of fineweb_edu, where nanochat has its own
     python adopt.py --stage=base           # the base model alone
 
-nanochat's own files stay byte for byte. Beside tokenizer.pkl it writes ranks.txt and
-tokenizer.json, plain data; beside a model a record, and a manifest with checksums and with what our
-meta files hold and nanochat's do not. Then go on with
+nanochat's own files are not changed. Beside tokenizer.pkl it writes ranks.txt and tokenizer.json,
+which hold no code; beside a model a record (phase.json) and a manifest with checksums and the
+settings that nanochat's own file lacks. Then go on with
 
     bash speedrun.sh --data=fineweb_edu --from=mid
 """
@@ -20,11 +20,12 @@ import checkpoint
 import common
 import configurator
 import pipeline
+import status
 import tokenizer as tok
 from lock import take_lock
 
 data = "fineweb_edu"         # the data set in whose state folder nanochat's files are
-stage = ""                   # base, mid, sft or rl; empty: all
+stage = ""                   # stage to adopt: base, mid, sft or rl; empty: all
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 class PickledEncoding:
@@ -92,8 +93,9 @@ def adopt_model(directory, step):
 
 def main():
     found = False
-    common.check(stage in ("", *pipeline.STAGES), f"--stage is one of "
-                 f"{', '.join(pipeline.STAGES)}, not {stage!r}")
+    common.check(stage in ("", *pipeline.STAGES),
+                 f"--stage must be base, mid, sft or rl, not {stage!r}")
+    status.check_folder(data)
     directory = pipeline.tokenizer_dir(data)
     if (directory / "tokenizer.pkl").exists() and tok.damage(directory) is not None:
         adopt_tokenizer(directory)

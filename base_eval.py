@@ -27,16 +27,16 @@ from records import load_record
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
 tag = ""                     # which model, d20 for instance; empty: the newest
 core_items = -1              # items of each CORE task; -1: all (fewer is not CORE); 0: no CORE
-max_prompt = 2048            # of a CORE prompt so many tokens are read, the last ones
-eval_tokens = 10_485_760     # tokens of each split measured for bits per byte; 0: none
+max_prompt = 2048            # tokens kept of a longer CORE prompt, the last ones
+eval_tokens = 10_485_760     # tokens of each split to measure bits per byte on; 0: none
 show_samples = True          # whether the model writes samples
-seed = 1337                  # of the samples
+seed = 1337                  # random seed of the samples
 # ---- settings below may change at every resume
-memory_gb = 0.0              # GB that a CORE batch may take besides the model; 0: CPU 0.2, else 4
-device_batch_size = 16       # rows at once for bits per byte
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # auto (measured), bfloat16, float32
-threads = 0                  # CPU threads a rank; 0: the cores divided by the ranks
+memory_gb = 0.0              # GB of a CORE batch, the model not counted; 0: CPU 0.2, else 4
+device_batch_size = 16       # rows on a device at once, for bits per byte
+device = "auto"              # device to compute on: auto, cuda, mps, cpu
+dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
+threads = 0                  # CPU threads of each rank; 0: the cores divided by the ranks
 time_limit = None            # minutes until it stops; None: the Slurm job's, if any
 settings = configurator.configure(globals())
 
@@ -55,8 +55,11 @@ PROMPTS = ["The capital of France is", "The opposite of hot is",
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
-common.check(core_items >= -1, "--core_items is -1 (all), 0 (no CORE) or a number of items")
-common.check(max_prompt >= 2, "--max_prompt is at least 2")
+common.check(core_items >= -1,
+             f"--core_items must be -1 (all), 0 (no CORE) or a number of items, not {core_items}")
+common.check(max_prompt >= 2, f"--max_prompt must be at least 2, not {max_prompt}")
+run.ranks.join()
+folder, step = run.ranks.on_rank0(models.find_model, "base", data, tag)
 core_tasks, missing, bundle = [], [], None
 if core_items:
     where = pipeline.eval_bundle_dir(data)
@@ -64,9 +67,6 @@ if core_items:
     core_tasks, missing, bundle = core_eval.read_bundle(where, command)
 for label in missing:
     common.print0(f"the file of the task {label} is missing in {where}")
-
-run.ranks.join()
-folder, step = run.ranks.on_rank0(models.find_model, "base", data, tag)
 tokenizer = models.load_tokenizer_of(folder, step, data)
 splits = {}
 if eval_tokens:
@@ -154,7 +154,7 @@ mean = evaluation.mean_centred(results)
 name = evaluation.called("CORE", data)
 if results:
     common.print0(f"{name} {mean:.4f}" if core is not None
-                  else f"{name} in part {mean:.4f} ({reason})")
+                  else f"mean of what was measured: {mean:.4f} (not {name}: {reason})")
 measured.exit_done(
     data=data, tag=folder.name, step=step, core=core, reason=reason, mean_centred=mean,
     train_bpb=measured.pieces.get("train bpb"), val_bpb=measured.pieces.get("val bpb"),

@@ -71,7 +71,7 @@ def read_items(path, kind):
             sound = right in range(len(written_out))
         except (AttributeError, KeyError, TypeError, ValueError):
             sound = False
-        common.check(sound, f"{path}:{number}: this is no {kind} item")
+        common.check(sound, f"{path}:{number} is not a valid {kind} item: restore the file")
         items.append(item)
     random.Random(1337).shuffle(items)
     return items
@@ -82,7 +82,8 @@ def read_bundle(bundle, command=None):
     guessing scores, in percent) besides what read_core_yaml gives."""
     for name in ("core.yaml", "eval_meta_data.csv"):
         common.check((bundle / name).is_file(),
-                     f"no {name} of CORE in {bundle} (--core_items=0 goes without)", command)
+                     f"CORE's {name} is missing in {bundle} (--core_items=0 leaves CORE out)",
+                     command)
     with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
         baselines = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
     tasks = []

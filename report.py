@@ -2,14 +2,15 @@
 Writes report/report.md: what was run, a section for each stage, and one table of scores over BASE,
 MID, SFT and RL.
 
-    python report.py --data=toy                  # of the run written last
+    python report.py                             # of the run written last
     python report.py --data=fineweb_edu --tag=d20
 
 Reads what the phases left behind: records, metrics, results. What is missing, failed or half done
-is named as such.
+is named as such. Where there is no such run it ends with 2 and writes nothing.
 """
 import math
 import platform
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ import pipeline
 import status
 import trial
 
-data = "toy"                 # toy, fineweb_edu, climbmix or a folder
-tag = ""                     # which run; empty: the one written last
+data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the newest
+tag = ""                     # which run, d4 for instance; empty: the one written last
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 TITLES = {
@@ -40,13 +41,16 @@ CURVES = [  # kind of the metrics' line, its key, title, digits of its last valu
     ("val", "pass@1", "held-out problems, pass@1", 3),
 ]
 GOALS = {  # what the toy world's scores should be after SFT and RL
-    "arc_easy": "0.6, mean of three",
-    "arc_challenge": "0.6, mean of three",
-    "mmlu": "0.6, mean of three",
-    "gsm8k": "0.6; RL: + 0.05, or 0.95",
+    "arc_easy": "mean 0.6",
+    "arc_challenge": "mean 0.6",
+    "mmlu": "mean 0.6",
+    "gsm8k": "0.6",
     "spellingbee": "0.9",
     "facts": "0.7",
 }
+GOALS_IN_WORDS = ("Goals after SFT and RL: the mean of ARC-Easy, ARC-Challenge and MMLU at least "
+                  "0.6; GSM8K at least 0.6, and RL adds 0.05 or reaches 0.95; SpellingBee at least "
+                  "0.9; Facts at least 0.7.")
 
 # -------------------------------------------------------------------------------------------------
 # what is known
@@ -219,7 +223,7 @@ def section(stage, states, folder):
 
 def started(script, record):
     """Lines on where and with what a phase was started."""
-    chosen = ", ".join(f"{name} {value}" for name, value in record.get("chosen", {}).items())
+    chosen = ", ".join(f"{name}={value}" for name, value in record.get("chosen", {}).items())
     job = f", Slurm job {record['job']}" if record.get("job") else ""
     changes = " with changes" if record["difference"] else ""
     before = configurator.defaults(script).get("mixture", [])
@@ -229,8 +233,8 @@ def started(script, record):
         "taken out of the mixture": [entry for entry in before if entry not in after],
         "put into the mixture": [entry for entry in after if entry not in before],
     }
-    lines = [f"- starts: {len(record['starts'])}, the last on {record['host']}{job}",
-             f"- commit {record['commit'][:12]}{changes}; computed in {chosen}"]
+    lines = [f"- attempts: {len(record['starts'])}, the last on {record['host']}{job}",
+             f"- commit {record['commit'][:12]}{changes}; computed with {chosen}"]
     return lines + [f"- {words}: `{'`, `'.join(found)}`" for words, found in facts.items() if found]
 
 def core_section(core):
@@ -240,6 +244,8 @@ def core_section(core):
         rows.append([name, f"{score['accuracy']:.4f}", f"{score['centred']:+.4f}",
                      f"{score['n']:,} of {score.get('of', score['n']):,}"])
     lines = markdown(rows)
+    if not core["samples"]:
+        return lines
     lines += ["Samples, the model's part behind the bar:", "", "```text"]
     for sample in core["samples"]:
         text = f"{sample['prompt']}|{sample['text']}".replace("\n", "\\n")
@@ -248,13 +254,31 @@ def core_section(core):
 
 # -------------------------------------------------------------------------------------------------
 
+def run_to_report():
+    """-> (data set, run): those that are asked for, or written last. Failure (code 2) where there
+    is none."""
+    name = data or (status.data_sets() or [""])[-1]
+    common.check(name, f"there is nothing to report in {pipeline.base_dir()} yet",
+                 "bash speedrun.sh")
+    status.check_folder(name)
+    runs = status.tags(name)
+    common.check(runs, f"there is no run of {name} yet, so nothing to report",
+                 shlex.join(["bash", "speedrun.sh", f"--data={name}"]))
+    common.check(tag in ("", *runs), f"there is no run {tag} of {name}; there are: "
+                 f"{', '.join(sorted(runs))}")
+    return name, tag or runs[-1]
+
 def main():
-    status.check_folder(data)
-    run = tag or (status.tags(data) or ["no model yet"])[-1]
+    global data
+    data, run = run_to_report()
     folder, states = pipeline.report_dir(data), status.phases_of(data, run)
     stages = [gather(name, run) for name in pipeline.STAGES]
-    notes = [f"not done: {name}: {words}" for name, (state, words) in states.items()
-             if state != "done"]
+    notes = []
+    for name, (state, words) in states.items():
+        if state == "absent":
+            notes.append(f"missing: {name}")
+        elif state != "done":
+            notes.append(f"not done: {name}: {words}")
     lines = [f"# Report: {data}, {run}", "", *(guarded(notes, "the head", head, stages) or [])]
     columns = []
     total = 0.0
@@ -268,8 +292,10 @@ def main():
         if reason := stage.core.get("reason"):
             notes.append(f"CORE in part: {reason}")
         if missing := stage.chat.get("missing"):
-            notes.append(f"{name}: no ChatCORE, since {', '.join(missing)} was not measured")
+            notes.append(f"{name}: ChatCORE needs all six tasks; missing: {', '.join(missing)}")
     notes.append(f"Total time: {common.duration(total)} of training and evaluation")
+    if data == "toy":
+        notes.append(GOALS_IN_WORDS)
     notes.append(f"Next: `{status.next_command(states, data, run)}`")
 
     rows = table(columns)
@@ -279,7 +305,8 @@ def main():
     try:
         common.atomic_write(folder / "report.md", "\n".join(lines) + "\n")
     except OSError as e:
-        common.fail(f"could not write {folder / 'report.md'}: {e}", code=1)
+        common.fail(f"could not write {folder / 'report.md'}: {e.strerror or e}; check that the "
+                    "folder is writable and has room", code=1)
     print("\n".join([*aligned(rows), "", *notes, f"report: {folder / 'report.md'}"]))
 
 if __name__ == "__main__":

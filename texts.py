@@ -126,6 +126,7 @@ def good_rows(path, rows, convert, say=common.print0):
     convert(row) for each (number, row) of `rows`. What convert refuses is skipped, the first NAMED
     with a message. Failure where that is more than 1 % (and more than 5), or the file is damaged.
     """
+    kind = "row" if path.suffix == ".parquet" else "line"
     broken = 0
     total = 0
     first = ""
@@ -138,7 +139,7 @@ def good_rows(path, rows, convert, say=common.print0):
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 broken += 1
                 why = reason_of(e)
-                first = first or f"first: {number}, {why}"
+                first = first or f"first: {kind} {number}, {why}"
                 if isinstance(e, UnicodeError) and path.suffix != ".gz":
                     hint = to_utf_8(path)
                 if broken <= NAMED:
@@ -147,8 +148,7 @@ def good_rows(path, rows, convert, say=common.print0):
                 yield value
     except ValueError as e:
         common.fail(f"{e}; remove it and prepare the data again")
-    kind = "rows" if path.suffix == ".parquet" else "lines"
-    common.check(broken <= max(5, total / 100), f"{path}: {broken:,} of {total:,} {kind} are "
+    common.check(broken <= max(5, total / 100), f"{path}: {broken:,} of {total:,} {kind}s are "
                  f"broken, more than 1 % ({first}): {hint or 'fix or remove them'}")
     if broken > NAMED:
         say(f"{path}: and {broken - NAMED:,} more")

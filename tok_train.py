@@ -295,8 +295,8 @@ def main():
                                  watch("characters at most", most_chars))
     except BrokenProcessPool:
         exit_if_stopped()  # a signal to the whole group meets workers that cannot ignore it yet
-        common.fail("a process that counts words was killed, probably out of memory: try fewer "
-                    "--workers", code=1)
+        common.fail("a process that counts words was killed, probably since memory ran short: "
+                    "try a smaller --workers", code=1)
     exit_if_stopped()
     common.print0(f"{chars:,} characters, {len(words):,} different words")
     n_tokens = vocab_size - len(tok.SPECIAL_TOKENS)

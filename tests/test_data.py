@@ -120,7 +120,7 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
     with ends() as stopped:
         list(texts.read_documents(path))
     err = capsys.readouterr().err
-    assert stopped.code == 2 and f"{path}: 600 of 600 lines" in err and "first: 1," in err
+    assert stopped.code == 2 and f"{path}: 600 of 600 lines" in err and "first: line 1," in err
     assert texts.text_problem(path) in err
     subprocess.run(["bash", "-c", re.search("run: (iconv .*)", err)[1]], check=True)
     assert list(texts.read_documents(path)) == ["".join(good).replace("fine", "naïve")]

@@ -203,7 +203,7 @@ def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
     assert row(text, "toy-GSM8K")[:4] == ["-", "0.300 ±0.040", "-", "-"]
     assert "Next: `python chat_sft.py --data=toy`" in text
     assert re.search(r"not done: sft: failed, .*the reason why", printed)
-    assert "not done: rl: not started" in printed
+    assert "missing: rl\n" in printed
 
     said, last = status_of(whole)
     failed = r"sft d4 +failed, saved at step 20 of 40, \S+ ago: .*the reason why"
@@ -256,16 +256,25 @@ def test_scores_of_other_weights_are_left_out(whole):
     assert row(text, "toy-GSM8K")[3] == "-" and "of other weights" in text
     assert status_of(whole)[1] == "next: bash speedrun.sh --data=toy --depth=4"
 
+def test_a_run_that_is_not_there_costs_no_report(whole):
+    text, _ = run(whole)
+    out = script(whole, "report.py", "--data=toy", "--tag=nope")
+    assert out.returncode == 2 and "there is no run nope of toy; there are: d4" in out.stderr
+    assert (whole / "toy/report/report.md").read_text() == text
+    newest = script(whole, "report.py")
+    assert newest.stdout.endswith("toy/report/report.md\n"), "without --data the newest"
+
 def test_nothing_at_all(state):
-    text, printed = run(state)
-    assert text.count("**Never ran**") == 4 and row(text, "toy-ChatCORE") == [*"----", ""]
-    assert "Total time: 0s" in text and "not done: base: not started" in printed
+    for args in ([], ["--data=toy"]):
+        out = script(state, "report.py", *args)
+        assert out.returncode == 2 and "run: bash speedrun.sh" in out.stderr, out.stderr
+    assert not state.exists(), "nothing is written"
     assert status_of(state / "other")[1] == "next: bash speedrun.sh"
     assert not (state / "other").exists(), "status.py only reads"
     for name in ("report.py", "status.py"):
         out = script(state, name, "--data=/there/is/no/such/folder")
         assert out.returncode == 2 and out.stderr.count("\n") == 1
-    assert [path.name for path in state.iterdir()] == ["toy"]
+    assert not state.exists()
 
 def test_torn_and_damaged_files_cost_their_own_part_only(whole):
     root = whole / "toy"

@@ -520,8 +520,7 @@ def test_the_first_ranks_word_is_the_outcome(tmp_path, monkeypatch):
 def test_status_and_report_over_what_is_not_whole(state, folder):
     assert script(state, "status.py").stdout.startswith("nothing in")
     out = script(state, "report.py")
-    text = (state / "toy/report/report.md").read_text()
-    assert out.returncode == 0 and "Never ran" in text
+    assert out.returncode == 2 and "nothing to report" in out.stderr and not state.exists()
 
     run = start(folder)
     save(run, 3)

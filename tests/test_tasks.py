@@ -86,7 +86,7 @@ def test_mixtures(folder):
 @pytest.mark.parametrize("spec,says", [
     ("nothing", "there is no task"), ("smoltalk", "prepare_data.py"), ("mmlu", "no train split"),
     ("absent.jsonl", "there is no file"), ("gsm8k:0", "0 examples"),
-    ("gsm8k*0", "0 examples")])
+    ("gsm8k*0", "0 examples"), ("gsm8k:x", "cannot read 'gsm8k:x'")])
 def test_what_is_missing_is_named(folder, capsys, spec, says):
     with ends() as stopped:
         tasks.mixture([spec], "toy", 1)
@@ -102,6 +102,7 @@ def test_a_broken_line_is_named_and_left_out_and_many_of_them_end_the_run(folder
     assert said.count("skipped") == 2
     path.write_text(good * 594 + "{broken\n" * 6)  # 1 %
     assert len(tasks.load("gsm8k", "train", "toy")) == 594
+    assert f"{path}: and 1 more" in capsys.readouterr().out
     path.write_text(good * 593 + "{broken\n" * 6)
     with ends() as stopped:
         tasks.load("gsm8k", "train", "toy")
@@ -135,6 +136,13 @@ def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
     assert len(tasks.load(str(own), "train", "toy")) == 2
     said = capsys.readouterr().out
     assert all(f"{own}:{number} skipped: " in said for number in (3, 4, 5, 6, 7))
+    own.write_text(jsonl([talk, talk[:1]]))
+    assert len(tasks.load(str(own), "train", "toy")) == 1
+    assert f"{own}:2 skipped: the last message is not the assistant's" in capsys.readouterr().out
+    own.write_text(jsonl([talk[:1]]))
+    with ends():
+        tasks.load(str(own), "train", "toy")
+    assert "own.jsonl has no usable conversation" in capsys.readouterr().err
 
 def test_a_set_in_parts_is_whole_or_missing_and_parquet_reads_as_jsonl(folder):
     import pyarrow

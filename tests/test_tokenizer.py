@@ -227,7 +227,13 @@ def test_damaged_or_missing_says_so(trained, state, capsys, harm):
         tok.load_tokenizer("toy")
     said = capsys.readouterr().err
     assert e.code == 2 and str(where) in said and said.count("\n") == 1
-    assert "run: python tok_train.py --data=toy" in said
+    assert "run: python tok_train.py --data=toy config/toy_tok.py" in said
+    assert "is damaged (" in said
+    for path in where.iterdir():
+        path.unlink()
+    with ends():
+        tok.load_tokenizer("toy")
+    assert f"there is no tokenizer in {where}; run" in capsys.readouterr().err
 
 @pytest.fixture
 def pickled(trained, state):
@@ -292,13 +298,17 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     assert out.returncode == 2 and "vocab_size: 300 -> 330" in out.stderr
     (where / "ranks.txt").write_text("rubbish")  # no longer verifies: trained again
     out = script(state, *args)
-    assert out.returncode == 0 and "done already" not in out.stdout
+    assert out.returncode == 0 and "is damaged (ranks.txt" in out.stdout
     assert tok.read_tokenizer(where).vocab_size == 300
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"{broken\n" * 600))
+    out = script(state, *args, "--start_over=True")
+    assert out.returncode == 2 and "600 of 600 lines" in out.stderr
+    assert tok.damage(where) is None, "a start that is refused leaves the old tokenizer in place"
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=5000")
     n = tok.load_tokenizer(folder).vocab_size
-    assert out.returncode == 0 and n < 5000 and f"{n} tokens instead of 5,000" in out.stdout
+    assert out.returncode == 0 and n < 5000 and f"the vocabulary has {n}" in out.stdout
 
 def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
     empty, broken = tmp_path / "empty", tmp_path / "broken"
