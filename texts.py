@@ -31,7 +31,7 @@ def text_files(data):
     """The files of a data set that are not empty, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
-    common.check(folder.exists() or command, f"there is no folder {folder}: --data takes toy, "
+    common.check(folder.exists() or command, f"{folder} does not exist: --data takes toy, "
                  "fineweb_edu, climbmix or a folder of texts")
     common.check(folder.exists(), f"the data folder {folder} does not exist", command)
     common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")

@@ -152,7 +152,7 @@ def test_a_broken_item_is_named(tmp_path, capsys, kind, good, broken):
     with ends() as e:
         core_eval.read_bundle(tmp_path)
     error = capsys.readouterr().err
-    assert e.code == 2 and "here.jsonl:2: " in error and error.count("\n") == 1
+    assert e.code == 2 and "here.jsonl:2 is not" in error and error.count("\n") == 1
 
 def test_centred_by_hand():
     r = core_eval.summary(a_task("multiple_choice", LM), [True, False, True, False])

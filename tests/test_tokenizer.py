@@ -300,9 +300,9 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     out = script(state, *args)
     assert out.returncode == 0 and "is damaged (ranks.txt" in out.stdout
     assert tok.read_tokenizer(where).vocab_size == 300
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"{broken\n" * 600))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + b"{broken\n" * 600))
     out = script(state, *args, "--start_over=True")
-    assert out.returncode == 2 and "600 of 600 lines" in out.stderr
+    assert out.returncode == 2 and "600 of 601 lines" in out.stderr
     assert tok.damage(where) is None, "a start that is refused leaves the old tokenizer in place"
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
