@@ -14,6 +14,7 @@ import data as dataset
 import gpt
 import models
 from compute import to_device
+from run import TRY_OUT_STEPS
 
 # -------------------------------------------------------------------------------------------------
 # where a training begins, and how it ends
@@ -88,7 +89,8 @@ def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
 # -------------------------------------------------------------------------------------------------
 # a loss that goes wrong
 
-EXPLODED = 50  # steps in a row with a loss far above its level before a run gives up
+EXPLODED = 50         # steps in a row with a loss far above its level before a run gives up
+EXPLODED_AT_END = 10  # the same where they are its last ones: fewer are a few hard batches
 
 @dataclass
 class LossGuard:
@@ -97,46 +99,62 @@ class LossGuard:
     run: object
     max_skipped: int
     skipped: int = 0                           # steps in a row without a finite gradient
-    first: list = field(default_factory=list)  # losses of an attempt, until 20 are there
+    first: list = field(default_factory=list)  # losses, until 20 are there
     level: float = math.inf                    # the mean of the loss over about 50 steps
     steps_above: int = 0                       # in a row, far above the level
 
-    def in_trouble(self):
-        """Whether nothing should be saved now: the checkpoint of better days would go."""
-        return self.skipped > 0 or self.steps_above > 0
+    def recall(self):
+        """Goes through the losses of earlier attempts, which begin_loop has left in metrics.jsonl:
+        a run that was interrupted judges its next loss as one that was not. Collective."""
+        for loss in self.run.ranks.on_rank0(finite_losses, self.run.directory):
+            self.follow(loss)
 
-    def check_or_exit(self, step, loss, norm):
-        """Looks at the loss after `step` steps and at the norm of its gradient. Failure (code 1)
-        after max_skipped steps in a row without a finite gradient, where the last step of all has
-        none, or after EXPLODED steps in a row far above the level."""
-        if not self.check_finite_or_exit(step, loss, norm):
-            return
+    def follow(self, loss):
+        """The loss of a step: moves the level, or counts the step as one far above it."""
         if len(self.first) < 20:  # their median, since one batch may be much easier than others
             self.first.append(loss)
             self.level = sorted(self.first)[len(self.first) // 2]
         if loss <= 1.5 * self.level + 0.5:
             self.level += 0.02 * (loss - self.level)
             self.steps_above = 0
+        else:
+            self.steps_above += 1
+
+    def in_trouble(self):
+        """Whether nothing should be saved now: the checkpoint of better days would go. A trial's
+        first steps are too few for a level, and what it saves is thrown away."""
+        return self.skipped > 0 or (self.steps_above > 0 and not self.run.try_out)
+
+    def check_or_exit(self, step, loss, norm):
+        """Looks at the loss after `step` steps and at the norm of its gradient. Failure (code 1)
+        after max_skipped steps in a row without a finite gradient, where the last step of all has
+        none, or after EXPLODED steps in a row far above the level (EXPLODED_AT_END, if they are the
+        last ones)."""
+        if not self.check_finite_or_exit(step, loss, norm):
             return
-        self.steps_above += 1
+        self.follow(loss)
+        if self.steps_above == 0:
+            return
         above = f"loss {loss:.4f} is far above its level of {self.level:.4f}"
         if self.steps_above % 10 == 1:
             common.print0(f"{above} ({self.steps_above} steps in a row): nothing is saved "
                           "meanwhile")
-        if self.steps_above >= EXPLODED:
-            self.give_up(f"the loss has exploded: for {EXPLODED} steps in a row {above}")
+        at_most = EXPLODED_AT_END if step == self.run.clock.num_steps else EXPLODED
+        if self.steps_above >= at_most:
+            self.give_up(f"the loss has exploded: for {self.steps_above} steps in a row {above}")
 
     def check_finite_or_exit(self, step, loss, norm):
         """-> whether both are finite; if not the optimizer has left the step out. Failure (code 1)
-        after max_skipped such steps in a row, or where the last step of all is one: a model that
-        gives no number is not finished."""
+        after max_skipped such steps in a row, or where the last step of all, or of a trial, is one:
+        a model that gives no number is not finished."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             return True
         self.skipped += 1
         common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped "
                       f"({self.skipped} in a row)")
-        if self.skipped > self.max_skipped or step == self.run.clock.num_steps:
+        last = TRY_OUT_STEPS if self.run.try_out else self.run.clock.num_steps
+        if self.skipped > self.max_skipped or step == last:
             self.give_up(f"the last steps had no finite gradient ({self.skipped} in a row)")
         return False
 
@@ -145,6 +163,12 @@ class LossGuard:
         self.run.finish_save()
         common.fail(f"{why}; {self.run.last_good()}: lower the learning rates, or look at the data",
                     code=1)
+
+def finite_losses(directory):
+    """The losses of the steps in metrics.jsonl, without those that were skipped."""
+    lines = common.read_json_lines(directory / "metrics.jsonl")
+    return [line["loss"] for line in lines if line.get("kind") == "train"
+            and math.isfinite(line["loss"]) and math.isfinite(line["norm"])]
 
 # -------------------------------------------------------------------------------------------------
 # measuring

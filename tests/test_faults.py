@@ -181,6 +181,33 @@ def test_a_loss_that_jumps_for_a_few_steps_only_does_not(prepared, folder):
     assert out.returncode == 0 and "far above its level" in out.stdout
     assert checkpoint.newest(folder) == 30
 
+def test_the_same_command_again_knows_the_level_that_an_explosion_has_left(prepared, folder):
+    args = [*BASE, "--num_steps=30", "--save_minutes=60"]
+    stopped = faulty(prepared, "base_train.py", args, "call == 12 and run_stops() or loss",
+                     "import signal\ndef run_stops(): os.kill(os.getpid(), signal.SIGTERM)")
+    assert stopped.returncode == 75 and checkpoint.newest(folder) == 12, stopped.stderr
+    for _ in range(2):
+        out = faulty(prepared, "base_train.py", args, "loss * 3", "training.EXPLODED = 8")
+        assert out.returncode == 1 and "the loss has exploded" in out.stderr, out.stdout
+        assert "that of step 12 " in out.stderr and checkpoint.newest(folder) == 12
+
+def test_a_loss_that_has_exploded_in_the_last_steps_is_not_done(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=40"],
+                 "loss * 3 if call > 26 else loss")
+    assert out.returncode == 1 and "for 14 steps in a row" in out.stderr, out.stdout + out.stderr
+    assert "that of step 26 " in out.stderr and checkpoint.newest(folder) == 26
+    assert load_record(folder)["status"] == "failed"
+
+@pytest.mark.parametrize("fault,code", [("loss * math.nan", 1), ("loss * 9 ** call", 0)])
+def test_a_trial_without_a_finite_gradient_fails_in_one_line(prepared, folder, fault, code):
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60", "--try_out=True"], fault,
+                 "import math")
+    if code:
+        assert out.returncode == 1 and out.stderr.count("\n") == 1, out.stderr
+        assert "the last steps had no finite gradient (4 in a row)" in out.stderr
+    else:
+        tried_out(out)
+
 def test_an_easy_first_batch_sets_no_level(capsys):
     guard = training.LossGuard(alone(), max_skipped=10)
     for step, loss in enumerate([0.01, *[3.0] * 60]):
