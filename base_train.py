@@ -53,7 +53,7 @@ dtype = "auto"               # what is computed in: auto (measured), bfloat16, f
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what three steps need; what is trained stays as it is
+try_out = False              # only says what the first steps need; what is trained stays as it is
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
@@ -112,10 +112,7 @@ total_tokens = num_steps * batch_tokens
 scale = training.batch_lr_scale(batch_tokens)
 if weight_decay == -1.0:
     weight_decay = 0.2 * (12 / depth) ** 2 * scale if depth >= 8 else 0.0
-optimizer = optim.make_optimizer(
-    model, matrix_lr=matrix_lr * scale, embedding_lr=embedding_lr * scale,
-    unembedding_lr=unembedding_lr * scale, scalar_lr=scalar_lr * scale,
-    weight_decay=weight_decay, compute_dtype=compute.dtype)
+optimizer = optim.make_optimizer(model, settings, scale, weight_decay, compute.dtype)
 
 plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
@@ -125,8 +122,7 @@ common.print0(
     f"tokens = {total_tokens / 1e6:,.1f}M tokens, {total_tokens / scaling_params:.1f} for each "
     "parameter of matrices and head")
 if not try_out:
-    common.print0(f"{num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows, "
-                  f"{100 * dataset.cropped(plan):.3f} % of the text cropped")
+    common.print0(f"{num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows")
 common.print0(
     f"{ranks.world} x {compute}, {rows // (micro_rows * ranks.world)} x {micro_rows} rows a rank "
     f"and step, {total_tokens * flops_per_token:.2e} FLOPs")

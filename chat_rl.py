@@ -55,9 +55,8 @@ max_skipped = 10             # steps in a row without a finite gradient before i
 device = "auto"              # auto, cuda, mps, cpu
 dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
-compile = False              # not compiled: every batch has another shape
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what three steps need, if need be on a stand-in model
+try_out = False              # only says what the first steps need, if need be of a stand-in model
 settings = configurator.configure(globals())
 
 FLAT = 20  # steps in a row without any variance of the reward before it says so
@@ -98,10 +97,7 @@ run.update_record(chosen=compute.recorded())
 model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
 if num_steps == -1:
     num_steps = max(1, len(train_items) // problems_per_step)
-optimizer = optim.make_optimizer(
-    model, matrix_lr=matrix_lr * lr_fraction, embedding_lr=embedding_lr * lr_fraction,
-    unembedding_lr=unembedding_lr * lr_fraction, scalar_lr=scalar_lr * lr_fraction,
-    weight_decay=0.0, compute_dtype=compute.dtype)
+optimizer = optim.make_optimizer(model, settings, lr_fraction, 0.0, compute.dtype)
 common.print0(f"rl {directory.name}: {num_steps:,} steps of {problems_per_step} problems with "
               f"{samples} samples each, {len(train_items):,} problems; {ranks.world} x {compute}")
 

@@ -35,14 +35,15 @@ class Compute:
 
 def choose_compute(ranks, settings, recorded=None):
     """
-    settings: the script's, of which device, dtype, threads and compile count (evaluations have no
-    compile: each of their batches has another shape); "auto" (threads: 0) takes what the run has
+    settings: the script's, of which device, dtype, threads and compile count (compile is
+    missing where each batch has another shape); "auto" (threads: 0) takes what the run has
     recorded when it was first started, else measures or asks. -> Compute. Failure where there is no
     such device. Collective.
     """
     def wanted(key):
         asked = settings.get(key, False)
-        return (recorded or {}).get(key, asked) if asked in ("auto", 0) else asked
+        open_choice = asked == "auto" or (key == "threads" and asked == 0)
+        return (recorded or {}).get(key, asked) if open_choice else asked
 
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
               "cpu": True}

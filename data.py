@@ -200,11 +200,6 @@ def fills_a_row(stores, row_length):
     """Whether the documents of any store, each with its bos, fill a row."""
     return any(s.tokens.size + s.lengths.size >= row_length for s in stores)
 
-def cropped(plan):
-    """The share of the tokens that stand in no row."""
-    whole = sum(store.tokens.size for store in plan.stores)
-    return 1 - plan.pieces[:, 2].sum() / whole
-
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may
     be trained on)"""

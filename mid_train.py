@@ -49,7 +49,7 @@ dtype = "auto"               # what is computed in: auto (measured), bfloat16, f
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # torch.compile: auto, True, False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what three steps need, if need be on a stand-in model
+try_out = False              # only says what the first steps need, if need be of a stand-in model
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
@@ -102,10 +102,7 @@ num_steps = max(1, dataset.n_rows(plan) // rows)
 if max_steps != -1:
     num_steps = min(num_steps, max_steps)
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
-optimizer = optim.make_optimizer(
-    model, matrix_lr=matrix_lr * scale, embedding_lr=embedding_lr * scale,
-    unembedding_lr=unembedding_lr * scale, scalar_lr=scalar_lr * scale, weight_decay=0.0,
-    compute_dtype=compute.dtype)
+optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
 common.print0(
     f"mid {directory.name}: {store.facts['documents']:,} conversations ({store.facts['cut']} "
     f"longer than a row and cut) in {dataset.n_rows(plan):,} rows, {num_steps:,} steps of "

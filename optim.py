@@ -1,8 +1,8 @@
 """
 The optimizer: Muon for the matrices inside the blocks, AdamW for embeddings, head and scalars.
 
-    optimizer = make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004,
-                               scalar_lr=0.5, weight_decay=0.1, compute_dtype=torch.bfloat16)
+    optimizer = make_optimizer(model, settings, scale=1.0, weight_decay=0.1,
+                               compute_dtype=torch.bfloat16)
     optimizer.set(lr_scale=0.5, muon_momentum=0.95, muon_weight_decay=0.05)  # before each step
     loss.backward()
     norm = optimizer.step()
@@ -98,13 +98,13 @@ class Bucket:
         share = math.ceil(self.rows / world)
         self.padding = share * world - self.rows
         self.mine = slice(rank * share, rank * share + share)
-        self.shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}  # of each parameter's states
+        shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}  # of each parameter's states
         if group["kind"] == "muon":
             m, n = p.shape
             small = (m, 1) if m >= n else (1, n)
-            self.shapes = {"momentum_buffer": p.shape, "second_moment": small}
+            shapes = {"momentum_buffer": p.shape, "second_moment": small}
         self.state = {}
-        for key, shape in self.shapes.items():
+        for key, shape in shapes.items():
             row = shape if self.stacked else shape[1:]
             self.state[key] = torch.zeros(share, *row, device=p.device)
 
@@ -227,14 +227,7 @@ class MuonAdamW:
     def load_state_dict(self, states):
         """Takes this rank's part of what state_dict() returned on rank 0, under any number of
         ranks, and reads no more than that part: `states` may be a file mapped into memory
-        (torch.load(mmap=True)). ValueError, and nothing changed, if it is not of this model."""
-        wanted = {name: bucket.shapes for bucket in self.buckets for name in bucket.names}
-        found = {name: {key: tensor.shape for key, tensor in state.items() if key != "step"}
-                 for name, state in states.items()}
-        for name in wanted | found:
-            if wanted.get(name) != found.get(name):
-                raise ValueError(f"optimizer state of {name} has {found.get(name)}, the model "
-                                 f"needs {wanted.get(name)}")
+        (torch.load(mmap=True))."""
         for bucket in self.buckets:
             for key, shard in bucket.state.items():
                 saved = [states[name][key] for name in bucket.names]
@@ -246,21 +239,27 @@ class MuonAdamW:
                     shard[:len(part)].copy_(part)
         self.steps = next(iter(states.values()))["step"]
 
-def make_optimizer(model, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay,
-                   compute_dtype):
-    """model: a gpt.GPT on its device -> MuonAdamW. The learning rates of embeddings and head hold
-    at a width of 768 and go with width^-0.5. weight_decay: Muon's. Betas and the small decays are
-    those that nanochat found."""
+def make_optimizer(model, settings, scale, weight_decay, compute_dtype):
+    """
+    model: a gpt.GPT on its device; settings: a script's, of which the four learning rates count;
+    scale: multiplies them; weight_decay: Muon's; compute_dtype: what Muon orthogonalises in
+    -> MuonAdamW. The learning rates of embeddings and head hold at a width of 768 and go with
+    width^-0.5. Betas and the small decays are those that nanochat found.
+    """
     width = (model.config.n_embd / 768) ** -0.5
+    matrix_lr = scale * settings["matrix_lr"]
+    embedding_lr = scale * settings["embedding_lr"] * width
+    unembedding_lr = scale * settings["unembedding_lr"] * width
+    scalar_lr = scale * settings["scalar_lr"]
 
     def adamw(lr, betas, decay):
         return {"kind": "adamw", "params": [], "lr": lr, "betas": betas, "eps": 1e-10,
                 "weight_decay": decay}
 
     groups = {  # a parameter belongs to the first whose word is in its name
-        "wte": adamw(embedding_lr * width, (0.8, 0.995), 0.001),
-        "value_embeds": adamw(embedding_lr * width, (0.8, 0.995), 0.01),
-        "lm_head": adamw(unembedding_lr * width, (0.8, 0.96), 0.01),
+        "wte": adamw(embedding_lr, (0.8, 0.995), 0.001),
+        "value_embeds": adamw(embedding_lr, (0.8, 0.995), 0.01),
+        "lm_head": adamw(unembedding_lr, (0.8, 0.96), 0.01),
         # every layer multiplies by these: small steps
         "resid_lambdas": adamw(scalar_lr * 0.01, (0.8, 0.95), 0.05),
         "x0_lambdas": adamw(scalar_lr, (0.96, 0.95), 0.0),

@@ -4,6 +4,7 @@ the script."""
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ BASE = ["--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512",
         "--device_batch_size=8", "--device=cpu", "--dtype=float32", "--compile=False",
         "--eval_tokens=2000", "--eval_every=0", "--sample_every=0", "--save_minutes=0.0"]
 CHAT = ["--data=toy", "--tag=d1", "--device=cpu", "--dtype=float32", "--threads=1",
-        "--compile=False", "--eval_every=0"]
+        "--eval_every=0"]
 FINETUNE = [*CHAT, "--mixture=gsm8k:100", "--held_out=smoltalk:20", "--total_batch_size=512",
-            "--device_batch_size=8", "--eval_tokens=500"]
+            "--device_batch_size=8", "--eval_tokens=500", "--compile=False"]
 RL = [*CHAT, "--num_steps=9", "--max_new_tokens=16", "--problems_per_step=2", "--samples=4",
       "--eval_problems=4", "--eval_samples=2", "--rollout_rows=8"]
 FAULT = """
@@ -199,9 +200,9 @@ def test_a_loss_that_has_exploded_in_the_last_steps_is_not_done(prepared, folder
     assert load_record(folder)["status"] == "failed"
 
 @pytest.mark.parametrize("fault,code", [("loss * math.nan", 1), ("loss * 9 ** call", 0)])
-def test_a_trial_without_a_finite_gradient_fails_in_one_line(prepared, folder, fault, code):
-    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60", "--try_out=True"], fault,
-                 "import math")
+def test_a_trial_without_gradients_ends_in_a_line_and_judges_no_loss(prepared, folder, fault, code):
+    args = [*BASE, "--num_steps=60", "--save_minutes=60", "--try_out=True"]
+    out = faulty(prepared, "base_train.py", args, fault, "import math")
     if code:
         assert out.returncode == 1 and out.stderr.count("\n") == 1, out.stderr
         assert "the last steps had no finite gradient (4 in a row)" in out.stderr
@@ -209,7 +210,9 @@ def test_a_trial_without_a_finite_gradient_fails_in_one_line(prepared, folder, f
         tried_out(out)
 
 def test_an_easy_first_batch_sets_no_level(capsys):
-    guard = training.LossGuard(alone(), max_skipped=10)
+    run = alone()
+    run.clock = SimpleNamespace(num_steps=100)
+    guard = training.LossGuard(run, max_skipped=10)
     for step, loss in enumerate([0.01, *[3.0] * 60]):
         guard.check_or_exit(step, loss, 1.0)
         assert not guard.in_trouble()

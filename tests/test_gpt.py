@@ -14,6 +14,7 @@ import optim
 from conftest import BYTES, SHARED, nanochats_own, needs_nanochat, script
 
 torch.set_num_threads(1)
+RATES = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 
 def small(arch="modern", n_kv_head=2, seed=0):
     model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch))
@@ -107,7 +108,7 @@ def test_draws_need_no_float64_on_apples_gpus(monkeypatch, top_k):
 
 def test_all_but_the_draws_does_without_float64():
     model = small()
-    optimizer = optim.make_optimizer(model, 0.02, 0.2, 0.004, 0.5, 0.1, torch.float32)
+    optimizer = optim.make_optimizer(model, RATES, 1.0, 0.1, torch.float32)
     idx = torch.arange(40).view(2, 20)
     with NoFloat64("cpu"):
         model.init_weights(1)
@@ -223,6 +224,19 @@ def test_a_checkpoint_made_by_nanochat_gives_its_numbers(tmp_path):
     greedy = gpt.generate(model, tokenizer, [ids[0].tolist()], 32)[0][0]
     assert greedy == expected["greedy_ids"].reshape(-1).tolist()
 
+def test_what_is_asked_for_comes_before_what_was_recorded(state):
+    chosen = """
+from compute import choose_compute
+from ranks import Ranks
+recorded = {"dtype": "float32", "threads": 2, "compile": "True"}
+wanted = {"device": "cpu", "dtype": "auto", "threads": 0}
+for compiled in ("auto", False):
+    print(choose_compute(Ranks(0, 0, 1), {**wanted, "compile": compiled}, recorded))
+"""
+    out = script(state, "-c", chosen)
+    assert out.stdout.splitlines() == ["cpu, float32, 2 threads, compile=True",
+                                       "cpu, float32, 2 threads, compile=False"], out.stderr
+
 # A model without blocks compiles in seconds, and a small vocabulary makes the threads meet: without
 # choose_compute's care five runs of five differ.
 TRAIN_TWICE = """
@@ -236,7 +250,7 @@ forward = torch.compile(model, dynamic=False)
 rows = torch.randint(16, (16, 129), generator=torch.Generator().manual_seed(1))
 def train():
     model.init_weights(0)
-    optimizer = optim.make_optimizer(model, 0.02, 0.2, 0.004, 0.5, 0.0, torch.float32)
+    optimizer = optim.make_optimizer(model, RATES, 1.0, 0.0, torch.float32)
     for _ in range(5):
         forward(rows[:, :-1], rows[:, 1:], reduction="sum").backward()
         optimizer.step()
@@ -248,5 +262,5 @@ print([all(map(torch.equal, first, train())) for _ in range(5)])
 
 @pytest.mark.skipif(common.cores() < 2, reason="two threads need two cores to meet")
 def test_compiled_and_on_two_threads_a_seed_gives_the_same_bits(state):
-    out = script(state, "-c", TRAIN_TWICE)
+    out = script(state, "-c", f"RATES = {RATES}\n{TRAIN_TWICE}")
     assert out.stdout.strip() == str([True] * 5), out.stdout + out.stderr

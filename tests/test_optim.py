@@ -305,27 +305,12 @@ def test_a_missing_gradient_counts_as_zeros():
         results.append(snapshot(params, optimizer))
     assert same(*results)
 
-def test_states_of_another_model_are_refused():
-    params, optimizer = make()
-    train(params, optimizer, 0, 1)
-    good, before = optimizer.state_dict(), copy.deepcopy(snapshot(params, optimizer))
-    for damage in (lambda s: s.pop("odd"),
-                   lambda s: s.update(more={}),
-                   lambda s: s["odd"].pop("exp_avg"),
-                   lambda s: s["odd"].update(exp_avg=torch.ones(1, 256)),
-                   lambda s: s["tall.4"].update(momentum_buffer=torch.ones(8, 16))):
-        bad = {n: dict(entry) for n, entry in good.items()}
-        damage(bad)
-        with pytest.raises(ValueError, match="optimizer state of"):
-            optimizer.load_state_dict(bad)
-        assert same(before, snapshot(params, optimizer))
-
 @pytest.mark.parametrize("arch", ["modern", "nanochat_2025"])
 def test_every_parameter_of_the_model_is_in_its_group(arch):
     model = gpt.GPT(gpt.config_from_depth(2, 512, 32, arch))
     model.init_weights(0)
-    optimizer = optim.make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004,
-                                     scalar_lr=0.5, weight_decay=0.1, compute_dtype=torch.bfloat16)
+    rates = {"matrix_lr": 0.01, "embedding_lr": 0.1, "unembedding_lr": 0.002, "scalar_lr": 0.25}
+    optimizer = optim.make_optimizer(model, rates, 2.0, 0.1, torch.bfloat16)
     found = {n: g for g in optimizer.groups for n, _ in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.groups) == len(found)
     assert set(found) == {n for n, _ in model.named_parameters()}

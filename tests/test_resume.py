@@ -177,8 +177,7 @@ def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path):
         model = gpt.GPT(gpt.GPTConfig(16, 64, 1, 1, 1, 16))
         model.init_weights(seed)
         rates = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "scalar_lr": 0.5}
-        return model, optim.make_optimizer(model, **rates, weight_decay=0.0,
-                                           compute_dtype=torch.float32)
+        return model, optim.make_optimizer(model, rates, 1.0, 0.0, torch.float32)
 
     run = alone()
     run.directory = tmp_path
