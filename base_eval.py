@@ -22,6 +22,7 @@ import configurator
 import data as dataset
 import models
 import pipeline
+import texts
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
@@ -72,7 +73,8 @@ splits = {}
 if eval_tokens:
     # files that were added since are not what the model was trained on
     begun_with = (load_record(folder) or {}).get("train_files")
-    splits = {split: dataset.tokenize_files(run, data, split, tokenizer, begun_with)
+    files = run.ranks.on_rank0(texts.dataset_files, data, begun_with)
+    splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
 stores = [store for part in splits.values() for store in part]
 inputs = {

@@ -64,18 +64,19 @@ common.check(tokens_per_param > 0,
 common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
              f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, "
              f"not {total_batch_size}")
-texts.dataset_files(data)
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
-tokenizer = tok.load_tokenizer(data)
 
 run.ranks.join()
-val = dataset.tokenize_files(run, data, "val", tokenizer)
+# Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
+# looks for all, since on a shared disk another node may see an older state of the folders.
+begun_with = run.ranks.on_rank0(records.find_record, directory, settings).get("train_files")
+files = run.ranks.on_rank0(texts.dataset_files, data, begun_with)
+tokenizer = tok.load_tokenizer(data)
+val = dataset.tokenize_files(run, data, files, "val", tokenizer)
 if try_out:
     train = val  # any text shows what a step needs, and this one is short
 else:
-    # files that were added since the run began do not stop it: it goes on with those it knows
-    begun_with = records.find_record(directory, settings).get("train_files")
-    train = dataset.tokenize_files(run, data, "train", tokenizer, begun_with)
+    train = dataset.tokenize_files(run, data, files, "train", tokenizer)
 for split, stores in ("training", train), ("validation", val):
     common.check(dataset.fills_a_row(stores, max_seq_len + 1), f"the {split} split of {data} has "
                  f"too little text for a row of {max_seq_len} tokens")

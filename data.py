@@ -88,11 +88,9 @@ def make_store(run, data, tokenizer, name, source, documents, longest=None):
     run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size, longest)
     return open_store(prefix, source)
 
-def tokenize_files(run, data, split, tokenizer, names=None):
-    """Tokenises the files of a split that are not tokenised yet. -> list of Store
-    names: of the training files to take, where a run has begun with these; None: all. Collective.
-    """
-    files = texts.dataset_files(data, names)
+def tokenize_files(run, data, files, split, tokenizer):
+    """Tokenises the files of a split that are not tokenised yet. files: the same on all ranks, as
+    texts.dataset_files has them. -> list of Store. Collective."""
     alone = files["train"] == files["val"]
 
     def encoded(path):

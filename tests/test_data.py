@@ -40,7 +40,8 @@ def write(folder, name, documents):
         (folder / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
 
 def tokenize(folder):
-    return data.tokenize_files(alone(), str(folder), "train", BYTES)
+    files = texts.dataset_files(str(folder))
+    return data.tokenize_files(alone(), str(folder), files, "train", BYTES)
 
 # ---- texts
 

@@ -109,6 +109,25 @@ def test_out_of_memory_says_what_to_try_to_the_launcher_too(prepared, folder, tm
     assert out.returncode == 0 and "2 x 4 rows a rank" in out.stdout
     assert "2 steps of 512 tokens" in out.stdout, "the batch of a step stays"
 
+def test_one_rank_looks_once_for_files_and_record(prepared, folder, tmp_path):
+    (tmp_path / "faulty.py").write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, ".")
+import records, texts
+def said(name, function):
+    def wrapped(*args):
+        print(name, "on rank", os.environ["RANK"], flush=True)
+        return function(*args)
+    return wrapped
+records.find_record = said("record", records.find_record)
+texts.dataset_files = said("files", texts.dataset_files)
+sys.argv = {["base_train.py", *BASE, "--num_steps=2"]!r}
+runpy.run_path("base_train.py", run_name="__main__")""")
+    out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 tmp_path / "faulty.py", timeout=200)
+    assert out.returncode == 0, out.stderr
+    assert "on rank 1" not in out.stdout and out.stdout.count("files on rank 0") == 1, out.stdout
+
 def test_out_of_memory_on_the_second_of_two_ranks_is_the_outcome(prepared, folder, tmp_path):
     fault = 'out_of_memory(rows, 2 if os.environ["RANK"] == "1" else 99) or loss'
     args = ["base_train.py", *BASE, "--num_steps=4"]

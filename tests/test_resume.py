@@ -23,11 +23,12 @@ import training
 from conftest import REPO, alone, environment, script
 from records import load_record
 
-COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--compile=False", "--device=cpu",
+COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--device=cpu",
           "--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
 BASE = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=12",
-        "--eval_tokens=4000", "--sample_every=0", "--warmup_ratio=0.5"]
-CHAT = ["--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000"]
+        "--eval_tokens=4000", "--sample_every=0", "--warmup_ratio=0.5", "--compile=False"]
+CHAT = ["--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000",
+        "--compile=False"]
 RL = ["--num_steps=8", "--problems_per_step=2", "--samples=4", "--max_new_tokens=12",
       "--eval_problems=4", "--eval_samples=2", "--matrix_lr=0.1"]
 PHASES = {"base": ["base_train.py", *COMMON, *BASE], "mid": ["mid_train.py", *COMMON, *CHAT],
