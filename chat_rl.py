@@ -73,6 +73,9 @@ test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]
 
 run.ranks.join()
+if not tag:
+    tag = run.ranks.on_rank0(models.choose_tag, "rl", data, run.command)
+    run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "sft", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 directory = pipeline.state_path("rl", data, parent.name, try_out)

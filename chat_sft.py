@@ -63,6 +63,9 @@ files = tasks.fingerprint(learned, "train", data)
 val_files = tasks.fingerprint(held_out, "test", data)
 
 run.ranks.join()
+if not tag:
+    tag = run.ranks.on_rank0(models.choose_tag, "sft", data, run.command)
+    run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "mid", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 directory = pipeline.state_path("sft", data, parent.name, try_out)

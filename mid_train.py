@@ -62,6 +62,9 @@ files = tasks.fingerprint(learned, "train", data)
 val_files = tasks.fingerprint(held_out, "test", data)
 
 run.ranks.join()
+if not tag:
+    tag = run.ranks.on_rank0(models.choose_tag, "mid", data, run.command)
+    run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "base", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 directory = pipeline.state_path("mid", data, parent.name, try_out)

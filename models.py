@@ -96,6 +96,23 @@ def find_model(stage, data, tag=""):
                  f"trained (step {step}): finish it first", command)
     return folder, step
 
+def choose_tag(stage, data, command):
+    """The tag of a training of `stage` whose command names none: that of the half-done one which
+    the same command has begun, whatever was trained since, so that it goes on; else that of the
+    newest model to go on from ("" where there is none)."""
+    parent = pipeline.find_phase(stage).parent
+    for model in reversed(trained(data, stage)):
+        record = load_record(pipeline.state_path(stage, data, model.tag)) or {}
+        begun_by = record.get("command", "").removesuffix(tag_argument(model.tag))
+        has_parent = is_finished(pipeline.state_path(parent, data, model.tag))
+        if begun_by == command and has_parent and not model.finished:
+            return model.tag
+    return next((model.tag for model in reversed(trained(data, parent))), "")
+
+def tag_argument(tag):
+    """What a command that named no tag gets behind it, to be recorded and said."""
+    return f" {shlex.quote(f'--tag={tag}')}"
+
 def find_parent(stage, data, tag, try_out=False):
     """The finished model of `stage` that another one goes on from -> (folder, step). For trying out
     what is to come: where it is not finished that of the stage before it, or the one with which

@@ -147,6 +147,23 @@ def test_a_try_out_that_is_asked_to_stop_does(prepared, folder):
 
 # ---- training
 
+def test_a_command_without_a_tag_goes_on_with_what_it_has_begun(prepared, folder):
+    command = [word for word in FINETUNE if not word.startswith("--tag")]
+    base = ["base_train.py", *BASE, "--num_steps=1"]
+    mid = folder.parents[1] / "mid_checkpoints"
+    assert script(prepared, *base, "--tag=a").returncode == 0
+    out = faulty(prepared, "mid_train.py", [*command, "--save_minutes=9"],
+                 "(call == 4 and os.kill(os.getpid(), signal.SIGTERM)) or loss", "import signal")
+    assert out.returncode == 75 and load_record(mid / "a")["status"] == "interrupted", out.stderr
+    assert load_record(mid / "a")["next"].endswith("--save_minutes=9 --tag=a")
+
+    assert script(prepared, *base, "--tag=b").returncode == 0
+    again = script(prepared, "mid_train.py", *command, "--save_minutes=9")
+    assert again.returncode == 0 and load_record(mid / "a")["status"] == "done", again.stderr
+    assert [path.name for path in mid.iterdir()] == ["a"]
+    another = script(prepared, "mid_train.py", *command, "--save_minutes=9")
+    assert another.returncode == 0 and (mid / "b").exists(), "none is half done: the newest"
+
 def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=6"],
                  "out_of_memory(call, 4) or loss")
