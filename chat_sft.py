@@ -118,7 +118,7 @@ step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 forward = torch.compile(model, dynamic=False) if compute.compile else model
 loss_guard = training.LossGuard(run, max_skipped)
-loss_guard.recall()
+loss_guard.recall()  # the level that the loss had in earlier attempts
 loss = None
 
 while True:
