@@ -57,6 +57,7 @@ class Run:
 
     # the wish to stop; times in seconds since the epoch
     stop: str | None = None        # why, once something has asked for it
+    signals: tuple = ()            # those that ask for it
     now: object = time.time
     limit: float = math.inf        # the end that --time_limit sets,
     job_end: float = math.inf      # and the end of the Slurm job,
@@ -85,7 +86,8 @@ class Run:
                 os._exit(130)
             came.add(signum)
             run.stop = f"signal {signal.Signals(signum).name}"
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        run.signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        for number in run.signals:
             signal.signal(number, on_signal)
         if under_torchrun() and sys.platform == "linux":
             # where torchrun is killed outright its workers save and stop, too, instead of running
@@ -359,14 +361,25 @@ class Run:
         """Ends the process, as all ranks do. Under torchrun with 0 where it would start a worker
         again that says 75, or print a page about one that says 2 to a launcher who knows."""
         self.close(code, reason, next_command, facts)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            # told once more while Python winds up, when its handlers are gone, it would die of it
-            signal.signal(number, signal.SIG_IGN)
         # without a group this rank may be the only one that refuses: torchrun has to end the others
         launcher_knows = "NANOCHAT_OUTCOME" in os.environ and self.ranks.patient_group
         self.ranks.leave()
         if under_torchrun() and (code == 75 or launcher_knows):
             code = 0
+        self.end(code, at_once=self.ranks.patient_group is not None)
+
+    def end(self, code, at_once=False):
+        """Ends the process with `code`; at_once: without winding Python up."""
+        for number in self.signals:
+            # told once more while Python winds up, when its handlers are gone, it would die of it
+            signal.signal(number, signal.SIG_IGN)
+        if at_once:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Threads of gloo outlive their group now and then. One that is destroyed in the end of
+            # the interpreter aborts the process ("terminate called without an active exception"),
+            # and torchrun would call a run failed that has ended well.
+            os._exit(code)
         raise SystemExit(code)
 
     def close(self, code, reason, next_command=None, facts=None):
@@ -400,7 +413,7 @@ class Run:
             self.leave(failure.code, reason, failure.next_command, failure.facts)
         # the others may wait for this rank: to leave their group in order could take for ever
         self.close(failure.code, reason, failure.next_command, failure.facts)
-        raise SystemExit(failure.code)
+        self.end(failure.code)
 
 def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ

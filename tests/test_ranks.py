@@ -123,6 +123,28 @@ def test_ctrl_c_saves_and_what_is_refused_then_ends_in_order(prepared, tmp_path)
     assert refused.wait(100) == 0 and common.read_json(outcome)["code"] == 2
     assert "Traceback" not in said(prepared), "the launcher knows, so torchrun need not explain"
 
+ABORTS = f"""
+import atexit, os, sys
+sys.path.insert(0, {str(REPO)!r})
+from run import Run
+run = Run.start("test")
+run.ranks.join()
+atexit.register(os.abort)
+print("joined")
+if sys.argv[1] == "0":
+    run.leave(0, "done")
+import common
+common.fail("stopped", 75)
+"""
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_what_aborts_the_end_of_the_interpreter_is_no_failure_of_a_rank(tmp_path, code):
+    """As gloo's threads do it now and then."""
+    (tmp_path / "aborts.py").write_text(ABORTS)
+    process = torchrun(tmp_path, 2, tmp_path / "aborts.py", code)
+    assert process.wait(100) == 0, said(tmp_path)[-3000:]
+    assert said(tmp_path).count("joined") == 2, "what was printed is not lost"
+
 LATE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})

@@ -376,15 +376,16 @@ def test_signals_and_time_limits_ask_for_a_stop():
     out = python(twice, TORCHELASTIC_RUN_ID="x")
     assert out.stdout == "still here\n", "under torchrun it goes on saving"
 
-def test_a_process_that_leaves_does_not_die_of_being_told_once_more():
-    code = """
+@pytest.mark.parametrize("ends_with,code", [
+    ("run.leave(75, 'stopped')", 75), ("run.leave(0, 'done')", 0), ("raise ValueError", 1)])
+def test_a_process_that_leaves_does_not_die_of_being_told_once_more(ends_with, code):
+    last = """
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid()):
-        kill(pid, 10), kill(pid, 15)
+        kill(pid, 10), kill(pid, 15), kill(pid, 2)
 sys.last = Last()
-run.leave(75, "stopped")
 """
-    assert python(code).returncode == 75
+    assert python(last + ends_with).returncode == code
 
 @pytest.mark.parametrize("code,says", [(1, "error: rank "), (2, "error: "), (75, "stopped: ")])
 def test_a_failure_is_one_line_and_its_exit_code_without_a_run_too(code, says):
