@@ -24,6 +24,7 @@ class Failure(Exception):
         self.code = code
         self.next_command = next_command
         self.facts = {}  # for the launcher
+        self.of_rank_0 = False  # raised there, and on all other ranks too: see Ranks.on_rank0
         super().__init__(self.message, code, next_command)
 
     def __str__(self):
@@ -49,14 +50,23 @@ def leave_outcome(code, reason, next_command=None, **facts):
     """
     Leaves how this process ends where the launcher finds it, in the file $NANOCHAT_OUTCOME:
     torchrun turns every exit code into 1. The first rank's word counts: the others die of it.
+    -> False where it could not be written; the exit code has to do then
     """
-    if path := os.environ.get("NANOCHAT_OUTCOME"):
-        # not there for the first only; on a full disk the exit code has to do
-        with contextlib.suppress(OSError), open(path, "x") as f:
+    path = os.environ.get("NANOCHAT_OUTCOME")
+    if not path:
+        return True
+    try:
+        with open(path, "x") as f:
             json.dump({"code": code, "reason": reason, "next": next_command, **facts}, f)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
-def show_uncaught(kind, value, trace):
-    """Prints an exception that nobody has caught -> it as a Failure."""
+def show_uncaught(kind, value, trace, alone=False):
+    """Prints an exception that nobody has caught -> it as a Failure. alone: other ranks may know
+    nothing of it."""
     rank, local_rank, _ = rank_world()
     if not isinstance(value, Failure):
         sys.__excepthook__(kind, value, trace)
@@ -64,7 +74,7 @@ def show_uncaught(kind, value, trace):
     word = "stopped" if value.code == 75 else "error"
     if rank == 0 or (local_rank == 0 and value.code == 2):  # bad input is the same on all ranks
         print(f"{word}: {value}", file=sys.stderr, flush=True)
-    elif value.code == 1:
+    elif value.code == 1 or (value.code == 2 and alone):
         print(f"error: rank {rank}: {value}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     return value

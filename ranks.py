@@ -67,6 +67,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.patient_group)
         result, failure = box
         if failure is not None:
+            failure.of_rank_0 = True
             raise failure
         return result
 

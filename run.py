@@ -73,6 +73,8 @@ class Run:
     save_error: Exception | None = None
     saved_step: int | None = None
 
+    alone_to_say: bool = False     # this rank, other than 0, may be the only one that knows why
+
     @classmethod
     def start(cls, name):
         """The one call at the head of a script, before torch is imported: a signal in the first
@@ -344,6 +346,8 @@ class Run:
 
     def exit_done(self, **facts):
         """Marks the phase as done, with facts for the report, and ends the process with 0."""
+        if self.try_out:  # of fewer steps than it would try
+            self.exit_interrupted(TRIED_OUT)
         self.update_record(**facts)
         self.leave(0, "done")
 
@@ -353,20 +357,24 @@ class Run:
             self.finish_save()
             if reason == TRIED_OUT:
                 self.leave(0, TRIED_OUT, facts=trial.facts_of(self))
-            reason = f"{reason}: saved at step {self.saved_step} of {self.clock.num_steps}"
+            saved = "nothing saved yet"
+            if self.saved_step is not None:
+                saved = f"saved at step {self.saved_step} of {self.clock.num_steps}"
+            reason = f"{reason}: {saved}"
         common.print0(f"stopped: {reason}; run the same command again")
         self.leave(75, reason)
 
     def leave(self, code, reason, next_command=None, facts=None):
         """Ends the process, as all ranks do. Under torchrun with 0 where it would start a worker
         again that says 75, or print a page about one that says 2 to a launcher who knows."""
-        self.close(code, reason, next_command, facts)
-        # without a group this rank may be the only one that refuses: torchrun has to end the others
-        launcher_knows = "NANOCHAT_OUTCOME" in os.environ and self.ranks.patient_group
+        told = self.close(code, reason, next_command, facts)
+        joined = self.ranks.patient_group is not None
         self.ranks.leave()
-        if under_torchrun() and (code == 75 or launcher_knows):
+        # without a group this rank may be the only one that refuses: torchrun has to end the others
+        launcher_knows = joined and "NANOCHAT_OUTCOME" in os.environ
+        if under_torchrun() and told and (code == 75 or launcher_knows):
             code = 0
-        self.end(code, at_once=self.ranks.patient_group is not None)
+        self.end(code, at_once=joined)
 
     def end(self, code, at_once=False):
         """Ends the process with `code`; at_once: without winding Python up."""
@@ -383,7 +391,8 @@ class Run:
         raise SystemExit(code)
 
     def close(self, code, reason, next_command=None, facts=None):
-        """Records how the run ends and gives the lock back, after the save in flight has ended."""
+        """Records how the run ends and gives the lock back, after the save in flight has ended.
+        -> False where the launcher could not be told how (see common.leave_outcome)"""
         if self.saving:
             self.saving.join()
         try:
@@ -398,13 +407,18 @@ class Run:
             print(e, file=sys.stderr, flush=True)
         if self.lock:
             self.lock.release()
-        if self.ranks.rank == 0 or code == 1:
-            common.leave_outcome(code, reason, next_command or self.command, **(facts or {}))
+        if self.ranks.rank != 0 and not self.alone_to_say:
+            return True
+        return common.leave_outcome(code, reason, next_command or self.command, **(facts or {}))
 
     def end_process(self, kind, value, trace):
         """sys.excepthook: what nobody has caught ends the run."""
         value = explained(value, self.name, self.settings or {})
-        failure = common.show_uncaught(kind, value, trace)
+        # a rank that has joined the others, and has not got this from rank 0, may be the only one
+        joined = self.ranks.patient_group is not None
+        refuses_alone = joined and isinstance(value, common.Failure) and not value.of_rank_0
+        failure = common.show_uncaught(kind, value, trace, refuses_alone)
+        self.alone_to_say = failure.code == 1 or (failure.code == 2 and refuses_alone)
         reason = failure.message
         lost = "DistBackendError" in kind.__name__ or "connection" in str(value).lower()
         if lost and self.ranks.world > 1:
@@ -429,11 +443,12 @@ def explained(error, name, settings):
     signs = ("out of memory", "not enough memory", "allocate memory")
     if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
         return error
-    fewer = [f"--{key}={max(1, settings[key] // 2)}"
-             for key in ("device_batch_size", "rollout_rows", "rows") if key in settings]
-    failure = common.Failure(
-        f"ran out of memory in {name} ({text[:150]}); run the same command with "
-        f"{' '.join(fewer)}: the result stays the same to rounding, and what is saved goes on",
-        code=1)
+    fewer = [f"--{key}={settings[key] // 2}"
+             for key in ("device_batch_size", "rollout_rows", "rows") if settings.get(key, 1) > 1]
+    advice = "a smaller model needs less"
+    if fewer:
+        advice = (f"run the same command with {' '.join(fewer)}: the result stays the same to "
+                  "rounding, and what is saved goes on")
+    failure = common.Failure(f"ran out of memory in {name} ({text[:150]}); {advice}", code=1)
     failure.facts["retry_with"] = fewer  # the launcher does so once
     return failure

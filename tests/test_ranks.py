@@ -145,6 +145,34 @@ def test_what_aborts_the_end_of_the_interpreter_is_no_failure_of_a_rank(tmp_path
     assert process.wait(100) == 0, said(tmp_path)[-3000:]
     assert said(tmp_path).count("joined") == 2, "what was printed is not lost"
 
+REFUSES = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+from run import Run
+run = Run.start("test")
+run.ranks.join()
+import common
+if sys.argv[1] == "alone" and run.ranks.rank == 1:
+    common.fail("what it sees is not there")
+if sys.argv[1] == "all":
+    run.ranks.on_rank0(common.fail, "not there")
+run.ranks.gather(1)
+run.leave(75, "stopped")
+"""
+
+@pytest.mark.parametrize("what,written,exit_code,outcome_code", [
+    ("alone", True, 1, 2), ("all", False, 1, None),
+    ("stop", True, 0, 75), ("stop", False, 1, None)])
+def test_the_launcher_knows_why_or_the_exit_code_says_that_something_is_wrong(
+        tmp_path, what, written, exit_code, outcome_code):
+    (tmp_path / "refuses.py").write_text(REFUSES)
+    outcome = tmp_path / ("outcome" if written else "no folder/outcome")
+    process = torchrun(tmp_path, 2, tmp_path / "refuses.py", what, NANOCHAT_OUTCOME=str(outcome))
+    assert process.wait(100) == exit_code, said(tmp_path)[-3000:]
+    assert common.read_json(outcome).get("code") == outcome_code
+    if what == "alone":
+        assert "error: rank 1: what it sees is not there" in said(tmp_path)
+
 LATE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})

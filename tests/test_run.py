@@ -22,7 +22,7 @@ from configurator import Settings
 from conftest import REPO, alone, ends, exit_code, script
 from ranks import Ranks
 from records import load_record
-from run import Run
+from run import Run, explained
 
 def settings(start_over=False, rows=8, **defining):
     found = Settings(start_over=start_over, **defining)
@@ -434,6 +434,34 @@ def test_memory_that_is_out_is_one_line_in_any_words(capsys, error):
     assert exit_code(run.end_process, type(error), error, None) == 1
     said = capsys.readouterr().err
     assert "ran out of memory in test" in said and "--device_batch_size=4" in said
+
+def test_one_row_at_once_is_not_halved(capsys):
+    run = alone()
+    run.settings = {"device_batch_size": 1, "rows": 4}
+    with ends():
+        run.end_process(MemoryError, MemoryError(), None)
+    said = capsys.readouterr().err
+    assert "--rows=2" in said and "--device_batch_size" not in said
+    run.settings = {"device_batch_size": 1}
+    failure = explained(MemoryError(), "test", run.settings)
+    assert not failure.facts["retry_with"] and "run the same command" not in failure.message
+
+def test_a_training_of_fewer_steps_than_a_trial_takes_leaves_the_trials_facts(
+        folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_OUTCOME", str(tmp_path / "outcome"))
+    run = start(folder, settings(try_out=True), damage=None)
+    run.begin_loop(0, 1, 0.0)
+    run.log_step(1, "", 8, loss=1.0)
+    save(run, 1)
+    assert exit_code(run.exit_done, step=1) == 0
+    outcome = common.read_json(tmp_path / "outcome")
+    assert outcome["num_steps"] == 1 and outcome["bytes"] > 0 and outcome["keep"] == 1
+
+def test_a_stop_before_anything_is_saved_says_so(folder):
+    run = start(folder, damage=None)
+    run.begin_loop(0, 9, 0.0)
+    assert exit_code(run.exit_interrupted, "deadline") == 75
+    assert load_record(folder)["reason"] == "deadline: nothing saved yet"
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
