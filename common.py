@@ -3,11 +3,14 @@ Small things that every file may need: errors, printing, files, random numbers. 
 library is imported here, so that a script can check its inputs in milliseconds.
 """
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 # -------------------------------------------------------------------------------------------------
@@ -102,18 +105,48 @@ def fsync_dir(directory):
     finally:
         os.close(fd)
 
+def flock(file, how):
+    """Locks an open file in the kernel -> True; False where another process has it; None where the
+    file system has no such locks, as some clusters'."""
+    try:
+        fcntl.flock(file, how)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+def remove_abandoned(path):
+    """Removes the temporary files that deaths in the middle of writing `path` have left. Who still
+    writes one holds it locked in the kernel, which frees it when a process dies."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        with contextlib.suppress(OSError), open(temporary, "r+b") as f:
+            if flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                temporary.unlink()
+
+@contextlib.contextmanager
+def writing(path, code=1):
+    """with writing(path): ... -> an OSError there is a Failure that says what to do"""
+    try:
+        yield
+    except OSError as e:
+        fail(f"could not write to {path}: {e}; what is saved is untouched: make room or make it "
+             "writable and run the same command again", code)
+
 def atomic_write(path, content):
     """Writes text or bytes to `path` so that a reader, or a death of this process, sees the old
     file or the new one. OSError where it cannot be written; the old one then stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         with open(temporary, "wb") as f:
+            flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -153,3 +186,21 @@ def duration(seconds):
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+def progress(what, total=None, every=10.0):
+    """-> show(done): prints how much of the total is done and the time left, once in `every`
+    seconds. total=None: it is not known, nor is the time left."""
+    began = said = time.monotonic()
+
+    def show(done):
+        nonlocal said
+        now = time.monotonic()
+        if done == 0 or now - said < every:
+            return
+        said = now
+        if total is None:
+            print0(f"  {done:,} {what}")
+            return
+        left = max(0.0, (now - began) * (total - done) / done)
+        print0(f"  {done:,} of {total:,} {what}, about {duration(left)} left")
+    return show

@@ -51,6 +51,7 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
     if open_store(prefix, source) is not None:
         return
     common.print0(f"tokenising {prefix.name}")
+    show = common.progress("documents tokenised")
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")
     lengths = array("q")
     masks = array("B")
@@ -64,11 +65,12 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
         lengths.append(len(kept))
         cut += len(kept) < len(ids)
         masks.extend(mask[:longest])
+        show(len(lengths))
     arrays = {"tokens": tokens, "lengths": lengths}
     if masks:
         arrays["mask"] = masks
     digest = hashlib.sha256()
-    try:
+    with common.writing(prefix):
         for name, values in arrays.items():
             digest.update(values)
             content = io.BytesIO()
@@ -77,9 +79,6 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
         facts = {"source": source, "arrays": list(arrays), "tokens": len(tokens),
                  "documents": len(lengths), "sha256": digest.hexdigest(), "cut": cut}
         common.atomic_write(f"{prefix}.json", json.dumps(facts))
-    except OSError as e:
-        common.fail(f"cannot write {prefix}: {e}; make room, or make it writable, and run the same "
-                    "command again", code=1)
 
 def make_store(run, data, tokenizer, name, source, documents, longest=None):
     """The Store of documents: (ids, mask; [] where all counts) each, cut to `longest` tokens. They

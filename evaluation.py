@@ -54,7 +54,7 @@ class Evaluation:
         if self.run.partial:
             seconds = round(time.monotonic() - self.began, 3)
             line = {"piece": piece, "value": value, "seconds": seconds}
-            with open(self.run.partial, "a") as f:
+            with common.writing(self.run.partial), open(self.run.partial, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def outcomes(self, task, items, measure):
@@ -67,7 +67,8 @@ class Evaluation:
                   for start in range(0, len(items), BLOCK)}
         todo = [start for start, piece in pieces.items() if piece not in self.pieces]
         ranks = self.run.ranks
-        began = said = time.monotonic()
+        left = sum(len(items[start:start + BLOCK]) for start in todo)
+        show = common.progress(f"items of {task}", left)
         for turn in range(0, len(todo), ranks.world):
             due = todo[turn:turn + ranks.world]
             mine = None
@@ -76,13 +77,8 @@ class Evaluation:
                 mine = measure(items[start:start + BLOCK])
             for start, value in zip(due, ranks.gather(mine)):
                 self.keep(pieces[start], value)
-            now = time.monotonic()
-            left = len(todo) - turn - len(due)
-            if left > 0 and (turn == 0 or now - said >= 10):
-                said = now
-                seconds = left * (now - began) / (turn + len(due))
-                common.print0(f"  {task}: {due[-1] + BLOCK:,} of {len(items):,} items, about "
-                              f"{common.duration(seconds)} left")
+            if turn + len(due) < len(todo):
+                show(BLOCK * (turn + len(due)))
         return [outcome for piece in pieces.values() for outcome in self.pieces[piece]]
 
     def exit_done(self, **result):
@@ -90,8 +86,9 @@ class Evaluation:
         seconds = time.monotonic() - self.began
         if self.run.partial:
             whole = {**self.start, **result, "seconds": round(seconds, 1)}
-            common.atomic_write(self.path, json.dumps(whole, indent=1))
-            self.run.partial.unlink(missing_ok=True)
+            with common.writing(self.path):
+                common.atomic_write(self.path, json.dumps(whole, indent=1))
+                self.run.partial.unlink(missing_ok=True)
         common.print0(f"done in {common.duration(seconds)} ({self.path})")
         self.run.leave(0, "done")
 
@@ -110,7 +107,7 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     run.settings = settings
     partial = path.with_suffix(".partial.jsonl")
     result = run.ranks.on_rank0(common.read_json, path)
-    if isinstance(result, dict) and fits(result) and {*needed} <= {*result.get("results", ())}:
+    if fits(result) and {*needed} <= {*result.get("results", ())}:
         if run.ranks.rank == 0:
             partial.unlink(missing_ok=True)  # of an attempt at something else
         common.print0(f"done already ({path})")
@@ -125,7 +122,9 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
     start = {"inputs": inputs, "chosen": compute.recorded()}
     if run.ranks.rank == 0:  # without a line torn by a death
-        common.atomic_write(partial, "".join(json.dumps(line) + "\n" for line in [start, *kept]))
+        text = "".join(json.dumps(line) + "\n" for line in [start, *kept])
+        with common.writing(partial):
+            common.atomic_write(partial, text)
         run.partial = partial
     if kept:
         common.print0(f"continuing, {len(kept)} pieces are there already")

@@ -56,21 +56,10 @@ def boot_id():
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
-def flock(file, how):
-    """Locks an open file in the kernel -> True; False where another process has it; None where the
-    file system has no such locks, as some clusters'."""
-    try:
-        fcntl.flock(file, how)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
 def held_in_kernel(path):
     """Whether a living process that this kernel can see, or asks the file server about, has it."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
-        return flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB) is False
+        return common.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB) is False
     return False
 
 def is_here(holder):
@@ -126,7 +115,8 @@ def take_lock(directory):
     holder's name where it lives; OSError where the folder cannot be written."""
     path = Path(directory) / "lock.json"
     with open(path.with_name(".lock-guard"), "w") as guard:
-        flock(guard, fcntl.LOCK_EX)  # two that start at once look and take one after the other
+        # two that start at once look and take one after the other
+        common.flock(guard, fcntl.LOCK_EX)
         check_free(path.parent)
         holder = common.read_json(path)
         if "host" in holder:
@@ -134,10 +124,11 @@ def take_lock(directory):
             if end_stray(path, holder):
                 why = "an attempt that Slurm has ended: killed"
             common.print0(f"taking over the lock of {holder_name(holder)}, {why}")
+        common.remove_abandoned(path)
         token = uuid.uuid4().hex
         temporary = path.with_name(f".lock.json.tmp-{token}")
         file = open(temporary, "w")  # noqa: SIM115  (open as long as the lock is held)
-        in_kernel = flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        in_kernel = common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         json.dump({"token": token, "host": socket.gethostname(), "boot": boot_id(),
                    "pid": os.getpid(), "kernel": bool(in_kernel),
                    "job": os.environ.get("SLURM_JOB_ID"),

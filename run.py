@@ -136,14 +136,12 @@ class Run:
             common.print0(f"{self.name}: done already ({directory})")
             return None
         old, saved_step = judged
-        try:
+        with common.writing(directory, code=2):
             if settings["start_over"] and not old and directory.exists():
                 put_aside(directory)
                 found = None
             directory.mkdir(parents=True, exist_ok=True)
             lock = take_lock(directory)
-        except OSError as e:
-            fail_to_write(directory, e, code=2)
         if records.load_record(directory) != found:
             lock.release()
             common.fail(f"another process has just written in {directory}: run the same command "
@@ -184,11 +182,9 @@ class Run:
         self.check_lock()
         self.record.update(facts, updated=time.time())
         if self.lock:
-            try:
-                text = json.dumps(self.record, indent=1)
+            text = json.dumps(self.record, indent=1)
+            with common.writing(self.directory):
                 common.atomic_write(self.directory / "phase.json", text)
-            except OSError as e:
-                fail_to_write(self.directory, e)
 
     def check_lock(self):
         """Failure with code 1 where another process has taken the folder over: this one is an old
@@ -323,16 +319,15 @@ class Run:
             # always a new file: a line that an old attempt still writes goes to the old one
             path = self.directory / "metrics.jsonl"
             kept = [r for r in common.read_json_lines(path) if r["step"] < step]
-            common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
-            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+            with common.writing(path):
+                common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
+                self.metrics = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def log(self, **line):
         """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""
         if self.ranks.rank == 0:
-            try:
+            with common.writing(self.metrics.name):
                 self.metrics.write(json.dumps(line) + "\n")
-            except OSError as e:
-                fail_to_write(self.metrics.name, e)
 
     def log_step(self, step, shown, tokens, /, **metrics):
         """A training step has ended, `step` of them are done: logs it, shows progress and time
@@ -397,8 +392,8 @@ class Run:
             self.saving.join()
         try:
             if self.partial and code != 0:
-                with open(self.partial, "a") as f:
-                    f.write(json.dumps({"code": code, "reason": reason}) + "\n")
+                with open(self.partial, "a") as f:  # whose last line a full disk may have torn
+                    f.write("\n" + json.dumps({"code": code, "reason": reason}) + "\n")
             if self.lock and self.lock.mine():
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")
                 following = None if code == 0 else next_command or self.command
@@ -431,10 +426,6 @@ class Run:
 
 def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-def fail_to_write(path, error, code=1):
-    common.fail(f"could not write to {path}: {error}; what is saved is untouched: make room or "
-                "make it writable and run the same command again", code)
 
 def explained(error, name, settings):
     """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is

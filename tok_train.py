@@ -27,7 +27,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -64,16 +63,11 @@ ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
 split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
 
 def watch(what, total):
-    """-> a function of how much of the total is done: whether to go on. It shows progress and time
-    left every ten seconds."""
-    began = said = time.time()
+    """-> a function of how much of the total is done: shows it, -> whether to go on"""
+    show = common.progress(what, total)
 
     def going(done):
-        nonlocal said
-        if time.time() - said > 10:
-            said = time.time()
-            left = common.duration(max(0, (said - began) * (total / done - 1)))
-            common.print0(f"{done:,} of {total:,} {what}, {left} left")
+        show(done)
         return run.stop_reason() is None
     return going
 

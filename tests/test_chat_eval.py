@@ -40,7 +40,6 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
     args = ["--tasks=arc_easy,gsm8k,spellingbee", "--max_items=300"]
     out = run(*args)
     assert out.returncode == 0, out.stdout + out.stderr
-    assert "  arc_easy: 64 of 300 items, about" in out.stdout
     result, whole = json.loads(path.read_text()), outcomes(path)
     assert set(whole) == {"arc_easy", "gsm8k", "spellingbee", "facts"}
     assert 0 < result["results"]["arc_easy"]["accuracy"] < 1

@@ -1,6 +1,7 @@
 """texts.py and data.py: files, packing, batches that are a function of (data, seed, step), and what
 happens to bad input."""
 import errno
+import functools
 import gzip
 import json
 import os
@@ -313,3 +314,27 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     write(folder, "0.jsonl", some_texts(30, 9))
     after, count = again()
     assert after != before and count == 1
+
+def test_a_death_in_the_middle_of_a_store_leaves_nothing_for_good(state, tmp_path, monkeypatch):
+    write(tmp_path / "d", "a.jsonl", some_texts(30))
+    real = os.replace
+
+    def dies(source, target):
+        if str(target).endswith(".tokens.npy"):
+            (tmp_path / "half").write_bytes(source.read_bytes())
+            raise KeyboardInterrupt
+        real(source, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", dies)
+        tokenize(tmp_path / "d")
+    path, = pipeline.token_dir(str(tmp_path / "d")).iterdir()
+    left = path / ".train_a.jsonl.tokens.npy.tmp-77-1"
+    (tmp_path / "half").rename(left)  # as a process that is killed cannot remove it
+    tokenize(tmp_path / "d")
+    assert not list(path.glob(".*.tmp-*")) and len(list(path.iterdir())) > 2
+
+def test_progress_is_shown_inside_a_file(state, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "d", "a.jsonl", some_texts(30))
+    monkeypatch.setattr(common, "progress", functools.partial(common.progress, every=0.0))
+    tokenize(tmp_path / "d")
+    assert "\n  7 documents tokenised\n" in capsys.readouterr().out

@@ -1,12 +1,15 @@
 """evaluation.py: pieces that are kept, an evaluation that dies or is stopped; intervals
 against Wilson's by hand."""
+import functools
 import json
+from pathlib import Path
 
 import pytest
 
+import common
 import evaluation
 import status
-from conftest import script
+from conftest import alone, exit_code, script
 
 SCRIPT = """
 import os, signal, sys
@@ -74,6 +77,26 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     path.unlink()
     code, out = run("float32", "finish")
     assert code == 0 and "is dropped: dtype" in out and "kept {}" in out
+
+def test_progress_is_of_what_is_left_to_measure(monkeypatch, capsys):
+    monkeypatch.setattr(common, "progress", functools.partial(common.progress, every=0.0))
+    measured = evaluation.Evaluation(alone(), None, {}, None, {"task 0 to 64": [True] * 64}, 0.0)
+    assert measured.outcomes("task", [1] * 200, lambda part: [True] * len(part)) == [True] * 200
+    said = capsys.readouterr().out
+    assert "  64 of 136 items of task, about" in said and said.count("\n") == 2
+
+def test_a_disk_that_is_full_while_it_measures_is_one_line_and_the_reason_is_whole(
+        tmp_path, capsys):
+    run = alone()
+    run.partial = Path("/dev/full")
+    measured = evaluation.Evaluation(run, tmp_path / "x.json", {}, None, {}, 0.0)
+    assert exit_code(measured.keep, "a", 1) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said and said.count("\n") == 1
+    run.partial = tmp_path / "x.partial.jsonl"
+    run.partial.write_text('{"piece": "a", "va')
+    run.close(1, "full")
+    assert common.read_json_lines(run.partial) == [{"code": 1, "reason": "full"}]
 
 @pytest.mark.parametrize("right,n,low,high", [
     (5, 10, 0.237, 0.763), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (560, 1000, 0.529, 0.590)])

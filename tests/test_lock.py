@@ -163,6 +163,11 @@ def test_slurm_is_asked_whether_the_holder_is_over(tmp_path, monkeypatch, outsid
     assert alive(tmp_path, after=1.0) is (not over)
     assert not alive(tmp_path, after=lock.PATIENCE + 1)
 
+def test_what_a_death_in_the_middle_of_taking_it_has_left_is_removed(tmp_path):
+    (tmp_path / ".lock.json.tmp-dead").write_text("half")
+    lock.take_lock(tmp_path).release()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock-guard"]
+
 def test_two_that_start_at_once_do_not_both_get_it(tmp_path):
     code = HOLD.replace("time.sleep(100)", "time.sleep(3)")
     start = [sys.executable, "-c", code, str(tmp_path)]

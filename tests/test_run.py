@@ -1,4 +1,5 @@
 """run.py and common.py: records, starting over, stopping, deadlines, metrics, the end."""
+import fcntl
 import json
 import math
 import os
@@ -341,6 +342,17 @@ def test_metrics_survive_a_torn_line_and_a_resume(folder):
     assert [r["step"] for r in common.read_json_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     run.close(75, "stopped")
 
+def test_metrics_on_a_disk_that_is_full_at_the_start_of_the_loop(folder, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+    run = start(folder, damage=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "atomic_write", full)
+        assert exit_code(run.begin_loop, 0, 9, 0.0) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said and "metrics.jsonl" in said and said.count("\n") == 1
+    run.close(1, "full")
+
 def test_metrics_on_a_full_disk(capsys):
     run = alone()
     run.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
@@ -537,6 +549,32 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch
     with pytest.raises(OSError, match="full"):
         common.atomic_write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+def test_what_deaths_have_left_is_removed_by_the_next_write_and_what_is_being_written_is_not(
+        tmp_path):
+    path = tmp_path / "shard[1].npy"
+    left, other, living = (tmp_path / name for name in (
+        ".shard[1].npy.tmp-77-1", ".shard1.npy.tmp-77-1", ".shard[1].npy.tmp-88-1"))
+    for file in (left, other, living):
+        file.write_text("half")
+    with open(living) as f:
+        common.flock(f, fcntl.LOCK_EX)
+        common.atomic_write(path, "whole")
+        assert set(tmp_path.iterdir()) == {path, other, living}
+    common.atomic_write(path, "whole")
+    assert set(tmp_path.iterdir()) == {path, other}
+
+def test_progress_is_shown_now_and_then_with_the_time_left(monkeypatch, capsys):
+    running = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: running[0])
+    show, unknown = common.progress("items", 1000), common.progress("documents")
+    for done in (0, 10, 20, 30, 40):
+        show(done)
+        unknown(done)
+        running[0] += 5
+    said = capsys.readouterr().out
+    assert said == ("  20 of 1,000 items, about 8m10s left\n  20 documents\n"
+                    "  40 of 1,000 items, about 8m00s left\n  40 documents\n")
 
 def test_the_first_ranks_word_is_the_outcome(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_OUTCOME", str(tmp_path / "outcome"))
