@@ -27,15 +27,15 @@ def recovered_record(directory):
             return {**kept, "free": {}, "status": "lost"}
     return {}
 
-def find_record(directory, settings, inputs=None):
+def find_record(directory, settings, inputs=None, damage=None):
     """
     The record that a start in `directory` goes on from, {} where it begins anew.
     --start_over=True holds for one beginning: the same command given again goes on with what it has
-    begun, or finds it done. inputs=None: they are not known yet.
+    begun, or finds it done. inputs=None: they are not known yet. damage: see Run.open_or_exit.
     """
     directory = Path(directory)
     old = load_record(directory) or recovered_record(directory)
-    if old and not binds(old, directory):
+    if old and not binds(old, directory, damage):
         old = {k: v for k, v in old.items() if k not in ("chosen", "train_files")}
     if not old or not settings["start_over"]:
         return old
@@ -53,9 +53,13 @@ def source_version():
         return git("rev-parse", "HEAD").decode().strip() or "unknown", digest
     return "unknown", ""
 
-def binds(record, directory):
-    """Whether later starts have to keep to the record: something was saved, or all is done."""
-    return record["status"] == "done" or checkpoint.holds_any(directory)
+def binds(record, directory, damage=None):
+    """Whether later starts have to keep to the record: something was saved, or all is done. What
+    is no checkpoint was saved where there is no damage() to it, even if a death came before the
+    record could say so."""
+    if record["status"] == "done" or checkpoint.holds_any(directory):
+        return True
+    return damage is not None and damage() is None
 
 # -------------------------------------------------------------------------------------------------
 # comparing
@@ -92,19 +96,22 @@ def judge(name, directory, settings, inputs, damage=None):
     -> (the record that it goes on from, the step of the checkpoint that it goes on from): {} and
     None for a new run. None where the phase is done. Failure (code 2) where it must not go on.
     """
-    old = find_record(directory, settings, inputs)
+    old = find_record(directory, settings, inputs, damage)
     if settings["start_over"] and not old:
         return {}, None
     common.check(checkpoint.made_by_nanochat(directory) is None, f"{directory} holds a model made "
                  "by nanochat: --start_over=True puts it aside and trains anew; without, later "
                  "phases go on from it (speedrun.sh --from)")
+    common.check(old or not checkpoint.holds_any(directory), f"{directory / 'phase.json'} is gone "
+                 f"or damaged, and no checkpoint there says what {name} was started with: put the "
+                 "file back, or let --start_over=True put the checkpoints aside and begin anew")
     if old.get("status") == "lost":
         common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
                       "compared with what the newest checkpoint says of them")
     changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
     if changed:
-        common.check(not binds(old, directory), f"{name} was started with other settings or inputs "
-                     f"in {directory}: {changed} (--start_over=True keeps the old state aside and "
+        common.check(not binds(old, directory, damage), f"{name} was started with other settings "
+                     f"or inputs in {directory}: {changed} (--start_over=True keeps the old state aside and "
                      "starts again)")
         common.print0(f"{name}: begins with other settings or inputs than the last start, which "
                       f"had saved nothing: {changed}")

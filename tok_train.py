@@ -256,7 +256,11 @@ def main():
     common.check(run.ranks.world == 1,
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
-    record = records.find_record(directory, settings)
+
+    def damage():
+        return tok.damage(directory)
+
+    record = records.find_record(directory, settings, damage=damage)
     # files that were added since it began do not stop a run
     begun_with = record.get("train_files")
     splits = user_texts.dataset_files(data, begun_with)
@@ -273,10 +277,9 @@ def main():
                  "it (--start_over=True puts it aside and trains a new one)")
     sizes = [(path.name, path.stat().st_size) for path in files]
     inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
-    run.open_or_exit(directory, settings, inputs, lambda: tok.damage(directory))
+    run.open_or_exit(directory, settings, inputs, damage)
     if record.get("status") == "done":
-        common.print0(f"the tokenizer in {directory} is damaged ({tok.damage(directory)}): "
-                      "training it again")
+        common.print0(f"the tokenizer in {directory} is damaged ({damage()}): training it again")
     run.update_record(train_files=[path.name for path in files])
     run.set_deadline(time_limit)
 

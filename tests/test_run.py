@@ -290,6 +290,26 @@ def test_a_start_that_has_saved_nothing_binds_nobody(folder, capsys):
     run.close(75, "stopped")
     assert exit_code(start, folder, damage=None) == 2, "now it binds"
 
+def test_what_is_whole_binds_though_a_death_came_before_it_was_called_done(folder, capsys):
+    start(folder).close(1, "killed behind the last write")
+    assert exit_code(start, folder, settings(depth=5)) == 2
+    assert "depth: 4 -> 5" in capsys.readouterr().err
+    run = start(folder, settings(depth=5), damage=lambda: "damaged")
+    assert run.record["settings"] == {"depth": 5}
+    run.close(75, "stopped")
+
+def test_without_any_word_of_what_it_was_started_with_nothing_goes_on(folder, capsys):
+    trained(folder)
+    (folder / "phase.json").unlink()
+    meta = checkpoint.load_meta(folder, 9)
+    del meta["record"]  # as an older version has saved it
+    weights, optim_state, _ = checkpoint.load(folder, 9)
+    checkpoint.save(folder, 9, weights, optim_state, meta)
+    before = contents(folder)
+    assert exit_code(start, folder, damage=None) == 2 and contents(folder) == before
+    said = capsys.readouterr().err
+    assert "phase.json is gone" in said and "--start_over=True" in said and said.count("\n") == 1
+
 def test_nor_do_the_files_that_it_has_found(folder):
     run = start(folder, damage=None)
     run.update_record(train_files=["a"], chosen={"dtype": "bfloat16"})
