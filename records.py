@@ -111,8 +111,8 @@ def judge(name, directory, settings, inputs, damage=None):
     changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
     if changed:
         common.check(not binds(old, directory, damage), f"{name} was started with other settings "
-                     f"or inputs in {directory}: {changed} (--start_over=True keeps the old state aside and "
-                     "starts again)")
+                     f"or inputs in {directory}: {changed} (--start_over=True keeps the old state "
+                     "aside and starts again)")
         common.print0(f"{name}: begins with other settings or inputs than the last start, which "
                       f"had saved nothing: {changed}")
         return {}, None
