@@ -80,15 +80,6 @@ def test_what_goes_on_with_several_ranks_starts_as_many(monkeypatch):
     assert Run.start("mid_train").command == (
         "torchrun --standalone --nproc_per_node=4 mid_train.py '--data=my texts'")
 
-def test_starting_over_keeps_the_old(folder):
-    run = start(folder)
-    save(run, 3)
-    run.close(75, "stopped")
-    start(folder, settings(start_over=True)).close(75, "stopped")
-    assert checkpoint.steps(folder) == []
-    old, = folder.parent.glob("d4.old-*")
-    assert checkpoint.steps(old) == [3]
-
 def test_starting_over_is_refused_while_another_process_writes(folder, capsys):
     run = start(folder)
     assert exit_code(start, folder, settings(start_over=True)) == 2
