@@ -11,7 +11,7 @@ A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that y
 into task_data/. Settings of one phase are taken too: --sft.mixture=gsm8k,arc_easy
 Nothing that is there is ever written over: what has to make room is renamed.
 """
-from run import Run, fail_to_write
+from run import Run
 
 run = Run.start("prepare_data")
 
@@ -336,15 +336,13 @@ if start_over:
     files = look()  # the old data was put aside
     bad = [file for file in files if file.wrong]
 facts = {}
-try:
+with common.writing(pipeline.base_dir()):
     if data == "toy":
         facts = make_toy_world()
         written = facts["files"]
     elif bad:
         show(files)
         bring(bad)
-except OSError as e:
-    fail_to_write(pipeline.base_dir(), e)
 files = look()
 show(files)
 missing = sum(file.wrong is not None for file in files)
