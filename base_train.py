@@ -25,35 +25,35 @@ data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 tag = ""                     # name of the run and of its folder; empty: d<depth>
 depth = 20                   # layers; the width is 64 * depth
 max_seq_len = 2048           # tokens in a row, the context that the model sees
-arch = "modern"              # or nanochat_2025, the plain model of November 2025
-tokens_per_param = 12.0      # how long it trains: tokens for each parameter of matrices and head
-num_steps = -1               # or: so many steps; -1: not given
-target_flops = -1.0          # or: so many floating point operations; -1: not given
-total_batch_size = -1        # tokens a step, on all ranks; -1: derived from the tokens in all
-matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
-embedding_lr = 0.3           # of AdamW: token and value embeddings
-unembedding_lr = 0.004       # of AdamW: lm_head
-scalar_lr = 0.5              # of AdamW: per-layer scalars and gates
-weight_decay = -1.0          # of Muon, falls to 0 over the run; -1: derived from depth
-warmup_ratio = 0.01          # share of the steps, at the start, with a rising learning rate
-warmdown_ratio = 0.6         # share of the steps, at the end, with a falling one
-final_lr_fraction = 0.02     # what is left of the learning rate at the end
+arch = "modern"              # modern, or nanochat_2025: the plain model of November 2025
+tokens_per_param = 12.0      # training tokens per parameter (embeddings not counted)
+num_steps = -1               # number of steps, instead of --tokens_per_param; -1: derived
+target_flops = -1.0          # floating point operations in all, instead of both; -1: not given
+total_batch_size = -1        # tokens a step, on all ranks; -1: derived from all training tokens
+matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
+embedding_lr = 0.3           # AdamW learning rate of all embeddings; scaled as matrix_lr
+unembedding_lr = 0.004       # AdamW learning rate of lm_head; scaled as matrix_lr
+scalar_lr = 0.5              # AdamW learning rate of layer scalars and gates; scaled as matrix_lr
+weight_decay = -1.0          # Muon weight decay, falls to 0 over the run; -1: derived from depth
+warmup_ratio = 0.01          # share of the steps, at the start, in which the learning rate rises
+warmdown_ratio = 0.6         # share of the steps, at the end, in which the learning rate falls
+final_lr_fraction = 0.02     # final learning rate as a share of the peak
 seed = 1337                  # decides the initial weights and the order of the rows
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows that a device holds at once: less where memory runs out
+device_batch_size = 32       # rows that a device holds at once; give less if memory runs out
 eval_every = 250             # steps between measurements of bits per byte; 0: only at the end
-eval_tokens = 10_485_760     # tokens of the validation split that are measured (at most all)
+eval_tokens = 10_485_760     # how many tokens of the validation split are measured, at most
 sample_every = 1000          # steps between printed samples; 0: only at the end
-save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept on disk
-time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
-max_skipped = 10             # steps in a row without a finite gradient before it gives up
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+save_minutes = 3.0           # minutes between checkpoints
+keep = 1                     # how many checkpoints are kept on disk
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
+max_skipped = 10             # steps in a row without a finite gradient before the run fails
+device = "auto"              # where it computes: auto, cuda, mps or cpu
+dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
-compile = "auto"             # torch.compile: auto, True, False
+compile = "auto"             # whether to use torch.compile: auto, True or False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what the first steps need; what is trained stays as it is
+try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
@@ -119,14 +119,19 @@ plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
 epoch_rows = dataset.n_rows(plan)
 common.print0(
-    f"base {directory.name}: {parameters:,} parameters, {num_steps:,} steps of {batch_tokens:,} "
-    f"tokens = {total_tokens / 1e6:,.1f}M tokens, {total_tokens / scaling_params:.1f} for each "
-    "parameter of matrices and head")
+    f"base {directory.name}: {parameters:,} parameters\n"
+    f"  training: {num_steps:,} steps of {batch_tokens:,} tokens = "
+    f"{training.in_words(total_tokens)} tokens, {total_tokens / scaling_params:.1f} per parameter "
+    f"(embeddings not counted), {total_tokens * flops_per_token:.2e} FLOPs\n"
+    f"  batch: {rows:,} rows of {max_seq_len:,} tokens = {rows // (micro_rows * ranks.world)} "
+    f"micro-batches of {micro_rows} on each of {ranks.world} ranks\n"
+    f"  devices: {ranks.world} x {compute}")
 if not try_out:
-    common.print0(f"{num_steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows")
-common.print0(
-    f"{ranks.world} x {compute}, {rows // (micro_rows * ranks.world)} x {micro_rows} rows a rank "
-    f"and step, {total_tokens * flops_per_token:.2e} FLOPs")
+    epochs = num_steps * rows / epoch_rows
+    common.print0(f"  text: {epoch_rows:,} rows, read {epochs:,.2f} times")
+    if epochs > 100:
+        common.print0(f"warning: the text will be repeated {epochs:,.0f} times; a smaller --depth "
+                      "or --num_steps would fit it")
 
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
@@ -193,7 +198,7 @@ while True:
     # One bad step is left out; many in a row, or a loss that explodes, end the run before it has
     # computed for hours in vain.
     loss_guard.check_or_exit(step, loss, norm)
-    run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
+    run.log_step(step, f"loss {loss:.4f} | lr x{lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)
 
 training.exit_done(run, f"{val_bpb:.4f} bits per byte", val_bpb=val_bpb, parameters=parameters,

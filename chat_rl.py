@@ -1,8 +1,9 @@
 """
-Phase 5: reinforcement learning on math word problems with the calculator. A policy gradient in the
-manner of GRPO (arXiv 2402.03300) without its reference model and clipping: on-policy, a group of
-samples for each problem, the advantage of a sample is its reward less the group's mean, the loss is
-normalised by tokens (DAPO, arXiv 2503.14476).
+Phase 5: reinforcement learning. The finetuned model tries math problems many times, with the
+calculator, and learns from the answers that were right. A policy gradient in the manner of GRPO
+(arXiv 2402.03300) without its reference model and clipping: on-policy, a group of samples for each
+problem, the advantage of a sample is its reward less the group's mean, the loss is normalised by
+tokens (DAPO, arXiv 2503.14476).
 
     python chat_rl.py config/toy_rl.py
     torchrun --standalone --nproc_per_node=8 chat_rl.py
@@ -30,33 +31,33 @@ import tasks
 
 data = "fineweb_edu"         # the data set the finetuned model comes from
 tag = ""                     # the finetuned model to go on from; empty: the newest
-task = "gsm8k"               # what it practises
-problems_per_step = 16       # problems a step
-samples = 16                 # samples of each problem: they are compared with each other
-num_steps = -1               # steps; -1: one pass through the training problems
-max_new_tokens = 256         # tokens of a sample, at most
-temperature = 1.0            # of the samples
-matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
-embedding_lr = 0.2           # of AdamW: token and value embeddings
-unembedding_lr = 0.004       # of AdamW: lm_head
-scalar_lr = 0.0              # of AdamW: per-layer scalars and gates
-lr_fraction = 0.05           # all learning rates are multiplied by it
-seed = 1337                  # decides the order of the problems and every draw
+task = "gsm8k"               # what it practises; a task whose answers can be checked
+problems_per_step = 16       # problems in a step, on all ranks
+samples = 16                 # samples of each problem, which are compared with each other
+num_steps = -1               # number of steps; -1: one pass through the training problems
+max_new_tokens = 256         # longest sample, in tokens
+temperature = 1.0            # temperature of the samples
+matrix_lr = 0.02             # Muon learning rate of the blocks' matrices
+embedding_lr = 0.2           # AdamW learning rate of token and value embeddings
+unembedding_lr = 0.004       # AdamW learning rate of lm_head
+scalar_lr = 0.0              # AdamW learning rate of per-layer scalars and gates
+lr_fraction = 0.05           # multiplies all learning rates
+seed = 1337                  # decides the order of the problems and every random draw
 # ---- settings below may change at every resume
-device_batch_size = 8        # samples that a device trains on at once: less where memory runs out
-rollout_rows = 64            # samples that a device generates at once: likewise
+device_batch_size = 8        # samples that a device trains on at once; less if memory runs out
+rollout_rows = 64            # samples that a device generates at once; less if memory runs out
 eval_every = 60              # steps between measurements of pass@k; 0: only at the end
-eval_problems = 400          # held-out problems measured
-eval_samples = 8             # samples of each: the k of pass@k
-save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept on disk
-time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
-max_skipped = 10             # steps in a row without a finite gradient before it gives up
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+eval_problems = 400          # how many held-out problems are measured, at most
+eval_samples = 8             # samples of each held-out problem: the k of pass@k
+save_minutes = 3.0           # minutes between checkpoints
+keep = 1                     # how many checkpoints are kept on disk
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
+max_skipped = 10             # steps in a row without a finite gradient before the run fails
+device = "auto"              # where it computes: auto, cuda, mps or cpu
+dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what the first steps need, if need be of a stand-in model
+try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
 FLAT = 20  # steps in a row without any variance of the reward before it says so
@@ -64,8 +65,9 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-common.check(tasks.TASKS.get(task, {}).get("kind") == "generative",
-             f"--task={task}: there is no such generative task")
+practised = [name for name, facts in tasks.TASKS.items() if facts["kind"] == "generative"]
+common.check(task in practised,
+             f"--task must be {', '.join(practised)} (answers that can be checked), not {task!r}")
 common.check(temperature > 0, f"--temperature must be more than 0, not {temperature}: else all "
              "samples of a problem are the same, and there is nothing to learn from")
 train_items = tasks.load(task, "train", data)

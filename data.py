@@ -50,15 +50,15 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
     tokenised again, the others stay; with 1 where it cannot be written."""
     if open_store(prefix, source) is not None:
         return
-    common.print0(f"tokenising {prefix.name}")
-    show = common.progress("documents tokenised")
+    common.print0(f"tokenizing {prefix.name}")
+    show = common.progress("documents tokenized")
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")
     lengths = array("q")
     masks = array("B")
     cut = 0
     for ids, mask in documents:
         if why := run.stop_reason():
-            common.fail(f"{why} while tokenising; what was tokenised before is kept, run the same "
+            common.fail(f"{why} while tokenizing; files tokenized before are kept, run the same "
                         "command again", code=75)
         kept = ids[:longest]
         tokens.extend(kept)

@@ -70,7 +70,7 @@ def make_room(path):
     if os.path.lexists(path):
         old = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         os.rename(path, old)
-        common.print0(f"{path} has to make room, it is kept as {old.name}")
+        common.print0(f"moved your {path} to {old.name}")
 
 def size_of(f):
     return os.fstat(f.fileno()).st_size
@@ -102,7 +102,7 @@ def receive(response, f, path, progress):
             f.write(chunk)
             progress.received += len(chunk)
     except requests.RequestException as e:
-        return f"the line broke or fell silent: {e}"
+        return f"the connection was lost or timed out: {e}"
     if total.isdigit() and size_of(f) != int(total):
         return f"{size_of(f)} of {total} bytes came"
     return None
@@ -157,10 +157,10 @@ def fetch(url, path, opens, progress):
 def check_online(paths, command):
     """Failure (code 2) where files have to be downloaded and the network is forbidden."""
     offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
+    why = "NANOCHAT_OFFLINE is set" if offline else "a Slurm job does not use the network"
     common.check(not offline and "SLURM_JOB_ID" not in os.environ,
-                 f"{len(paths)} files have to be downloaded ({paths[0]} is the first), but in a "
-                 "Slurm job, or with NANOCHAT_OFFLINE, the network is not used; on a machine with "
-                 "internet that sees the same folder", command)
+                 f"{len(paths)} files are missing and {why}; where there is internet, with the "
+                 "same NANOCHAT_BASE_DIR", command)
 
 def fetch_all(jobs, command, should_stop, workers=8, also=0):
     """
@@ -219,4 +219,4 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     show()
     missing = len(jobs) - len(arrived)
     if missing:
-        common.fail(f"{missing} files could not be had: {'; '.join(errors[:3])}", 1, command)
+        common.fail(f"{missing} files could not be downloaded: {'; '.join(errors[:3])}", 1, command)

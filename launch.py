@@ -98,16 +98,18 @@ def make_plan(words):
 
     skipped = {flag for flag in flags if flag.startswith("--skip-")} - FLAGS
     unknown = flags.keys() - skipped - FLAGS
-    common.check(not unknown, f"unknown flag: {', '.join(sorted(unknown))} ({HELP} prints "
-                 "all, and how they are written)")
+    common.check(not unknown, f"unknown flag: {', '.join(sorted(unknown))} (write --depth=4; "
+                 "settings of phases go behind --, as in: bash speedrun.sh -- --num_steps=3; "
+                 f"{HELP} prints all flags)")
     skipped = {flag.removeprefix("--skip-") for flag in skipped}
     only = flags["--only="].split(",") if "--only=" in flags else listed
     first = flags.get("--from=", "data")
     for name in [*only, first, *skipped]:
+        common.check(name != "setup", "setup is no phase: bash speedrun.sh --only=setup, alone")
         common.check(name in listed, f"no such phase: {name!r}; the phases are {' '.join(listed)}")
     names = list(listed)
     names = [n for n in names[names.index(first):] if n in only and n not in skipped]
-    common.check(names, f"these flags leave nothing to run ({HELP})")
+    common.check(names, f"--from, --only and --skip-... leave no phase to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", depth, 99)
     nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
@@ -242,7 +244,8 @@ def wait_for_holder(folder, supervisor, sleep=time.sleep):
         if not holder or supervisor.stopping:
             return
         if second == 0:
-            print(f"waiting for {holder_name(holder)}, which writes in {folder}", flush=True)
+            print(f"waiting up to {PATIENCE} s for {holder_name(holder)}, which writes in {folder} "
+                  "(is another speedrun.sh running?)", flush=True)
         sleep(1)
 
 def check_inputs(plan, supervisor):
@@ -280,7 +283,7 @@ def run_all(plan, supervisor):
     if code == 75:
         return 75, "stopped before the first phase"
     if code:
-        return code, "nothing was started: mend what the error above names"
+        return code, "nothing was started: fix the error above and run the same command again"
     failed = []
     added = {} if "--skip-trial" in plan.given else None  # {phase: arguments that make it fit}
     for name in plan.names:
@@ -292,22 +295,23 @@ def run_all(plan, supervisor):
             if code == 75:
                 return 75, "stopped while trying out the trainings to come"
             if code:
-                return code, f"the trial ended with code {code}; mend what the error above names"
+                return code, f"the trial failed (exit {code}): fix the error above"
         words = [*plan.words(name), *(added or {}).get(name, [])]
         code, reason = start(plan, supervisor, name, words)
         if code == 75:
             return 75, f"stopped in {name} with everything saved"
         if code == 128 + signal.SIGINT:
-            return 75, f"{name} was ended at once by a second Ctrl-C; its last save is there"
+            return 75, (f"{name} was stopped at once by a second Ctrl-C; it resumes from its "
+                        "last checkpoint")
         if code and (phase.kind == "evaluation" or name == "report"):
-            print(f"{name} failed with code {code}; going on, since the models do not depend on it",
+            print(f"{name} failed (exit {code}); going on, since the models do not depend on it",
                   file=sys.stderr, flush=True)
             failed.append(name)
         elif code:
             if phase.kind == "training" and "report" in plan.names:
                 start(plan, supervisor, "report", plan.words("report"))
-            return code, (f"{name} failed with code {code}; {reason}: mend that and run the same "
-                          "command again, what is done stays done")
+            return code, (f"{name} failed (exit {code}): {reason}; fix that and run the same "
+                          "command again")
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
     return 0, "all done; talk to it: python chat_cli.py"

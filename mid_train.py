@@ -26,30 +26,30 @@ tag = ""                     # the base model to go on from; empty: the newest
 mixture = ["smoltalk", "mmlu_aux", "gsm8k", "identity*2",  # what it learns from: "name",
            "simplespelling:200000", "spellingbee:80000"]   # "name*epochs", "name:examples"
 extra_conversations = ""     # a .jsonl file of your own conversations, added to the mixture
-max_steps = -1               # stop after so many steps; -1: one pass through the mixture
+max_steps = -1               # number of steps, at most; -1: one pass through the mixture
 total_batch_size = -1        # tokens a step, on all ranks; -1: as in pretraining
-matrix_lr = 0.02             # learning rate of Muon: the matrices of the blocks
-embedding_lr = 0.2           # of AdamW: token and value embeddings
-unembedding_lr = 0.004       # of AdamW: lm_head
-scalar_lr = 0.05             # of AdamW: per-layer scalars and gates
-lr_fraction = 1.0            # all learning rates are multiplied by it
-warmdown_ratio = 0.8         # share of the steps, at the end, with a falling learning rate
+matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
+embedding_lr = 0.2           # AdamW learning rate of all embeddings; scaled as matrix_lr
+unembedding_lr = 0.004       # AdamW learning rate of lm_head; scaled as matrix_lr
+scalar_lr = 0.05             # AdamW learning rate of layer scalars and gates; scaled as matrix_lr
+lr_fraction = 1.0            # multiplies all learning rates
+warmdown_ratio = 0.8         # share of the steps, at the end, in which the learning rate falls
 seed = 1337                  # decides the order of the conversations
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows that a device holds at once: less where memory runs out
+device_batch_size = 32       # rows that a device holds at once; give less if memory runs out
 eval_every = 150             # steps between measurements of bits per byte; 0: only at the end
-held_out = ["smoltalk:1000"]  # conversations it is measured on, of the test splits
-eval_tokens = 1_048_576      # tokens of them that are measured (at most all)
-save_minutes = 3.0           # minutes between saves
-keep = 1                     # checkpoints kept on disk
-time_limit = None            # minutes until it saves and stops; None: the Slurm job's, if any
-max_skipped = 10             # steps in a row without a finite gradient before it gives up
-device = "auto"              # auto, cuda, mps, cpu
-dtype = "auto"               # what is computed in: auto (measured), bfloat16, float32
+held_out = ["smoltalk:1000"]  # conversations of test splits to measure on, as in mixture
+eval_tokens = 1_048_576      # how many tokens of held_out are measured, at most
+save_minutes = 3.0           # minutes between checkpoints
+keep = 1                     # how many checkpoints are kept on disk
+time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
+max_skipped = 10             # steps in a row without a finite gradient before the run fails
+device = "auto"              # where it computes: auto, cuda, mps or cpu
+dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
-compile = "auto"             # torch.compile: auto, True, False
+compile = "auto"             # whether to use torch.compile: auto, True or False
 start_over = False           # put the old run of this tag aside and start from nothing
-try_out = False              # only says what the first steps need, if need be of a stand-in model
+try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
 # -------------------------------------------------------------------------------------------------
@@ -67,6 +67,10 @@ if not tag:
     run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "base", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
+length = checkpoint.load_meta(parent, parent_step)["model"]["sequence_len"]
+common.check(total_batch_size == -1 or total_batch_size % length == 0,
+             f"--total_batch_size must be a multiple of the model's {length} tokens in a row, "
+             f"not {total_batch_size}")
 directory = pipeline.state_path("mid", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
@@ -86,7 +90,6 @@ ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
 model, meta = models.load_model(parent, parent_step, compute.device, compute.dtype)
-length = model.config.sequence_len
 
 store = dataset.tokenize_conversations(
     run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
@@ -107,9 +110,11 @@ if max_steps != -1:
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
 optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
 common.print0(
-    f"mid {directory.name}: {store.facts['documents']:,} conversations ({store.facts['cut']} "
-    f"longer than a row and cut) in {dataset.n_rows(plan):,} rows, {num_steps:,} steps of "
-    f"{batch_tokens:,} tokens; {ranks.world} x {compute}")
+    f"mid {directory.name}: {store.facts['documents']:,} conversations {store.facts['cut']:,} "
+    f"of them cut to a row of {length:,} tokens\n"
+    f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
+    f"({batch_tokens:,} tokens)\n"
+    f"  devices: {ranks.world} x {compute}")
 
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step
@@ -167,7 +172,7 @@ while True:
     step += 1
 
     loss_guard.check_or_exit(step, loss, norm)
-    run.log_step(step, f"loss {loss:.4f} | lr {lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
+    run.log_step(step, f"loss {loss:.4f} | lr x{lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
                  lr_scale=lr_scale)
 
 training.exit_done(run, f"{val_bpb:.4f} bits per byte", val_bpb=val_bpb)

@@ -10,6 +10,7 @@ import checkpoint
 import common
 import pipeline
 import tokenizer as tok
+from lock import holder_name, living_holder
 from records import load_record
 
 class Model(NamedTuple):
@@ -21,11 +22,11 @@ class Model(NamedTuple):
     finished: bool
 
     def __str__(self):
-        """example: "base d4: step 400, 3m12s old, not finished" """
+        """example: "base d4: step 400, saved 3m12s ago, not finished" """
         steps = checkpoint.steps(pipeline.state_path(self.stage, self.data, self.tag))
         age = common.duration(time.time() - self.saved)
         rest = "" if self.finished else ", not finished"
-        return f"{self.stage} {self.tag}: step {(steps or '?')[0]}, {age} old{rest}"
+        return f"{self.stage} {self.tag}: step {(steps or '?')[0]}, saved {age} ago{rest}"
 
 def saved_at(folder):
     """When the newest checkpoint of a folder was saved, ours or nanochat's, in seconds since the
@@ -91,9 +92,13 @@ def find_model(stage, data, tag=""):
         common.fail(f"{folder} holds a model that nanochat has made; to use it, adopt it first",
                     next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
     step = checkpoint.newest(folder, optimizer=False)
-    common.check(step is not None, f"{folder} holds no whole checkpoint", command)
-    common.check(is_finished(folder, step), f"the {stage} model {tag} of {data} is only half "
-                 f"trained (step {step}): finish it first", command)
+    common.check(step is not None, f"{folder} holds no whole checkpoint: put the damaged or "
+                 "missing file back, or train anew with --start_over=True", command)
+    if not is_finished(folder, step):
+        half = f"the {stage} model {tag} of {data} is only half trained (step {step})"
+        if holder := living_holder(folder):
+            common.fail(f"{half} and is being trained now by {holder_name(holder)}: wait for it")
+        common.fail(f"{half}: finish it first", next_command=command)
     return folder, step
 
 def choose_tag(stage, data, command):
@@ -138,9 +143,10 @@ def load_tokenizer_of(folder, step, data):
     vocab_size = meta["model"]["vocab_size"]
     trained_with = meta.get("tokenizer", tokenizer.fingerprint)
     fits = vocab_size == tokenizer.vocab_size and trained_with == tokenizer.fingerprint
-    common.check(fits, f"tokenizer and checkpoint do not belong together: {folder} has a "
-                 f"vocabulary of {vocab_size} ({trained_with[:8]}), the tokenizer one of "
-                 f"{tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})")
+    common.check(fits, f"tokenizer and checkpoint do not belong together: {folder} was trained "
+                 f"with another tokenizer (vocabulary of {vocab_size}, now "
+                 f"{tokenizer.vocab_size}); put that one back (tokenizer.old-DATE, if it was put "
+                 "aside), or train the model anew with --start_over=True")
     return tokenizer
 
 def put_weights(model, model_state):

@@ -1,5 +1,5 @@
 """
-Phase 0: brings everything that a later phase reads into the state folder, and opens all of it.
+Phase 0: makes or downloads everything that a later phase reads, and checks that it can be read.
 After it nothing needs the internet. What the phases read is taken from their own settings.
 
     python prepare_data.py --data=toy                        # generates the toy world: no download
@@ -9,7 +9,7 @@ After it nothing needs the internet. What the phases read is taken from their ow
 
 A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that you put (or link)
 into task_data/. Settings of one phase are taken too: --sft.mixture=gsm8k,arc_easy
-Nothing that is there is ever written over: what has to make room is renamed.
+Nothing that is there is ever written over: a file in the way is renamed.
 """
 from run import Run
 
@@ -34,24 +34,24 @@ import tasks as task_list
 import texts
 
 data = "toy"                 # toy, fineweb_edu, climbmix, or a folder of texts
-seed = 1337                  # of the toy world
-size = 1.0                   # of the toy world: how much text, relative
+seed = 1337                  # seed of the toy world
+size = 1.0                   # how much text the toy world has, as a multiple of the usual
 # ---- settings below may change at every resume
-check = False                # only look, write nothing
-depth = 20                   # fineweb_edu, climbmix: text enough for a model of this depth
+check = False                # only check what is there, write nothing
+depth = 20                   # fineweb_edu, climbmix: download text enough for this depth
 shards = -1                  # how many shards of training text; -1: as many as base_train.py needs
-tokens_per_param = -1.0      # as given to base_train.py, it decides how many; -1: its default
-target_flops = -1.0          # likewise
-num_steps = -1               # likewise
-total_batch_size = -1        # likewise
-phases = []                  # bring only what these phases read, e.g. tok,base; empty: all phases
+tokens_per_param = -1.0      # as given to base_train.py, to count the shards; -1: its default
+target_flops = -1.0          # as given to base_train.py, to count the shards; -1: its default
+num_steps = -1               # as given to base_train.py, to count the shards; -1: its default
+total_batch_size = -1        # as given to base_train.py, to count the shards; -1: its default
+phases = []                  # only what these phases read, e.g. tok,base; empty: all phases
 mixture = []                 # as given to mid_train.py and chat_sft.py; empty: their defaults
-held_out = []                # likewise
+held_out = []                # as given to mid_train.py and chat_sft.py; empty: their defaults
 tasks = []                   # as given to chat_eval.py; empty: its default
 task = ""                    # as given to chat_rl.py; empty: its default
 extra_conversations = ""     # a .jsonl file of your own conversations, for mid and sft
-core_items = -1              # 0: without CORE
-start_over = False           # rename the old data and make it again
+core_items = -1              # as given to base_eval.py; 0: without CORE; -1: its default
+start_over = False           # put the old data aside and make or download it again
 settings = configurator.configure(globals(), of_phases=True)
 
 # settings of the phases that name tasks, and which splits of them are read
@@ -194,7 +194,9 @@ def problem(what, path):
         return f"{path} is missing"
     if data == "toy" and what in PLACES:
         stated = written.get(str(path.relative_to(root)))
-        return None if stated and stated == facts_of(path) else f"{path} is not as it was made"
+        if stated and stated == facts_of(path):
+            return None
+        return f"{path} does not match its checksum"
     if what == "text":
         return texts.text_problem(path)
     if what == "CORE":
@@ -214,12 +216,12 @@ def look():
 
 def show(files):
     """Prints the table, what is damaged, and how to do without a download."""
-    common.print0(f"{'':<9}{'what':<26}{'files':>12}   read by")
+    common.print0(f"{'':<9}{'what':<26}{'found':>12}   used by phase")
     for what, phases in needs.items():
         rows = [file for file in files if file.what == what]
         wrong = [file for file in rows if file.wrong]
         damaged = [file.wrong for file in wrong if file.path.exists()]
-        state = "missing" if wrong else "have"
+        state = "missing" if wrong else "ok"
         if damaged:
             state = "damaged"
         there = f"{len(rows) - len(wrong)} of {len(rows)}"
@@ -309,19 +311,22 @@ bad = [file for file in files if file.wrong]
 by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
-common.check(not by_hand, "what is your own has to be put right by hand, then run this again: "
+common.check(not by_hand, "fix these files by hand, then run the same command again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):
     split = texts.dataset_files(data)
-    common.print0(f"{len(split['train'])} files to train on and {len(split['val'])} to validate on "
-                  f"in {directory}")
+    if split["train"] == split["val"]:
+        shared = "1 file: some of its documents are held out for validation"
+    else:
+        shared = f"{len(split['train'])} files for training, {len(split['val'])} for validation"
+    common.print0(f"{shared} in {directory}")
     read = [path.name for path in texts.text_files(data)]
     others = sorted(path.name for path in directory.glob("[!.]*") if path.name not in read)
     if others:
         common.print0(f"not read, since only files ending in {', '.join(texts.ENDINGS)} are: "
                       f"{', '.join(others[:9])}")
 if check:
-    common.check(not bad, f"{len(bad)} of the files that the phases read are missing or damaged",
+    common.check(not bad, f"missing or damaged: {len(bad)} files, see the table",
                  again)
     run.leave(0, "done")
 
@@ -346,5 +351,5 @@ with common.writing(pipeline.base_dir()):
 files = look()
 show(files)
 missing = sum(file.wrong is not None for file in files)
-common.check(not missing, f"{missing} files are still missing or damaged, see the table", again)
+common.check(not missing, f"still missing or damaged: {missing} files, see the table", again)
 run.exit_done(**facts)

@@ -11,9 +11,9 @@ All phases in their order; run it again at any time: what is done is skipped.
 
   phases: data tok base base-eval mid mid-eval sft sft-eval rl rl-eval report
   --skip-PHASE        do not run it (--skip-tok, --skip-base, ...); later phases use what it made
-                      earlier (--skip-trial: do not try out the trainings before the first begins)
+                      earlier (--skip-trial: no trial run before the first training)
   --from=PHASE        skip what comes before PHASE
-  --only=PHASE[,..]   run only these (setup: only make .venv)
+  --only=PHASE[,..]   run only these (--only=setup, alone: only make .venv)
   --data=NAME         toy (default: needs no download), fineweb_edu, climbmix, or a folder of
                       .parquet, .jsonl, .jsonl.gz or .txt files
   --depth=N           layers of the model (toy: 4, else 20)

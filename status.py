@@ -43,12 +43,12 @@ def lost_part(directory, step):
         sizes = {"tokenizer.json": 0}
     if directory.parent.name.endswith("_checkpoints"):
         if step is None:
-            return "its checkpoint is gone"
+            return "its checkpoint is missing"
         sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()
                  if name != checkpoint.names(step)[1]}  # nobody needs the optimizer any more
     for name, size in sizes.items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
-            return f"{name} is gone or cut short"
+            return f"{name} is missing or cut short"
     return None
 
 def describe(directory):
@@ -76,7 +76,7 @@ def describe(directory):
     if (directory / "phase.json").exists():
         return "failed", f"its record, phase.json, cannot be read; {half}"
     if any(path.is_file() and "lock" not in path.name for path in directory.glob("*")):
-        return "done", "there, without a record: made elsewhere"
+        return "done", "done (not made here)"
     return "absent", "not started"
 
 def describe_eval(path, directory):
@@ -85,10 +85,10 @@ def describe_eval(path, directory):
     partial = path.with_suffix(".partial.jsonl")
     if written(partial) > written(path):
         last = [{}, *common.read_json_lines(partial)][-1]  # says why it ended, if it could
-        reason = last.get("reason", "it runs, or was killed")
+        reason = last.get("reason", "running, or was killed")
         if last.get("code", 75) != 75:
             return "failed", f"failed, {ago(written(partial))}: {reason}"
-        return "half", f"half done, the last piece was kept {ago(written(partial))} ({reason})"
+        return "half", f"half done, last saved {ago(written(partial))} ({reason})"
     if not path.exists():
         return "absent", "not started"
     result = common.read_json(path)
@@ -96,7 +96,7 @@ def describe_eval(path, directory):
         return "failed", f"its result, {path.name}, cannot be read"
     for step in checkpoint.steps(directory)[:1]:
         if result.get("inputs", {}).get("weights") != checkpoint.fingerprint(directory, step):
-            return "stale", "of other weights than those there now"
+            return "stale", "outdated: the model was trained again since"
     return "done", f"done, {ago(written(path))}"
 
 def tags(name):

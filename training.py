@@ -32,14 +32,19 @@ def resume(run, model, optimizer):
     common.print0(f"continuing at step {step:,} of {meta['num_steps']:,}")
     return step, meta["seconds"]
 
+def in_words(tokens):
+    """examples: 12_288 -> "12,288", 1_600_000_000 -> "1,600.0M" """
+    return f"{tokens:,}" if tokens < 1_000_000 else f"{tokens / 1e6:,.1f}M"
+
 def exit_done(run, result, **facts):
     """Says what came out and how long it took, records the facts for the report, and ends the
     process with 0."""
     clock = run.clock
     seconds = clock.seconds()
     common.print0(
-        f"{run.name} {run.directory.name}: {result} after {clock.num_steps:,} steps in "
-        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} % of it")
+        f"{run.name} is done: {result} after {clock.num_steps:,} steps in "
+        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; the checkpoint "
+        f"is in {run.directory}")
     run.exit_done(step=clock.num_steps, seconds=seconds, **facts)
 
 # -------------------------------------------------------------------------------------------------
@@ -137,8 +142,8 @@ class LossGuard:
             return
         above = f"loss {loss:.4f} is far above its level of {self.level:.4f}"
         if self.steps_above % 10 == 1:
-            common.print0(f"{above} ({self.steps_above} steps in a row): nothing is saved "
-                          "meanwhile")
+            common.print0(f"{above} ({self.steps_above} steps in a row): not saving "
+                          "checkpoints until it falls")
         at_most = EXPLODED_AT_END if step == self.run.clock.num_steps else EXPLODED
         if self.steps_above >= at_most:
             self.give_up(f"the loss has exploded: for {self.steps_above} steps in a row {above}")

@@ -56,7 +56,7 @@ def try_out(plan, run_phase):
             return code, {}
         tried[name] = {"added": added, **outcome}
         if name in trainings and "bytes" not in outcome:
-            print(f"trial: {name} has not said what it needs; going on without", flush=True)
+            print(f"trial: {name} gave no time and disk use; going on without", flush=True)
             continue  # it is tried again at the next start
         tried[name].update(key)
         common.atomic_write(path, json.dumps(tried))
@@ -91,10 +91,9 @@ def facts_of(run):
         "keep": free["keep"],
     }
     common.print0(
-        f"tried out: {steps[0]:.1f} s for the first step, {facts['seconds']:.3f} s for each after "
-        f"it, {run.eval_seconds:.1f} s for a measurement; a checkpoint has "
-        f"{facts['bytes'] / 1e9:.2f} GB, is written in {run.longest_save:.1f} s and read in "
-        f"{read_seconds:.1f} s")
+        f"trial run: first step {steps[0]:.1f} s, then {facts['seconds']:.3f} s a step, "
+        f"measurement {run.eval_seconds:.1f} s; checkpoint {facts['bytes'] / 1e6:,.0f} MB, written "
+        f"in {run.longest_save:.1f} s, read in {read_seconds:.1f} s")
     return facts
 
 def check_disk(plan, tried):
@@ -110,8 +109,8 @@ def check_disk(plan, tried):
         needed += max(0, facts["keep"] * facts["bytes"] - there)
     needed /= 1e9
     free = shutil.disk_usage(root).free / 1e9
-    words = f"the checkpoints to come need {needed:.2f} GB, {free:.2f} GB are free in {root}"
-    common.check(needed <= free, f"{words}: make room")
+    words = f"checkpoints need {needed:.2f} GB, {free:.2f} GB free in {root}"
+    common.check(needed <= free, f"{words}: free some disk space")
     print(f"trial: {words}", flush=True)
 
 def print_time(plan, tried):

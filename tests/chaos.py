@@ -140,7 +140,7 @@ def instant_came(instant, attempt, now, delay, phases_before, due):
         return now > delay / 2 and any(any((root / s).glob("d1/.*_0*.tmp*")) for s in STAGES)
     if instant == "tokenising":
         said = attempt.log.read_text(errors="replace")
-        return any(root.glob("tokens/*/*.tmp*")) or "tokenising" in said
+        return any(root.glob("tokens/*/*.tmp*")) or "tokenizing" in said
     begun = attempt.begun()
     if instant == "between phases":
         return len(begun) > phases_before

@@ -302,7 +302,7 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     def again():
         """-> (fingerprint, how many files were tokenised)"""
         found = data.fingerprint(tokenize(folder))
-        return found, capsys.readouterr().out.count("tokenising ")
+        return found, capsys.readouterr().out.count("tokenizing ")
     before, count = again()
     assert count == 2 and again() == (before, 0)
     tokens = pipeline.token_dir(str(folder))
@@ -337,4 +337,4 @@ def test_progress_is_shown_inside_a_file(state, tmp_path, monkeypatch, capsys):
     write(tmp_path / "d", "a.jsonl", some_texts(30))
     monkeypatch.setattr(common, "progress", functools.partial(common.progress, every=0.0))
     tokenize(tmp_path / "d")
-    assert "\n  7 documents tokenised\n" in capsys.readouterr().out
+    assert "\n  7 documents tokenized\n" in capsys.readouterr().out

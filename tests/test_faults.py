@@ -55,9 +55,9 @@ def folder(prepared):
 
 def tried_out(out):
     """Asserts that --try_out=True has printed what it found."""
-    found = re.search(r"tried out: [\d.]+ s for the first step, [\d.]+ s for each after it, "
-                      r"[\d.]+ s for a measurement; a checkpoint has [\d.]+ GB, is written in "
-                      r"[\d.]+ s and read in [\d.]+ s", out.stdout)
+    found = re.search(r"trial run: first step [\d.]+ s, then [\d.]+ s a step, "
+                      r"measurement [\d.]+ s; checkpoint [\d,]+ MB, written in [\d.]+ s, "
+                      r"read in [\d.]+ s", out.stdout)
     assert out.returncode == 0 and found, out.stdout + out.stderr
 
 def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared, folder, tmp_path):
@@ -206,7 +206,7 @@ def test_a_loss_that_explodes_ends_the_phase_and_spares_the_good_checkpoint(prep
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60"],
                  "loss * 3 if call > 12 else loss", "training.EXPLODED = 8")
     assert out.returncode == 1 and "the loss has exploded" in out.stderr, out.stdout + out.stderr
-    assert "nothing is saved meanwhile" in out.stdout
+    assert "not saving checkpoints until it falls" in out.stdout
     step = checkpoint.newest(folder)
     assert f"that of step {step} " in out.stderr and 1 <= step <= 12
     lines = common.read_json_lines(folder / "metrics.jsonl")

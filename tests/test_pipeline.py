@@ -257,7 +257,7 @@ def test_nothing_is_installed_offline_or_in_a_job(tmp_path, name):
 @needs_venv
 @pytest.mark.parametrize("fails,code,last", [
     ({"base_eval.py": 2}, 1, "done, but these failed: base-eval; run the same command again"),
-    ({"base_eval.py": 1, "mid_train.py": 3}, 3, "mid failed with code 3; "),
+    ({"base_eval.py": 1, "mid_train.py": 3}, 3, "mid failed (exit 3): "),
     ({"mid_train.py": 75}, 75, "stopped in mid with everything saved: run the same command again")])
 def test_the_exit_code_and_the_last_line_say_how_it_went(tmp_path, fails, code, last):
     """test_launch.py has which phases run then."""

@@ -203,7 +203,7 @@ def test_a_file_of_which_each_attempt_brings_something_is_not_given_up(server, t
 def test_where_nothing_comes_at_all_not_every_file_is_tried(server, tmp_path, capsys):
     names = [f"{i}.parquet" for i in range(200)]
     code, err = failure(capsys, get, server, tmp_path, names, workers=4)
-    assert code == 1 and "200 files could not be had" in err and 1 <= len(server.seen) <= 8
+    assert code == 1 and "200 files could not be downloaded" in err and 1 <= len(server.seen) <= 8
 
 def test_a_silent_server_is_asked_again_and_progress_is_shown(
         server, tmp_path, monkeypatch, capsys):
@@ -470,7 +470,7 @@ def test_starting_over_without_a_network_leaves_the_old_data_where_they_are(hub,
     assert prepare(hub, state, *args).returncode == 0
     before = digests(state)
     out = prepare(hub, state, *args, "--start_over=True", env={"NANOCHAT_OFFLINE": "1"})
-    assert out.returncode == 2 and "the network is not used" in out.stderr
+    assert out.returncode == 2 and "NANOCHAT_OFFLINE is set" in out.stderr
     assert digests(state) == before and not list(state.glob("*.old-*"))
     assert prepare(hub, state, *args, "--start_over=True").returncode == 0
     assert len(list(state.glob("*.old-*"))) == 1
@@ -494,7 +494,7 @@ def test_damage_is_found_and_mended(hub, state):
     assert out.returncode == 2 and len(hub.seen) == asked
     for line in (r"damaged +text +2 of 4 ", r"damaged +CORE ", r"t.jsonl:1: ",
                  r"damaged +gsm8k_test .* mid-eval sft-eval rl rl-eval\n",
-                 r"missing +humaneval_test ", r"damaged +words_alpha ", r"have +arc_easy_test "):
+                 r"missing +humaneval_test ", r"damaged +words_alpha ", r"ok +arc_easy_test "):
         assert re.search(line, out.stdout), line + out.stdout
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
     assert out.returncode == 2 and len(hub.seen) == asked
@@ -679,7 +679,7 @@ def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state
             "--mixture=identity"]
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
     assert out.returncode == 0 and not hub.seen, out.stdout + out.stderr
-    assert "1 files to train on and 1 to validate" in out.stdout and "not read" not in out.stdout
+    assert "1 files for training, 1 for validation" in out.stdout and "not read" not in out.stdout
     assert prepare(hub, state, *args, "--check=True").returncode == 0
     assert sorted(p.name for p in own.iterdir()) == ["0.jsonl.gz", "1.jsonl.gz"]
     (own / "more.jsonl").mkdir()
@@ -706,8 +706,8 @@ def test_the_toy_world_is_checked_file_by_file(state):
     assert script(state, *made).returncode == 0
     out = check()
     assert out.returncode == 0, out.stdout
-    assert re.search(r"have +smoltalk_train +1 of 1 .*mid sft", out.stdout)
-    assert re.search(r"have +CORE +8 of 8 ", out.stdout), "each of its files"
+    assert re.search(r"ok +smoltalk_train +1 of 1 .*mid sft", out.stdout)
+    assert re.search(r"ok +CORE +8 of 8 ", out.stdout), "each of its files"
     # one's own conversations are looked at here too, and before the world is made anew
     talks = state / "talks.jsonl"
     for extra, text, code in ((f"--extra_conversations={talks}", None, 2),
@@ -724,7 +724,7 @@ def test_the_toy_world_is_checked_file_by_file(state):
     out = check()
     assert out.returncode == 2
     assert re.search(r"damaged +gsm8k_test ", out.stdout)
-    assert "gsm8k_test.jsonl is not as it was made" in out.stdout
+    assert "gsm8k_test.jsonl does not match its checksum" in out.stdout
     assert "run: python prepare_data.py --data=toy\n" in out.stderr
 
 def test_the_toy_world_is_made_beside_the_users_own_files(state):
