@@ -109,7 +109,7 @@ def make_plan(words):
         common.check(name in listed, f"no such phase: {name!r}; the phases are {' '.join(listed)}")
     names = list(listed)
     names = [n for n in names[names.index(first):] if n in only and n not in skipped]
-    common.check(names, f"--from, --only and --skip-... leave no phase to run ({HELP})")
+    common.check(names, f"--from, --only and --skip-... leave nothing to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", depth, 99)
     nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
