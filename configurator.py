@@ -15,7 +15,9 @@ only logged.
 import ast
 import contextlib
 import difflib
+import math
 import os
+import re
 import runpy
 import sys
 import types
@@ -26,8 +28,9 @@ from typing import NamedTuple
 import common
 import pipeline
 
+ACTIONS = ("start_over", "try_out", "check")  # for one call, they are no settings of a run
 MARKER = "# ---- settings below may change at every resume"
-KINDS = {type(None): "None or a number", int: "a whole number", float: "a number",
+KINDS = {type(None): "a number or None", int: "a whole number", float: "a number",
          bool: "True or False", str: "a text", list: "a list"}
 
 # what settings may be that several scripts have; -1 only where it is the default: not given
@@ -35,7 +38,14 @@ LEAST = {"seed": 0, "threads": 0, "eval_every": 0, "sample_every": 0, "depth": 1
          "max_seq_len": 16, "rows": 1, "device_batch_size": 1, "rollout_rows": 1,
          "max_new_tokens": 1, "num_steps": 1, "max_steps": 1, "total_batch_size": 1,
          "max_items": 1, "problems_per_step": 1, "samples": 2, "eval_problems": 1,
-         "eval_samples": 1}
+         "eval_samples": 1, "eval_tokens": 0, "max_skipped": 0}
+# likewise, of numbers: from, to
+NUMBERS = {"matrix_lr": (0, math.inf), "embedding_lr": (0, math.inf),
+           "unembedding_lr": (0, math.inf), "scalar_lr": (0, math.inf),
+           "lr_fraction": (0, math.inf), "temperature": (0, math.inf),
+           "save_minutes": (0, math.inf), "time_limit": (0, math.inf),
+           "target_flops": (0, math.inf), "warmup_ratio": (0, 1), "warmdown_ratio": (0, 1),
+           "final_lr_fraction": (0, 1)}
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025")}
 
@@ -93,6 +103,9 @@ def convert(name, value, default):
     number = default is None and type(found) in (int, float)
     if type(found) is not type(default) and not number:
         common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
+    if name == "data":
+        common.check(found or not default, "--data is empty: give toy, fineweb_edu, climbmix or a "
+                     "folder of texts")
     if name == "data" and found:
         found = pipeline.whole_path(found)
     check_range(name, found, default)
@@ -103,22 +116,55 @@ def check_range(name, value, default):
     key = name.rpartition(".")[2]
     if key in CHOICES:
         choices = CHOICES[key]
-        common.check(str(value) in choices, f"--{name} must be {', '.join(choices)}, not {value!r}")
-    if key in LEAST and value is not None and not value == default == -1:
+        common.check(str(value) in choices, f"--{name} must be one of {', '.join(choices)}, not "
+                     f"{value!r}")
+    if key == "tag":
+        sound = re.fullmatch(r"([\w-][\w.-]*)?", value, re.ASCII) and ".old-" not in value
+        common.check(sound, f"--{name} must be of letters, digits, -, _ and . only, without . at "
+                     f"its start and without .old- in it, not {value!r}")
+    if value is None or value == default == -1:
+        return
+    if key in LEAST:
         sound = type(value) is int and value >= LEAST[key]
-        common.check(sound, f"--{name} must be a whole number from {LEAST[key]} on, not {value!r}")
+        common.check(sound, f"--{name} must be a whole number of at least {LEAST[key]}, not "
+                     f"{value!r}")
+    if key in NUMBERS:
+        low, high = NUMBERS[key]
+        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        common.check(low <= value <= high, f"--{name} must be {allowed}, not {value!r}")
 
 def split(argument):
     """An argument as (name, value).
     example: "--mid-eval.max-items=8" -> ("mid-eval.max_items", "8")"""
-    common.check(argument.startswith("--") and "=" in argument, f"cannot read the argument "
-                 f"{argument!r}: write --key=value, or the name of a .py file of assignments")
+    common.check(argument.startswith("--"), f"cannot read the argument {argument!r}: write "
+                 "--key=value, or the name of a .py file of assignments")
+    common.check("=" in argument, f"{argument} needs a value: write {argument}=VALUE (a switch is "
+                 f"{argument}=True)")
     name, _, value = argument[2:].partition("=")
     part, dot, key = name.rpartition(".")
     return part + dot + key.replace("-", "_"), value
 
-def nearest(name, names):
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+def suggestion(name, names):
+    """example: ("lr", ["matrix_lr", "depth"]) -> "did you mean --matrix_lr?"; without a name that
+    is close it says where all are listed"""
+    name = name.lower()
+    found = [other for other in dict.fromkeys(names) if other.endswith(f"_{name}")]
+    found = found or difflib.get_close_matches(name, names, n=1)
+    if not found:
+        return "--help lists all of them"
+    return f"did you mean {' or '.join('--' + other for other in found)}?"
+
+def read_settings_file(path):
+    """{name: value} of a file of assignments. Failure where it cannot be run."""
+    common.check(os.path.exists(path), f"no such settings file: {path}")
+    try:
+        found = runpy.run_path(path)
+    except SyntaxError as e:
+        common.fail(f"{path}, line {e.lineno}: {e.msg}")
+    except Exception as e:  # noqa: BLE001  (whatever its lines may raise)
+        common.fail(f"{path} cannot be run: {type(e).__name__}: {e}")
+    return {name: value for name, value in found.items() if not (name.startswith("_")
+            or callable(value) or isinstance(value, types.ModuleType))}
 
 # -------------------------------------------------------------------------------------------------
 # a script's own call
@@ -142,20 +188,17 @@ def configure(module_globals, short=(), of_phases=False):
             sys.exit(0)
         if word in short:
             given = {short[word]: next(words, None)}
-            common.check(given[short[word]] is not None, f"{word} takes a value behind it")
+            common.check(given[short[word]] is not None, f"{word} needs a {short[word]}")
         elif word.endswith(".py") and not word.startswith("-"):
-            common.check(os.path.exists(word), f"no such settings file: {word}")
-            given = {name: value for name, value in runpy.run_path(word).items()
-                     if not (name.startswith("_") or callable(value)
-                             or isinstance(value, types.ModuleType))}
+            given = read_settings_file(word)
         else:
             given = dict([split(word)])
         for name, value in given.items():
             if of_phases and "." in name:
                 settings.of_phases[name] = value
                 continue
-            common.check(name in table, f"unknown setting {name!r} in {word}; the nearest is "
-                         f"--{nearest(name, table)} (--help prints them all)")
+            common.check(name in table, f"unknown setting {name!r} in {word}; "
+                         f"{suggestion(name, table)}")
             values[name] = value
     settings.defining, settings.free = {}, {}
     for name, setting in table.items():  # an edited default is checked as an override is
@@ -166,12 +209,17 @@ def configure(module_globals, short=(), of_phases=False):
     return settings
 
 def print_help(doc, table):
-    print(f"{doc.strip()}\n\nsettings:")
-    above = True
-    for name, setting in table.items():
-        if above and not setting.defining:
-            print("\nthese do not define the result and may change at every resume:")
-        above = setting.defining
+    print(doc.strip())
+    head = None
+    for name, setting in sorted(table.items(), key=lambda item: item[0] in ACTIONS):
+        before = head
+        head = "settings"
+        if not setting.defining:
+            head = "settings that may change when a run is resumed"
+        if name in ACTIONS:
+            head = "actions of this call"
+        if head != before:
+            print(f"\n{head}:")
         left = f"  --{name}={setting.default!r}"
         print(f"{left:<40} {setting.comment}")
 
@@ -198,6 +246,8 @@ def check_arguments(arguments):
     for argument in arguments:
         name, value = split(argument)
         part, _, key = name.rpartition(".")
+        flag = key in ("only", "from") or key.startswith("skip_")
+        common.check(not flag, f"--{key} is a flag of speedrun.sh: put it before the --")
         common.check(key not in ("data", "depth", "tag"), f"--{key} cannot stand behind the --: "
                      "put --data and --depth before it (the tag is d<depth>)")
         known = [defaults(phase.script) for phase in pipeline.PHASES if part in ("", phase.name)]
@@ -205,7 +255,7 @@ def check_arguments(arguments):
                      f"{', '.join(phase.name for phase in pipeline.PHASES)}")
         having = [settings for settings in known if key in settings]
         whose = f"the phase {part} has no" if part else "no phase has a"
-        common.check(having, f"{whose} setting {key!r}; the nearest is "
-                     f"--{nearest(key, chain(*known))}")
+        common.check(having, f"{whose} setting {key!r}; "
+                     f"{suggestion(key, list(chain(*known)))}")
         for settings in having:
             convert(name, value, settings[key])

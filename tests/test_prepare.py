@@ -566,7 +566,7 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
     out = prepare(hub, state, *FINEWEB, "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
     out = prepare(hub, state, *FINEWEB, "--check=True", "--sft.mixtrue=gsm8k")
-    assert out.returncode == 2 and "nearest is --mixture" in out.stderr
+    assert out.returncode == 2 and "did you mean --mixture" in out.stderr
 
 def test_phases_read_tasks_only_through_settings_that_declare_them():
     """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere

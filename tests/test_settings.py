@@ -88,8 +88,8 @@ def test_a_tuple_in_a_file_of_assignments_is_a_list(tmp_path):
     (["--dept=4"], "--depth"), (["--depth=four"], "whole number"),
     (["--depth=1.5"], "whole number"), (["--depth=True"], "whole number"),
     (["--on=1"], "True or False"), (["--lr=fast"], "a number"),
-    (["--limit=soon"], "None or a number"), (["depth=4"], "--key=value"),
-    (["--depth"], "--key=value"), (["absent.py"], "no such settings file"),
+    (["--limit=soon"], "a number or None"), (["depth=4"], "--key=value"),
+    (["--depth"], "--depth=VALUE"), (["absent.py"], "no such settings file"),
     (["--later=4"], "unknown setting"), (["--sft.depth=4"], "unknown setting")])
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     out = run(tmp_path, *args)
@@ -105,7 +105,14 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     ("max_steps", "0", -1, False), ("total_batch_size", "-2", -1, False),
     ("device", "gpu", "auto", False), ("dtype", "fp16", "auto", False),
     ("compile", "maybe", "auto", False), ("compile", "True", "auto", True),
-    ("compile", "False", False, True)])
+    ("compile", "False", False, True), ("matrix_lr", "-1.0", 0.02, False),
+    ("matrix_lr", "-0.5", 0.02, False), ("warmup_ratio", "7.0", 0.01, False),
+    ("warmup_ratio", "1.0", 0.01, True), ("save_minutes", "-1.0", 3.0, False),
+    ("time_limit", "-1", None, False), ("time_limit", "None", None, True),
+    ("eval_tokens", "-5", 100, False), ("max_skipped", "-1", 10, False),
+    ("target_flops", "-1.0", -1.0, True), ("target_flops", "-2.0", -1.0, False),
+    ("tag", "..", "", False), ("tag", "a/b", "", False), ("tag", "my run", "", False),
+    ("tag", "x.old-1", "", False), ("tag", "wide-2.5_b", "", True), ("tag", "", "", True)])
 def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, capsys):
     if right:
         assert str(configurator.convert(name, value, default)) == value
@@ -131,7 +138,7 @@ def test_a_setting_may_have_a_short_name_of_two_words(tmp_path):
     found = values(tmp_path, "-n", "--on=1", "--depth=4", more=short)
     assert found == "(4, 0.5, '--on=1', False, ['a'], None, 8)"
     out = run(tmp_path, "-n", more=short)
-    assert out.returncode == 2 and "-n takes a value" in out.stderr
+    assert out.returncode == 2 and "-n needs a name" in out.stderr
     assert run(tmp_path, "-n", "b").returncode == 2, "no other script has it"
 
 def test_settings_of_other_phases_are_kept_apart_where_a_script_takes_them(tmp_path):
