@@ -76,12 +76,12 @@ def problem(directory, step, optimizer=True):
     return None
 
 def newest(directory, optimizer=True, say=common.print0):
-    """The newest step whose checkpoint is whole, or None; says why it passes over others."""
+    """The newest step whose checkpoint is whole, or None; says why it skips others."""
     for step in steps(directory):
         why = problem(directory, step, optimizer)
         if why is None:
             return step
-        say(f"passing over the checkpoint of step {step} in {directory}: {why}")
+        say(f"skipping the damaged checkpoint of step {step} in {directory}: {why}")
     return None
 
 def made_by_nanochat(directory):
@@ -136,7 +136,7 @@ def write_file(path, write, still_mine):
         os.fsync(f.fileno())
     digest = hashing.sha256.hexdigest()
     if common.sha256_file(temporary) != digest:
-        raise OSError(f"{path.name} reads back other than it was written")
+        raise OSError(f"{path.name} was written to disk wrongly")
     if not still_mine():
         raise OSError("the lock is lost")
     size = temporary.stat().st_size
@@ -157,7 +157,7 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
     meta_text = json.dumps({**meta, "step": step}, indent=1)
     for name, tensor in model_state.items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"its weights are not finite ({name})")
+            raise FloatingPointError(f"{name} has a nan or inf")
 
     def write(name, how):
         return write_file(directory / name, how, still_mine)

@@ -3,6 +3,7 @@ Small things that every file may need: errors, printing, files, random numbers. 
 library is imported here, so that a script can check its inputs in milliseconds.
 """
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 
 class Failure(Exception):
     """
-    What a person can mend, as one line: what, where, what to do. Libraries raise it; uncaught it is
+    What a person can fix, as one line: what, where, what to do. Libraries raise it; uncaught it is
     printed as `error: ...` without a traceback and ends the process with its code:
     2 nothing was started, 75 all is saved and the same command goes on, 1 anything else.
     """
@@ -130,8 +131,12 @@ def writing(path, code=1):
     try:
         yield
     except OSError as e:
-        fail(f"could not write to {path}: {e}; what is saved is untouched: make room or make it "
-             "writable and run the same command again", code)
+        advice = "check the path and $NANOCHAT_BASE_DIR"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some space and run the same command again"
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "make it writable and run the same command again"
+        fail(f"could not write to {path}: {e}; what is saved is untouched: {advice}", code)
 
 def atomic_write(path, content):
     """Writes text or bytes to `path` so that a reader, or a death of this process, sees the old

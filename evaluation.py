@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from records import differences
+from records import differences, other_inputs
 
 BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
 
@@ -48,8 +48,8 @@ class Evaluation:
         """Keeps a piece that is measured; collective. None is the answer of one that was asked to
         stop: it ends the process with 75."""
         if value is None:
-            self.run.exit_interrupted(f"{self.run.should_stop()}; the {len(self.pieces)} pieces "
-                                      "measured so far are kept")
+            self.run.exit_interrupted(f"{self.run.should_stop()}; parts measured and kept: "
+                                      f"{len(self.pieces)}")
         self.pieces[piece] = value
         if self.run.partial:
             seconds = round(time.monotonic() - self.began, 3)
@@ -116,8 +116,8 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     begun = lines[0] if lines else {}
     kept = [line for line in lines if "piece" in line]
     if lines and not fits(begun):
-        changed = ", ".join(differences(begun.get("inputs", {}), inputs)) or "dtype"
-        common.print0(f"what an evaluation with other inputs left is dropped: {changed}")
+        common.print0("starting this evaluation anew, since the unfinished one had other settings "
+                      f"or inputs: {what_changed(begun.get('inputs', {}), inputs)}")
         begun, kept = {}, []
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
     start = {"inputs": inputs, "chosen": compute.recorded()}
@@ -127,11 +127,18 @@ def open_or_exit(run, path, inputs, settings, needed=()):
             common.atomic_write(partial, text)
         run.partial = partial
     if kept:
-        common.print0(f"continuing, {len(kept)} pieces are there already")
+        common.print0(f"resuming, parts measured already: {len(kept)}")
     run.set_deadline(settings["time_limit"])
     pieces = {line["piece"]: line["value"] for line in kept}
     earlier = max((line["seconds"] for line in kept), default=0.0)
     return Evaluation(run, path, start, compute, pieces, time.monotonic() - earlier)
+
+def what_changed(old, new):
+    """The inputs of two evaluations -> what differs, in words. They are the same but for dtype
+    where nothing does."""
+    old, new = dict(old), dict(new)
+    settings = differences(old.pop("settings", {}), new.pop("settings", {}))
+    return ", ".join(settings + other_inputs(old, new)) or "dtype"
 
 # -------------------------------------------------------------------------------------------------
 # scores
@@ -180,5 +187,7 @@ def name_of(task, data, result):
     return name
 
 def print_score(name, result):
-    common.print0(f"{name:<32} {result['accuracy']:.4f}  ({result['low']:.4f} to "
-                  f"{result['high']:.4f}, centred {result['centred']:+.4f}, {result['n']:,} items)")
+    low, high = 100 * result["low"], 100 * result["high"]
+    common.print0(f"{name:<32} {100 * result['accuracy']:.1f} % (95 %: {low:.1f} to {high:.1f} %, "
+                  f"{result['n']:,} items), centred {result['centred']:+.4f} (0: guessing, 1: all "
+                  "right)")

@@ -98,8 +98,11 @@ def holder_name(holder):
 def check_free(directory):
     """Failure (code 2) with the holder's name where a living process writes in `directory`."""
     if holder := living_holder(directory):
-        common.fail(f"{directory} is being written by {holder_name(holder)}; wait for it or stop "
-                    f"it first (if that process is dead, remove {directory / 'lock.json'})")
+        advice = f"wait for it or stop it first (kill {holder['pid']})"
+        if not is_here(holder):
+            advice = (f"wait for it or stop it first (only if {holder['host']} is gone for good: "
+                      f"remove {Path(directory) / 'lock.json'})")
+        common.fail(f"{directory} is being written by {holder_name(holder)}; {advice}")
 
 def end_stray(path, holder):
     """Ends a process of an earlier attempt that runs on here: it would go on computing, and hold
@@ -120,10 +123,10 @@ def take_lock(directory):
         check_free(path.parent)
         holder = common.read_json(path)
         if "host" in holder:
-            why = "which is dead"
+            why = "is gone"
             if end_stray(path, holder):
-                why = "an attempt that Slurm has ended: killed"
-            common.print0(f"taking over the lock of {holder_name(holder)}, {why}")
+                why = "still ran though Slurm had ended it, and was killed"
+            common.print0(f"the last attempt ({holder_name(holder)}) {why}: resuming")
         common.remove_abandoned(path)
         token = uuid.uuid4().hex
         temporary = path.with_name(f".lock.json.tmp-{token}")

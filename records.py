@@ -11,6 +11,12 @@ import checkpoint
 import common
 import pipeline
 
+# inputs that are not those of the last start, in words
+INPUTS = {"data": "other data", "tasks": "other files of tasks", "base": "another base model",
+          "mid": "another midtrained model", "sft": "another finetuned model",
+          "bundle": "other files of CORE",
+          "weights": "other weights of the model", "missing": "other missing files"}
+
 # -------------------------------------------------------------------------------------------------
 # reading
 
@@ -65,10 +71,15 @@ def binds(record, directory, damage=None):
 # comparing
 
 def differences(old, new):
-    """["depth: 4 -> 6", ...] for two dicts"""
+    """["depth was 4, now 6", ...] for two dicts"""
     keys = dict.fromkeys([*old, *new])
-    return [f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}"
+    return [f"{k} was {old.get(k, 'not set')}, now {new.get(k, 'not set')}"
             for k in keys if old.get(k) != new.get(k)]
+
+def other_inputs(old, new):
+    """["other data", ...] for the inputs of two starts, whose hashes tell a person nothing"""
+    keys = dict.fromkeys([*old, *new])
+    return [INPUTS.get(k, f"another {k}") for k in keys if old.get(k) != new.get(k)]
 
 def comparable(settings, directory):
     """Settings as two starts are compared: an empty tag stands for the folder's name, and a data
@@ -81,11 +92,11 @@ def comparable(settings, directory):
     return settings
 
 def changes(old, directory, settings, inputs=None):
-    """What defines the result and is other than in the record `old`, as differences() has it.
-    inputs=None: they are not known yet."""
+    """What defines the result and is other than in the record `old`, in words. inputs=None:
+    they are not known yet."""
     changed = differences(comparable(old["settings"], directory),
                           comparable(settings.defining, directory))
-    return changed + differences(old["inputs"], old["inputs"] if inputs is None else inputs)
+    return changed + other_inputs(old["inputs"], old["inputs"] if inputs is None else inputs)
 
 # -------------------------------------------------------------------------------------------------
 # judging
@@ -102,18 +113,19 @@ def judge(name, directory, settings, inputs, damage=None):
     common.check(checkpoint.made_by_nanochat(directory) is None, f"{directory} holds a model made "
                  "by nanochat: --start_over=True puts it aside and trains anew; without, later "
                  "phases go on from it (speedrun.sh --from)")
-    common.check(old or not checkpoint.holds_any(directory), f"{directory / 'phase.json'} is gone "
-                 f"or damaged, and no checkpoint there says what {name} was started with: put the "
-                 "file back, or let --start_over=True put the checkpoints aside and begin anew")
+    common.check(old or not checkpoint.holds_any(directory), f"{directory / 'phase.json'} is "
+                 f"missing or damaged, and no checkpoint there says what {name} was started with: "
+                 "restore the file, or start anew with --start_over=True, which puts the "
+                 "checkpoints aside")
     if old.get("status") == "lost":
-        common.print0(f"{directory / 'phase.json'} is gone or damaged: settings and inputs are "
-                      "compared with what the newest checkpoint says of them")
+        common.print0(f"{directory / 'phase.json'} is missing or damaged: restored from the "
+                      "newest checkpoint")
     changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
     if changed:
-        common.check(not binds(old, directory, damage), f"{name} was started with other settings "
-                     f"or inputs in {directory}: {changed} (--start_over=True keeps the old state "
-                     "aside and starts again)")
-        common.print0(f"{name}: begins with other settings or inputs than the last start, which "
+        common.check(not binds(old, directory, damage), f"{name} in {directory} was started with "
+                     f"other settings or inputs ({changed}): give the old ones to resume it, or "
+                     "--start_over=True to put it aside and start anew")
+        common.print0(f"{name}: starts with other settings or inputs than the last attempt, which "
                       f"had saved nothing: {changed}")
         return {}, None
     if old.get("status") == "done" and is_whole(directory, old, damage):
@@ -126,8 +138,8 @@ def judge(name, directory, settings, inputs, damage=None):
         if settings["start_over"]:
             return {}, None
         why = "; ".join(reasons) or "the manifest of model_*.pt is missing"
-        common.fail(f"no checkpoint in {directory} is whole, so {name} cannot go on ({why}): put "
-                    "the files right, or let --start_over=True put them aside and begin anew")
+        common.fail(f"no checkpoint in {directory} is whole ({why}): restore the files, or train "
+                    "again from step 0 with --start_over=True, which puts them aside")
     for reason in reasons:
         common.print0(reason)
     return old, step

@@ -161,20 +161,22 @@ class Run:
         return self.record, saved_step
 
     def say_what_changed(self, old, commit, difference):
-        """Prints how the last start has ended, and what has changed since without counting for the
-        result: settings, the source."""
+        """Prints how the last attempt has ended, and what has changed since without counting for
+        the result: settings, the source."""
         if old["status"] == "running":
-            advice = ""
+            said = f"{self.name}: the last attempt was killed or ran out of memory"
             if "device_batch_size" in self.settings:
-                advice = " (a smaller --device_batch_size needs less)"
-            common.print0(f"{self.name}: the last start ended without a word: killed, or out of "
-                          f"memory{advice}")
-        known = {k: v for k, v in self.settings.free.items() if k in old["free"]}
-        source = "hash of the uncommitted source"
-        before = {**old["free"], "commit": old.get("commit"), source: old.get("difference")}
-        now = {**known, "commit": commit, source: difference}
-        for line in records.differences(before, now):
-            common.print0(f"{self.name}: changed since the last start: {line}")
+                said += " (if so, use a smaller --device_batch_size)"
+            common.print0(said)
+        of_one_call = ("start_over", "try_out", "time_limit")
+        keys = [k for k in self.settings.free if k in old["free"] and k not in of_one_call]
+        before = {k: old["free"][k] for k in keys} | {"commit": old.get("commit")}
+        now = {k: self.settings.free[k] for k in keys} | {"commit": commit}
+        changed = records.differences(before, now)
+        if difference != old.get("difference"):
+            changed.append("the uncommitted part of the source code")
+        for line in changed:
+            common.print0(f"{self.name}: changed since the last attempt: {line}")
 
     def update_record(self, **facts):
         """Adds facts (for instance what a start-up probe chose) to the record; rank 0's on disk.
@@ -286,19 +288,19 @@ class Run:
         self.check_lock()
         checkpoint.sweep(self.directory, self.lock.mine)
         if isinstance(error, FloatingPointError):
-            advice = "lower the learning rates, or look at the data"
-        else:
-            free = shutil.disk_usage(self.directory).free / 1e9
-            advice = (f"{free:.1f} GB are free, make room or make it writable and run the same "
-                      "command again")
+            common.fail(f"the weights were not finite at step {self.saved_step}, so they were not "
+                        f"saved ({error}); {self.last_good()}: lower the learning rates or check "
+                        "the data", code=1)
+        free = shutil.disk_usage(self.directory).free / 1e9
         common.fail(f"could not save step {self.saved_step} in {self.directory}: {error}; "
-                    f"{self.last_good()}: {advice}", code=1)
+                    f"{self.last_good()}; {free:.1f} GB are free: free some space or make it "
+                    "writable, and run the same command again", code=1)
 
     def last_good(self):
         """example: "the last good checkpoint is that of step 400 in .../d4" """
         saved = checkpoint.newest(self.directory)
         if saved is None:
-            return f"nothing was saved before in {self.directory}"
+            return f"there is no earlier checkpoint in {self.directory}"
         return f"the last good checkpoint is that of step {saved} in {self.directory}"
 
     # ---------------------------------------------------------------------------------------------
@@ -348,15 +350,18 @@ class Run:
 
     def exit_interrupted(self, reason):
         """Marks the phase as saved and stopped, and ends the process with 75."""
+        why = {"deadline": "time limit", "signal SIGINT": "Ctrl-C"}.get(reason, reason)
+        said = f"stopped: {why}"
         if self.clock:  # it trains
             self.finish_save()
             if reason == TRIED_OUT:
                 self.leave(0, TRIED_OUT, facts=trial.facts_of(self))
             saved = "nothing saved yet"
             if self.saved_step is not None:
-                saved = f"saved at step {self.saved_step} of {self.clock.num_steps}"
+                saved = f"saved at step {self.saved_step:,} of {self.clock.num_steps:,}"
             reason = f"{reason}: {saved}"
-        common.print0(f"stopped: {reason}; run the same command again")
+            said = f"stopped ({why}): {saved}"
+        common.print0(f"{said}; run the same command again to resume")
         self.leave(75, reason)
 
     def leave(self, code, reason, next_command=None, facts=None):

@@ -49,7 +49,7 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
 
     path.unlink()
     out = run(*args, "--time_limit=0")
-    assert out.returncode == 75 and "the 0 pieces measured so far are kept" in out.stdout
+    assert out.returncode == 75 and "parts measured and kept: 0" in out.stdout
     assert not path.exists()
     # what it might have measured: all wrong, so that it can be told from the right
     wrong = [not right for right in whole["arc_easy"][:64]]
@@ -57,12 +57,12 @@ def test_what_is_kept_is_not_measured_again_and_two_ranks_measure_what_one_does(
         f.write(json.dumps({"piece": "arc_easy 0 to 64", "value": wrong, "seconds": 1.0}) + "\n")
     out = run(*args)
     assert out.returncode == 0, out.stdout + out.stderr
-    assert "1 pieces are there already" in out.stdout
+    assert "parts measured already: 1" in out.stdout
     assert outcomes(path) == {**whole, "arc_easy": wrong + whole["arc_easy"][64:]}
 
     path.unlink()
     out = run(*args, "--time_limit=0", launcher=TORCHRUN)
-    assert "the 0 pieces measured so far are kept" in out.stdout and not path.exists()
+    assert "parts measured and kept: 0" in out.stdout and not path.exists()
     last = common.read_json_lines(path.with_suffix(".partial.jsonl"))[-1]
     assert last["code"] == 75 and "deadline" in last["reason"]
     out = run(*args, launcher=TORCHRUN)

@@ -142,6 +142,6 @@ def test_bytes_that_read_back_other_than_written_are_no_checkpoint(tmp_path, mon
     real = checkpoint.common.sha256_file
     monkeypatch.setattr(checkpoint.common, "sha256_file",
                         lambda path: "0" * 64 if ".tmp" in str(path) else real(path))
-    with pytest.raises(OSError, match="reads back other"):
+    with pytest.raises(OSError, match="written to disk wrongly"):
         save(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == 1

@@ -54,7 +54,7 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     code, out = run("auto", "stop")
     word, words = status.describe_eval(path, state / "none")
     assert code == 75 and "kept {'a': [True, False]}" in out
-    assert word == "half" and "signal SIGTERM; the 1 pieces" in words
+    assert word == "half" and "signal SIGTERM; parts measured and kept: 1" in words
     with open(partial, "a") as f:
         f.write('{"piece": "b", "val')  # as a death in the middle of a line leaves it
     code, out = run("auto", "finish")
@@ -76,7 +76,7 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     assert code == 75
     path.unlink()
     code, out = run("float32", "finish")
-    assert code == 0 and "is dropped: dtype" in out and "kept {}" in out
+    assert code == 0 and "settings or inputs: dtype" in out and "kept {}" in out
 
 def test_progress_is_of_what_is_left_to_measure(monkeypatch, capsys):
     monkeypatch.setattr(common, "progress", functools.partial(common.progress, every=0.0))

@@ -61,13 +61,14 @@ def test_done_half_done_changed(folder, capsys):
     assert load_record(folder)["status"] == "done" and load_record(folder)["val_bpb"] == 1.0
     assert exit_code(start, folder) == 0 and "done already" in capsys.readouterr().out
     assert exit_code(start, folder, settings(depth=5)) == 2
-    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert "depth was 4, now 5" in capsys.readouterr().err
     assert exit_code(start, folder, inputs={"data": "other"}) == 2
-    assert "data: abc -> other" in capsys.readouterr().err
+    assert "other data" in capsys.readouterr().err
     run = start(folder, settings(rows=2), damage=lambda: "damaged")
     assert run.record["status"] == "running" and run.record["val_bpb"] == 1.0
     said = capsys.readouterr().out
-    assert "changed since the last start: rows: 8 -> 2" in said, "it does not define the result"
+    changed = "changed since the last attempt: rows was 8, now 2"
+    assert changed in said, "it does not define the result"
     run.close(1, "over")
 
 def test_what_goes_on_with_several_ranks_starts_as_many(monkeypatch):
@@ -123,7 +124,7 @@ def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damag
     run.close(75, "stopped")
     damage(folder / "phase.json")
     assert exit_code(start, folder, settings(depth=5)) == 2
-    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert "depth was 4, now 5" in capsys.readouterr().err
     assert exit_code(start, folder, inputs={"data": "other"}) == 2
     assert exit_code(models.find_model, "base", "toy", "d4") == 2
     assert "only half trained (step 3" in capsys.readouterr().err
@@ -131,7 +132,7 @@ def test_a_lost_record_is_taken_from_the_newest_checkpoint(folder, capsys, damag
     assert run.record["chosen"] == {"dtype": "float32"}
     assert load_record(folder)["status"] == "running"
     said = capsys.readouterr().out
-    assert "phase.json is gone or damaged" in said and "changed since" not in said
+    assert "phase.json is missing or damaged" in said and "changed since" not in said
     run.close(75, "stopped")
 
 @pytest.mark.parametrize("asked,advised", [({"device_batch_size": 8}, True), ({}, False)])
@@ -140,15 +141,16 @@ def test_a_start_that_ended_without_a_word_is_named_at_the_next(folder, capsys, 
     run.lock.release()  # as the kernel does it for a process that is killed
     start(folder, settings(**asked)).close(75, "stopped")
     said = capsys.readouterr().out
-    assert "ended without a word" in said and ("--device_batch_size" in said) == advised
+    assert "attempt was killed or ran out of memory" in said
+    assert ("--device_batch_size" in said) == advised
     start(folder, settings(**asked)).close(75, "stopped")
-    assert "without a word" not in capsys.readouterr().out
+    assert "the last attempt was killed" not in capsys.readouterr().out
 
 def test_while_another_process_writes_nobody_calls_it_dead(folder, capsys):
     run = start(folder)
     assert exit_code(start, folder) == 2
     said = capsys.readouterr()
-    assert "is being written by" in said.err and "without a word" not in said.out
+    assert "is being written by" in said.err and "the last attempt was killed" not in said.out
     run.close(75, "over")
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys):
@@ -247,7 +249,7 @@ def test_an_older_whole_checkpoint_is_gone_on_from(folder, capsys):
     damage_file(folder / "model_000009.pt")
     run = start(folder, damage=None)
     assert run.saved_step == 3
-    assert "passing over the checkpoint of step 9" in capsys.readouterr().out
+    assert "skipping the damaged checkpoint of step 9" in capsys.readouterr().out
     run.close(75, "stopped")
 
 def test_a_run_begun_with_start_over_whose_checkpoint_is_damaged_is_put_aside_too(folder):
@@ -275,7 +277,7 @@ def test_a_start_that_has_saved_nothing_binds_nobody(folder, capsys):
     start(folder, damage=None).close(1, "out of memory")
     run = start(folder, settings(depth=5), inputs={"data": "other"}, damage=None)
     said = capsys.readouterr().out
-    assert "had saved nothing: depth: 4 -> 5, data: abc -> other" in said
+    assert "had saved nothing: depth was 4, now 5, other data" in said
     assert run.record["settings"] == {"depth": 5} and run.record["inputs"] == {"data": "other"}
     save(run, 1)
     run.close(75, "stopped")
@@ -284,7 +286,7 @@ def test_a_start_that_has_saved_nothing_binds_nobody(folder, capsys):
 def test_what_is_whole_binds_though_a_death_came_before_it_was_called_done(folder, capsys):
     start(folder).close(1, "killed behind the last write")
     assert exit_code(start, folder, settings(depth=5)) == 2
-    assert "depth: 4 -> 5" in capsys.readouterr().err
+    assert "depth was 4, now 5" in capsys.readouterr().err
     run = start(folder, settings(depth=5), damage=lambda: "damaged")
     assert run.record["settings"] == {"depth": 5}
     run.close(75, "stopped")
@@ -299,7 +301,7 @@ def test_without_any_word_of_what_it_was_started_with_nothing_goes_on(folder, ca
     before = contents(folder)
     assert exit_code(start, folder, damage=None) == 2 and contents(folder) == before
     said = capsys.readouterr().err
-    assert "phase.json is gone" in said and "--start_over=True" in said and said.count("\n") == 1
+    assert "phase.json is missing" in said and "--start_over=True" in said and said.count("\n") == 1
 
 def test_nor_do_the_files_that_it_has_found(folder):
     run = start(folder, damage=None)
