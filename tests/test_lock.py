@@ -137,7 +137,7 @@ def test_an_earlier_attempt_of_the_same_slurm_job_is_over_and_its_stray_process_
     assert lock.living_holder(tmp_path) is None, "whatever its process does"
     mine = lock.take_lock(tmp_path)
     said = capsys.readouterr().out
-    assert stray.wait(10) == -signal.SIGKILL and "an attempt that Slurm has ended: killed" in said
+    assert stray.wait(10) == -signal.SIGKILL and "ended it, and was killed" in said
     assert mine.mine() and lock.held_in_kernel(tmp_path / "lock.json")
     mine.release()
 
