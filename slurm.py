@@ -129,7 +129,7 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
     if given_up():
         return f"Slurm has put job {job} back into the queue itself: {NOTHING_TO_TYPE}", False
     if code != 75:
-        return ("the job has failed and is not started again: mend what the lines above say, "
+        return ("the job has failed and is not started again: fix what the lines above name, "
                 f"then type: {again}"), False
     if terminated and state not in ("TIMEOUT", "PREEMPTED"):
         return (f"somebody, or Slurm, has ended this job (state {state}); everything is saved; "
