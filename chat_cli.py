@@ -139,8 +139,8 @@ def answer(ids, number):
     now.answering = False
     print(decoder.decode(b"", True), flush=True)
     if len(tokens) == most:
-        why = "--max_new_tokens" if most == max_new_tokens else "the context is full"
-        say(f"(cut after {most} tokens: {why})")
+        why = "raise --max_new_tokens" if most == max_new_tokens else "the context is full: /new"
+        say(f"(cut off after {most} tokens: {why})")
     return tokens
 
 # -------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-practised = [name for name, facts in tasks.TASKS.items() if facts["kind"] == "generative"]
+practised = [name for name, facts in tasks.TASKS.items()
+             if facts["kind"] == "generative" and facts["train"]]
 common.check(task in practised,
              f"--task must be {', '.join(practised)} (answers that can be checked), not {task!r}")
 common.check(temperature > 0, f"--temperature must be more than 0, not {temperature}: else all "

@@ -74,7 +74,8 @@ def show_uncaught(kind, value, trace, alone=False):
     rank, local_rank, _ = rank_world()
     if not isinstance(value, Failure):
         sys.__excepthook__(kind, value, trace)
-        return Failure(f"{kind.__name__}: {value}", code=1)
+        first_line = str(value).split("\n")[0][:200]  # a compiler's has thousands
+        value = Failure(f"{kind.__name__}: {first_line}", code=1)
     word = "stopped" if value.code == 75 else "error"
     if rank == 0 or (local_rank == 0 and value.code == 2):  # bad input is the same on all ranks
         print(f"{word}: {value}", file=sys.stderr, flush=True)
@@ -82,6 +83,26 @@ def show_uncaught(kind, value, trace, alone=False):
         print(f"error: rank {rank}: {value}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     return value
+
+def explained(error, name, settings, stop):
+    """The exception, or what it stands for as a Failure: memory is out, in the words of CUDA, MPS
+    or the host (code 1, with what to try instead); or the compiler was killed by the signal that
+    has also asked this run to stop, as Ctrl-C comes to both (75). stop: why, or None."""
+    text = str(error)
+    if stop and "Inductor" in type(error).__name__:
+        return Failure(f"{stop} while compiling; run the same command again", code=75)
+    signs = ("out of memory", "not enough memory", "allocate memory")
+    if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+        return error
+    fewer = [f"--{key}={settings[key] // 2}"
+             for key in ("device_batch_size", "rollout_rows", "rows") if settings.get(key, 1) > 1]
+    advice = "a smaller model needs less"
+    if fewer:
+        advice = (f"run the same command with {' '.join(fewer)}: the result stays the same to "
+                  "rounding, and what is saved goes on")
+    failure = Failure(f"ran out of memory in {name} ({text[:150]}); {advice}", code=1)
+    failure.facts["retry_with"] = fewer  # the launcher does so once
+    return failure
 
 def end_process(kind, value, trace):
     # Python takes the exit code from a hook that raises it

@@ -413,7 +413,7 @@ class Run:
 
     def end_process(self, kind, value, trace):
         """sys.excepthook: what nobody has caught ends the run."""
-        value = explained(value, self.name, self.settings or {})
+        value = common.explained(value, self.name, self.settings or {}, self.stop)
         # a rank that has joined the others, and has not got this from rank 0, may be the only one
         joined = self.ranks.patient_group is not None
         refuses_alone = joined and isinstance(value, common.Failure) and not value.of_rank_0
@@ -431,20 +431,3 @@ class Run:
 
 def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-def explained(error, name, settings):
-    """The exception; where it is one of the ways in which CUDA, MPS or the host say that memory is
-    out, a Failure (code 1) that says what to try instead."""
-    text = str(error)
-    signs = ("out of memory", "not enough memory", "allocate memory")
-    if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
-        return error
-    fewer = [f"--{key}={settings[key] // 2}"
-             for key in ("device_batch_size", "rollout_rows", "rows") if settings.get(key, 1) > 1]
-    advice = "a smaller model needs less"
-    if fewer:
-        advice = (f"run the same command with {' '.join(fewer)}: the result stays the same to "
-                  "rounding, and what is saved goes on")
-    failure = common.Failure(f"ran out of memory in {name} ({text[:150]}); {advice}", code=1)
-    failure.facts["retry_with"] = fewer  # the launcher does so once
-    return failure

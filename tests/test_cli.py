@@ -65,7 +65,7 @@ def test_a_missing_stage_is_named_with_what_exists_and_the_command_that_makes_it
         assert out.stderr.count("\n") == 1 and "Traceback" not in out.stderr and out.stdout == ""
         if "fineweb_edu" not in command:
             assert "base d1: step 40, " in out.stderr and " ago; sft" in out.stderr
-            assert re.search(r"sft d1: step 40, \S+ old, not finished", out.stderr)
+            assert re.search(r"sft d1: step 40, saved \S+ ago, not finished", out.stderr)
 
     make("mid")
     make("base", tag="d3")  # saved last

@@ -73,7 +73,7 @@ def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared,
     facts = left()
     assert facts["code"] == 0 and facts["num_steps"] == 50 and facts["evals"] == 1
     assert facts["bytes"] > 1_000_000 and facts["keep"] == 1 and facts["seconds"] > 0
-    assert "8 rows a rank and step" in out.stdout and not folder.exists()
+    assert "1 micro-batches of 8 on each of 1 ranks" in out.stdout and not folder.exists()
     assert not list((prepared / "toy/tokens").glob("*/train_*.json")), "random tokens will do"
 
     out = script(prepared, "mid_train.py", *FINETUNE, "--try_out=True", env=env)
@@ -106,7 +106,7 @@ def test_out_of_memory_says_what_to_try_to_the_launcher_too(prepared, folder, tm
     assert json.loads(outcome.read_text())["retry_with"] == ["--device_batch_size=4"]
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=2", "--device_batch_size=4"],
                  "out_of_memory(rows, 4) or loss")
-    assert out.returncode == 0 and "2 x 4 rows a rank" in out.stdout
+    assert out.returncode == 0 and "2 micro-batches of 4 on each of 1 ranks" in out.stdout
     assert "2 steps of 512 tokens" in out.stdout, "the batch of a step stays"
 
 def test_one_rank_looks_once_for_files_and_record(prepared, folder, tmp_path):

@@ -46,7 +46,7 @@ def test_a_batch_that_cannot_be_dealt_says_what_would_fit(capsys):
     with ends() as stopped:
         dataset.fit_micro_rows(8, 4, 3)
     says = capsys.readouterr().err
-    assert stopped.code == 2 and "8 rows cannot be dealt to 3 ranks" in says
+    assert stopped.code == 2 and "8 rows cannot be divided by 3 ranks" in says
     assert "2 or 1 ranks" in says
 
 def test_1_2_and_4_ranks_and_a_run_that_changes_between_them(prepared):

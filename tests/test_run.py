@@ -23,7 +23,7 @@ from configurator import Settings
 from conftest import REPO, alone, ends, exit_code, script
 from ranks import Ranks
 from records import load_record
-from run import Run, explained
+from run import Run
 
 def settings(start_over=False, rows=8, **defining):
     found = Settings(start_over=start_over, **defining)
@@ -468,8 +468,20 @@ def test_one_row_at_once_is_not_halved(capsys):
     said = capsys.readouterr().err
     assert "--rows=2" in said and "--device_batch_size" not in said
     run.settings = {"device_batch_size": 1}
-    failure = explained(MemoryError(), "test", run.settings)
+    failure = common.explained(MemoryError(), "test", run.settings, None)
     assert not failure.facts["retry_with"] and "run the same command" not in failure.message
+
+def test_a_compiler_that_the_same_signal_has_ended_is_no_failure(capsys):
+    class InductorError(Exception):
+        pass
+    run = alone()
+    error = InductorError("CppCompileError" + "\nall that the compiler has written" * 1000)
+    assert exit_code(run.end_process, InductorError, error, None) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: InductorError: CppCompileError") and len(last) < 300
+    run.stop = "signal SIGINT"
+    assert exit_code(run.end_process, InductorError, error, None) == 75
+    assert capsys.readouterr().err.count("\n") == 1
 
 def test_a_training_of_fewer_steps_than_a_trial_takes_leaves_the_trials_facts(
         folder, tmp_path, monkeypatch):
