@@ -109,8 +109,8 @@ if max_steps != -1:
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
 optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
 common.print0(
-    f"sft {directory.name}: {store.facts['documents']:,} conversations {store.facts['cut']:,} "
-    f"of them cut to a row of {length:,} tokens\n"
+    f"sft {directory.name}: {store.facts['documents']:,} conversations "
+    f"({store.facts['cut']:,} of them cut to a row of {length:,} tokens)\n"
     f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
     f"({batch_tokens:,} tokens)\n"
     f"  devices: {ranks.world} x {compute}")

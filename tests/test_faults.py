@@ -78,7 +78,7 @@ def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared,
 
     out = script(prepared, "mid_train.py", *FINETUNE, "--try_out=True", env=env)
     tried_out(out)
-    steps = int(re.search(r"(\d+) steps of 512 tokens", out.stdout)[1])
+    steps = int(re.search(r"training: (\d+) steps of \d+ of the", out.stdout)[1])
     assert left()["num_steps"] == steps and steps > 10, "the real number of its steps"
     tried_out(script(prepared, "chat_sft.py", *FINETUNE, "--try_out=True"))
     out = script(prepared, "chat_rl.py", *RL, "--try_out=True", env=env)
