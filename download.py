@@ -159,8 +159,8 @@ def check_online(paths, command):
     offline = os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0")
     why = "NANOCHAT_OFFLINE is set" if offline else "a Slurm job does not use the network"
     common.check(not offline and "SLURM_JOB_ID" not in os.environ,
-                 f"{len(paths)} files are missing and {why}; where there is internet, with the "
-                 "same NANOCHAT_BASE_DIR", command)
+                 f"missing files: {len(paths)}, the first {paths[0]}; {why}: download them on a "
+                 "machine with internet that sees the same NANOCHAT_BASE_DIR", command)
 
 def fetch_all(jobs, command, should_stop, workers=8, also=0):
     """

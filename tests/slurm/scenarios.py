@@ -264,14 +264,14 @@ def test_the_whole_pipeline_unattended_through_limits_preemption_requeue_and_a_l
 
     assert job.ended(2400) == "COMPLETED", job.log()[-5000:]
     log, attempts = job.log(), job.attempts()
-    limits = sum("requeued: job" in part and ("deadline" in part or "signal SIGUSR1" in part)
+    limits = sum("requeued: job" in part and ("time limit" in part or "signal SIGUSR1" in part)
                  for part in re.split(r"\nstate: ", log))  # one part for each attempt
     print(f"{many} steps; attempts: {attempts}; stopped by their limits: {limits}")
     assert limits >= 4, (f"{limits} limits came in {many} steps: is this machine faster now than "
                          f"when it was measured? SLURM_TEST_SECONDS={2 * SECONDS} asks for more")
     assert attempts.count("REQUEUED") >= 5 and "TIMEOUT" not in attempts, attempts
     assert attempts.count("PREEMPTED") == 1 and attempts.count("NODE_FAIL") == 1, attempts
-    assert "it will stop at" in log and "all done" in log
+    assert "it will stop with everything saved" in log and "all done" in log
     for folder, n in [("base_checkpoints", many), ("mid_checkpoints", few),
                       ("chatsft_checkpoints", few), ("chatrl_checkpoints", many)]:
         assert steps(state, folder) == list(range(n)), f"{folder}: a step is missing or there twice"
