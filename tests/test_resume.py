@@ -135,7 +135,7 @@ def test_a_changed_setting_or_input_refuses_and_starting_over_keeps_the_old(stra
     old, = (state / "toy/base_checkpoints").glob("d1.old-*")
     assert (old / "phase.json").exists()
     out = script(state, *PHASES["mid"])  # its parent is another one now
-    assert out.returncode == 2 and "base:" in out.stderr
+    assert out.returncode == 2 and "another base model" in out.stderr
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straight, tmp_path):
     state = tmp_path / "state"
