@@ -350,7 +350,7 @@ class Run:
 
     def exit_interrupted(self, reason):
         """Marks the phase as saved and stopped, and ends the process with 75."""
-        why = {"deadline": "time limit", "signal SIGINT": "Ctrl-C"}.get(reason, reason)
+        why = reason.replace("deadline", "time limit").replace("signal SIGINT", "Ctrl-C")
         said = f"stopped: {why}"
         if self.clock:  # it trains
             self.finish_save()
