@@ -78,7 +78,7 @@ def walk(node):
 # the sandbox: this process only starts it; what happens inside is in sandbox.py
 
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
-NAMESPACES = ["--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--mount-proc"]
+NAMESPACES = ["--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc"]
 
 def run_python(code, timeout=5.0, unsafe=False, test="", entry_point=""):
     """Runs a Python program. -> (True, "passed") if it came to its end without an exception, else
@@ -88,22 +88,40 @@ def run_python(code, timeout=5.0, unsafe=False, test="", entry_point=""):
     literals cross. Without `test` the program itself says that it came to its end, so code written
     against this very harness could say so too early.
     It runs in namespaces of its own (processes, network, mounts, users), as nobody when we are
-    root, with limits on time, memory, file size and processes, all disks read-only, in an empty
-    folder in memory, without our environment. Where the system refuses namespaces it is not run,
-    unless `unsafe`: then only the limits and the empty environment protect us."""
+    root, with limits on time, memory, file size and processes, without our environment. Of the disk
+    it sees Python's standard library, read-only, and an empty folder in memory. Where the system
+    refuses namespaces it is not run, unless `unsafe`: then only the limits and the empty
+    environment protect us."""
     available, why = sandbox_available()
     if not available and not unsafe:
         return False, f"not run: no sandbox here ({why})"
     verdict = supervise(code, test, entry_point, timeout, available)
     return verdict == "passed", verdict
 
-@functools.cache
 def sandbox_available():
-    """(True, "") if this system lets us make the sandbox (an empty program is run in it to know),
-    else (False, why)."""
-    if not shutil.which("unshare"):
+    """(True, "") if this system lets us make the sandbox, else (False, why)."""
+    return tried(namespaces=True)
+
+def can_run(unsafe):
+    """(True, "") if programs can be run here, in the sandbox or, if `unsafe`, without it; else
+    (False, why)."""
+    available, why = sandbox_available()
+    if available:
+        return True, ""
+    if not unsafe:
+        return False, f"there is no sandbox here ({why}); --unsafe_exec=True runs them without"
+    able, why_not = tried(namespaces=False)
+    return able, "" if able else f"there is no sandbox here ({why}), and without it: {why_not}"
+
+@functools.cache
+def tried(namespaces):
+    """Runs a right answer, to know whether any would be judged right. -> (True, "") or (False, why)
+    """
+    if namespaces and sys.platform != "linux":
+        return False, f"{sys.platform} has no namespaces"
+    if namespaces and not shutil.which("unshare"):
         return False, "there is no unshare program"
-    verdict = supervise("", "", "", timeout=20.0, namespaces=True)
+    verdict = supervise("def f(): return 1", "def check(f): assert f() == 1", "f", 20.0, namespaces)
     if verdict == "passed":
         return True, ""
     return False, verdict
@@ -116,7 +134,7 @@ def supervise(code, test, entry_point, timeout, namespaces):
     command = [sys.executable, "-I", "-S", SANDBOX, json.dumps(settings)]
     if namespaces:
         users = [] if become_nobody else ["--user", "--map-root-user"]
-        command = ["unshare", *users, *NAMESPACES, *command]
+        command = [shutil.which("unshare"), *users, *NAMESPACES, *command]
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o777)
         try:
@@ -126,13 +144,18 @@ def supervise(code, test, entry_point, timeout, namespaces):
                                   env={"PATH": "/usr/bin:/bin"}, start_new_session=True)
         except subprocess.TimeoutExpired:  # it has killed unshare, and --kill-child all the others
             return "the sandbox died: it did not end in time"
-    reason = done.stderr.strip().rpartition("\n")[2]
-    return done.stdout or f"the sandbox died: {reason}"
+    if done.stdout:
+        return done.stdout
+    said = done.stderr.strip().split("\n")
+    # the last line of a traceback; unshare's first, behind which it explains how it is called
+    return f"the sandbox died: {said[0] if said[0].startswith('unshare') else said[-1]}"
 
 def can_become_nobody():
     """Whether we are root with the user id of nobody, 65534: root of a namespace or of a container
     may have its own alone."""
     if os.geteuid() != 0:
         return False
-    counts = Path("/proc/self/uid_map").read_text().split()[2::3]
-    return sum(map(int, counts)) > 65534
+    uid_map = Path("/proc/self/uid_map")
+    if not uid_map.exists():  # no Linux
+        return True
+    return sum(map(int, uid_map.read_text().split()[2::3])) > 65534

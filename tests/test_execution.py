@@ -1,6 +1,7 @@
 """execution.py, sandbox.py: the calculator takes arithmetic and nothing else; hostile programs fail
 and harm nothing."""
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -103,7 +104,7 @@ os._exit(0)""",
     "reads every environment": """
 import os
 found = [str(os.environ)]
-for p in os.listdir('/proc'):
+for p in range(1, 30):
     try: found.append(open(f'/proc/{p}/environ').read())
     except OSError: pass
 assert any('HOME' in f or 'USER' in f for f in found)""",
@@ -149,6 +150,45 @@ def test_a_function_is_judged_by_tests_in_another_process():
     assert run_python("f = 3", test=CHECK, entry_point="f") == (False, "failed")
     assert run_python(CROSSING, test=CHECK_CROSSING, entry_point="f") == (True, "passed")
 
+NO_LITERALS = """
+import collections, decimal, fractions, math
+def f(kind, *args):
+    inf, nan = float('inf'), float('nan')
+    if kind == 'same': return args[0]
+    return {'inf': inf, 'list': [1, -inf, {'a': (inf, [nan])}], 'complex': complex(-inf, nan),
+            'nan': nan, 'keys': {inf: 1}, 'word': 'inf nan(1)', 'set': {-inf, 2.5},
+            'frozen': frozenset({frozenset(), inf}), 'half': fractions.Fraction(1, 2),
+            'decimal': [decimal.Decimal('0.1'), decimal.Decimal('Infinity')], 'range': range(3),
+            'deque': collections.deque([1, inf]), 'bytes': bytearray(b'x')}[kind]
+"""
+CHECK_NO_LITERALS = """
+import collections, fractions, math
+from decimal import Decimal
+def check(c):
+    inf = math.inf
+    assert c('inf') == inf and math.isnan(c('nan')) and c('word') == 'inf nan(1)'
+    one, least, rest = c('list')
+    assert (one, least, rest['a'][0]) == (1, -inf, inf) and math.isnan(rest['a'][1][0])
+    assert c('complex').real == -inf and math.isnan(c('complex').imag)
+    assert c('keys') == {inf: 1} and c('set') == {-inf, 2.5}
+    assert c('frozen') == {frozenset(), inf} and c('half') == 0.5
+    assert c('decimal') == [Decimal('0.1'), Decimal('Infinity')]
+    assert list(c('range')) == [0, 1, 2] and c('deque') == collections.deque([1, inf])
+    assert c('bytes') == b'x'
+    for value in (inf, [-inf], (inf, complex(0, -inf)), {frozenset({1}): fractions.Fraction(1, 3)}):
+        assert c('same', value) == value
+    assert math.isnan(c('same', [math.nan])[0]) and c('inf') != -inf and c('nan') != c('nan')
+"""
+
+@needs_sandbox
+def test_right_answers_that_are_no_literals_count():
+    right = run_python(NO_LITERALS, test=CHECK_NO_LITERALS, entry_point="f")
+    assert right == (True, "passed")
+    largest = "def f(x): return max(x, default=float('-inf'))"
+    for answer, verdict in (("-inf", True), ("inf", False), ("0", False)):
+        test = f"def check(f): assert f([]) == float({answer!r})"
+        assert run_python(largest, test=test, entry_point="f")[0] is verdict
+
 # programs that know how they are judged: each claims to pass without solving anything
 FORGERIES = {
     "equals everything": """
@@ -179,16 +219,16 @@ def f(x):
     "reads the other processes": """
 import os
 def f(x):
-    for p in os.listdir('/proc'):
-        if p.isdigit() and int(p) != os.getpid():
+    for p in range(1, 30):
+        if p != os.getpid():
             try: open(f'/proc/{p}/mem', 'rb'); return x + 1
             except OSError: pass
     return None""",
     "opens the pipes of the other processes": """
 import os
 def f(x):
-    for p in os.listdir('/proc'):
-        if p.isdigit() and int(p) != os.getpid():
+    for p in range(1, 30):
+        if p != os.getpid():
             for n in range(64):
                 try: fd = os.open(f'/proc/{p}/fd/{n}', os.O_WRONLY)
                 except OSError: continue
@@ -198,8 +238,8 @@ def f(x):
 import ctypes, os
 libc = ctypes.CDLL(None)
 def f(x):
-    for p in os.listdir('/proc'):
-        if p.isdigit() and int(p) != os.getpid() and libc.ptrace(16, int(p), 0, 0) == 0:
+    for p in range(1, 30):
+        if p != os.getpid() and libc.ptrace(16, p, 0, 0) == 0:
             return x + 1
     return None""",
     "copies what the other processes hold": """
@@ -209,11 +249,11 @@ class Part(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ct
 def f(x):
     mine = ctypes.create_string_buffer(8)
     here, there = Part(ctypes.addressof(mine), 8), Part(id(os), 8)
-    for p in os.listdir('/proc'):
-        if p.isdigit() and int(p) != os.getpid():
+    for p in range(1, 30):
+        if p != os.getpid():
             parts = ctypes.byref(here), 1, ctypes.byref(there), 1, 0
-            if libc.process_vm_readv(int(p), *parts) > 0: return x + 1
-            pidfd = libc.syscall(434, int(p), 0)
+            if libc.process_vm_readv(p, *parts) > 0: return x + 1
+            pidfd = libc.syscall(434, p, 0)
             if any(libc.syscall(438, pidfd, fd, 0) >= 0 for fd in range(20)): return x + 1
     return None""",
     "answers before it is asked": """
@@ -250,6 +290,14 @@ def f(x):
     for fd in range(3, 64):
         try: os.write(fd, b'=__import__("os")._exit(0)\\n' * 3)
         except OSError: pass""",
+    "answers with a call": """
+import os
+def f(x):
+    for fd in range(3, 64):
+        for said in (b'(None, exit(0))', b'(None, set.__class__(2))', b'(None, range)'):
+            try: os.write(fd, said + b'\\n')
+            except OSError: pass
+    os._exit(0)""",
     "answers without end": """
 import os
 def f(x):
@@ -340,13 +388,70 @@ def test_disks_are_read_only_but_for_a_small_folder_in_memory(tmp_path):
     too_much = "for i in range(40): open(f'f{i}', 'wb').write(b'x' * 1000000)"
     assert not run_python(too_much)[0]  # more than the folder holds
 
+def other_python():
+    """A Python that a user who is not root can start, behind what becomes that user, or None."""
+    # env: setpriv itself still has the rights of root when it looks for a program
+    setpriv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env"]
+    for python in (sys.executable, "/usr/bin/python3", "/usr/bin/python3.11"):
+        command = [*setpriv, python]
+        new = "import sys; assert sys.version_info >= (3, 11)"
+        with contextlib.suppress(OSError):
+            if not subprocess.run([*command, "-c", new], stderr=-3, check=False).returncode:
+                return command
+    return None
+
+@pytest.fixture
+def users_folder():
+    """A folder that an ordinary user may enter and owns, with the files of the sandbox in it."""
+    folder = Path(tempfile.mkdtemp())
+    for path in ("execution.py", "sandbox.py", "tests/ways_out.py"):
+        shutil.copy(REPO / path, folder)
+    (folder / "home").mkdir()
+    if os.geteuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, 65534, 65534)
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+def as_ordinary_user(folder, *args):
+    """Runs Python in `folder` as an ordinary user; skips where there is none who gets namespaces.
+    -> CompletedProcess"""
+    python = [sys.executable] if os.geteuid() else other_python()
+    if python is None:
+        pytest.skip("an ordinary user cannot start Python here")
+    asked = [*python, "-c", "import execution; print(*execution.sandbox_available())"]
+    start = functools.partial(subprocess.run, capture_output=True, text=True, cwd=folder,
+                              env={"PATH": os.environ["PATH"]})
+    answer = start(asked, check=True)
+    if answer.stdout.startswith("False"):
+        assert "unshare" in answer.stdout or "mount" in answer.stdout, answer
+        pytest.skip(f"an ordinary user gets no namespaces here: {answer.stdout.strip()}")
+    return start([*python, *args], check=False)
+
+@needs_sandbox
+@pytest.mark.parametrize("user", ["root", "root of one id", "ordinary"])
+def test_there_is_no_way_out_whoever_has_started_it(users_folder, user):
+    args = ["ways_out.py", str(users_folder / "home")]
+    if user == "ordinary":
+        done = as_ordinary_user(users_folder, *args)
+    else:
+        if os.geteuid():
+            pytest.skip("only root is root")
+        one_id = ["unshare", "--map-root-user"] if user == "root of one id" else []
+        if one_id and subprocess.run([*one_id, "true"], check=False).returncode:
+            pytest.skip("no user namespaces here")
+        if one_id:
+            shutil.chown(users_folder / "home", 0, 0)
+        done = subprocess.run([*one_id, sys.executable, *args], capture_output=True, text=True,
+                              cwd=users_folder, check=False)
+    assert done.stdout, done.stderr
+    assert json.loads(done.stdout) == {"refused without": [], "lead out": [], "view": True}
+
 AS_ORDINARY_USER = """
 import json, sys
 from execution import *
 forgeries, attacks, honest, check, precious = json.load(open('given.json'))
-if not sandbox_available()[0]:
-    print(sandbox_available()[1])
-    sys.exit(3)
 for name, code in forgeries.items():
     assert not run_python(code, 2.0, test=check, entry_point='f')[0], name
 for name, code in attacks.items():
@@ -357,37 +462,78 @@ assert run_python(honest, test=check, entry_point='f')[0]
 print('held')
 """
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_the_same_for_an_ordinary_user():
+def test_the_same_for_an_ordinary_user(users_folder):
     """The attacks again as a user with one id only, who owns what is attacked."""
-    setpriv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    folder = Path(tempfile.mkdtemp())
-    precious = folder / "home"
-    precious.mkdir()
+    precious = users_folder / "home"
     (precious / "file").write_text("x")
-    for name in ("execution.py", "sandbox.py"):
-        shutil.copy(REPO / name, folder)
-    (folder / "all.py").write_text(AS_ORDINARY_USER)
     given = [FORGERIES, ATTACKS, HONEST, CHECK, str(precious)]
-    (folder / "given.json").write_text(json.dumps(given))
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, 65534, 65534)
-
-    def can_start(python):
-        new = f"{python} -c 'import sys; assert sys.version_info >= (3, 11)'"
-        out = subprocess.run([*setpriv, "sh", "-c", new], capture_output=True, check=False)
-        return out.returncode == 0
-
-    pythons = [sys.executable, "/usr/bin/python3", "/usr/bin/python3.11"]
-    python = next(filter(can_start, pythons), None)
-    if python is None:
-        pytest.skip("an ordinary user cannot start Python here")
-    done = subprocess.run([*setpriv, python, "all.py"], capture_output=True, text=True, cwd=folder,
-                          env={"PATH": os.environ["PATH"]}, check=False)
-    shutil.rmtree(folder)
-    if done.returncode == 3:
-        pytest.skip(f"an ordinary user gets no namespaces here: {done.stdout.strip()}")
+    (users_folder / "given.json").write_text(json.dumps(given))
+    done = as_ordinary_user(users_folder, "-c", AS_ORDINARY_USER)
     assert done.stdout.strip() == "held", done.stderr
+
+# a Mac, as far as sandbox.py can see: neither prctl nor capset, no /proc, limits that are refused
+MAC = """
+import builtins, ctypes, os, resource, runpy, sys
+sys.platform = 'darwin'
+ctypes.CDLL = lambda *args, **more: object()
+real_open, real_limit, real_kill = open, resource.setrlimit, os.killpg
+def on_disk(path, *args, **more):
+    if str(path).startswith('/proc'): raise FileNotFoundError(2, 'No such file', path)
+    return real_open(path, *args, **more)
+def limit(which, values):
+    if which == resource.RLIMIT_AS: raise ValueError('current limit exceeds maximum limit')
+    real_limit(which, values)
+builtins.open, resource.setrlimit = on_disk, limit
+del os.setgroups
+runpy.run_path(SANDBOX, run_name='__main__')
+"""
+
+def on_a_mac(monkeypatch, folder, wrong=""):
+    monkeypatch.setattr(execution.sys, "platform", "darwin")
+    mac = folder / "mac.py"
+    mac.write_text(MAC.replace("SANDBOX", repr(SANDBOX)).replace("del os.setgroups", wrong))
+    monkeypatch.setattr(execution, "SANDBOX", str(mac))
+    execution.tried.cache_clear()
+
+def test_without_prctl_and_proc_programs_run_where_that_is_asked_for(monkeypatch, tmp_path):
+    on_a_mac(monkeypatch, tmp_path)
+    assert execution.can_run(unsafe=True) == (True, "")
+    able, why = execution.can_run(unsafe=False)
+    assert not able and why.startswith("there is no sandbox here (darwin has no namespaces); --un")
+    assert run_python(HONEST, test=CHECK, entry_point="f", unsafe=True) == (True, "passed")
+    wrong = run_python("def f(x): return x", test=CHECK, entry_point="f", unsafe=True)
+    assert wrong == (False, "failed")
+    endless = run_python("while True: pass", timeout=1.0, unsafe=True)
+    assert endless == (False, "timeout")
+    execution.tried.cache_clear()
+
+def test_where_no_answer_could_be_judged_right_none_is_judged(monkeypatch, tmp_path):
+    on_a_mac(monkeypatch, tmp_path, "del os.setpgid")
+    able, why = execution.can_run(unsafe=True)
+    assert not able
+    assert why.endswith("and without it: the sandbox died: module 'os' has no attribute 'setpgid'")
+    execution.tried.cache_clear()
+
+REFUSED = "echo 'unshare: unshare failed: Operation not permitted' >&2; exit 1"
+TOO_OLD = """echo "unshare: unrecognized option '--kill-child'" >&2
+echo "Try 'unshare --help' for more information." >&2; exit 1"""
+NO_MOUNTS = f"""exec {shutil.which('unshare')} {' '.join(execution.NAMESPACES)} --map-root-user \\
+setpriv --bounding-set=-sys_admin "${{@: -5}}" """
+
+@pytest.mark.parametrize("unshare,why", [
+    (REFUSED, "the sandbox died: unshare: unshare failed: Operation not permitted"),
+    (TOO_OLD, "the sandbox died: unshare: unrecognized option '--kill-child'"),
+    pytest.param(NO_MOUNTS, "the sandbox died: cannot mount tmpfs on /", marks=needs_sandbox),
+    (None, "there is no unshare program")])
+def test_why_there_is_no_sandbox_is_true(monkeypatch, tmp_path, unshare, why):
+    if unshare:
+        (tmp_path / "unshare").write_text(f"#!/bin/bash\n{unshare}\n")
+        (tmp_path / "unshare").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    execution.tried.cache_clear()
+    available, said = sandbox_available()
+    execution.tried.cache_clear()
+    assert not available and said.startswith(why), said
 
 AS_ROOT_WITH_ONE_ID = """
 import json
@@ -459,12 +605,15 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert not running(SANDBOX)
 
 DAEMON = """
-import os
+import os, time
 here, there = os.pipe()  # exec closes it
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        os.execv('/bin/sleep', ['sleep', '98765.4321'])
+        if os.path.exists('/bin/sleep'):
+            os.execv('/bin/sleep', ['sleep', '98765.4321'])
+        os.close(there)  # there are no programs in a sandbox
+        time.sleep(98765)
     os._exit(0)
 os.close(there)
 os.read(here, 1)  # until sleep runs
@@ -476,7 +625,7 @@ def test_a_daemon_of_the_program_does_not_outlive_it(monkeypatch, namespaces):
         monkeypatch.setattr(execution, "sandbox_available", lambda: (False, "refused"))
         assert run_python(DAEMON) == (False, "not run: no sandbox here (refused)")
     assert run_python(DAEMON, unsafe=True) == (True, "passed")
-    assert not running("98765.4321")
+    assert not running("98765.4321") and not running(SANDBOX)
 
 BOMB = """
 import os
