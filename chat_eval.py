@@ -82,11 +82,11 @@ inputs = {
     "settings": {**settings.defining, "tag": folder.name},
 }
 if "humaneval" in tasks:
-    sandbox, why = execution.sandbox_available()
-    if run.ranks.all_reduce_max(not (sandbox or unsafe_exec)):  # on any node
+    able, why = execution.can_run(unsafe_exec)
+    if run.ranks.all_reduce_max(not able):  # on any node
         tasks = [name for name in tasks if name != "humaneval"]
-        common.print0("HumanEval is left out: its programs cannot be run in a sandbox here "
-                      f"({why}); --unsafe_exec=True runs them without")
+        common.print0("HumanEval is left out, since its programs cannot be run: "
+                      f"{why or 'see what another node says'}")
 path = pipeline.report_dir(data) / f"chat_{source}_{folder.name}.json"
 # a result without a task that was left out then does not do where it is possible now
 measured = evaluation.open_or_exit(run, path, inputs, settings, needed=tasks)
