@@ -1,7 +1,8 @@
 """
 The lock of a folder: one process writes there. lock.json says who (host, boot, process, Slurm job
 and attempt); its file is locked in the kernel (flock) for as long as that process lives, and its
-mtime is the heartbeat for those who cannot see that: other hosts, file systems without flock.
+mtime is the heartbeat for those who cannot see that: other hosts, file systems without flock. The
+number of a process is only a name: in another container it means another process.
 
     lock = take_lock(directory)   # Failure (code 2) where a living process has it
     lock.mine()                   # looked at before every rename: an old process may have woken up
@@ -42,7 +43,8 @@ class Lock:
         while not self.file.closed:
             with contextlib.suppress(OSError):
                 if self.mine():  # else it may be that it could not be read just now
-                    os.utime(self.path)
+                    now = time.time()  # not the file server's, which may have another clock
+                    os.utime(self.path, (now, now))
             time.sleep(HEARTBEAT)
 
     def release(self):
@@ -65,6 +67,21 @@ def held_in_kernel(path):
 def is_here(holder):
     return holder["host"] == socket.gethostname() and holder.get("boot") == boot_id()
 
+def seen_by_kernel(path, holder):
+    """Whether this machine's kernel would have the lock if its holder lived: it was taken here, on
+    the file system that `path` is on here (the same one, mounted twice, may count as two)."""
+    disk = Path(path).stat().st_dev
+    return is_here(holder) and holder.get("kernel") and holder.get("disk", disk) == disk
+
+def holds_open(pid, path):
+    """Whether the process that has this number here has the file open."""
+    with contextlib.suppress(OSError):  # there is none, or it is another user's, or no /proc
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(fd, path):
+                    return True
+    return False
+
 def is_earlier_attempt(holder):
     """Whether it is an earlier attempt of this very Slurm job, which is over whatever its processes
     do: those of a node that Slurm has lost run on, until they look at their lock."""
@@ -81,11 +98,11 @@ def living_holder(directory, now=time.time):
         return None
     if held_in_kernel(path):
         return holder
-    if is_here(holder) and holder.get("kernel"):
-        return None  # the kernel would hold it: it frees the lock when a process dies
-    if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
-        return None
     with contextlib.suppress(OSError):  # it may have been given back just now
+        if seen_by_kernel(path, holder):
+            return None  # it frees the lock when a process dies
+        if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
+            return None
         silence = now() - path.stat().st_mtime
         return holder if silence < (PATIENCE_HERE if is_here(holder) else PATIENCE) else None
     return None
@@ -98,20 +115,26 @@ def holder_name(holder):
 def check_free(directory):
     """Failure (code 2) with the holder's name where a living process writes in `directory`."""
     if holder := living_holder(directory):
-        advice = f"wait for it or stop it first (kill {holder['pid']})"
-        if not is_here(holder):
+        path = Path(directory) / "lock.json"
+        advice = "wait for it or stop it where it was started"
+        if holds_open(holder["pid"], path):
+            advice = f"wait for it or stop it first (kill {holder['pid']})"
+        elif not is_here(holder):
             advice = (f"wait for it or stop it first (only if {holder['host']} is gone for good: "
-                      f"remove {Path(directory) / 'lock.json'})")
+                      f"remove {path})")
         common.fail(f"{directory} is being written by {holder_name(holder)}; {advice}")
 
 def end_stray(path, holder):
     """Ends a process of an earlier attempt that runs on here: it would go on computing, and hold
-    the GPU's memory. -> whether there was one"""
+    the GPU's memory. Never another one that has the same number here. -> what became of the holder
+    """
     if not (is_earlier_attempt(holder) and is_here(holder) and held_in_kernel(path)):
-        return False
+        return "is gone"
+    if not holds_open(holder["pid"], path):
+        return "is over, though a process of it still runs, out of reach, until it sees that"
     with contextlib.suppress(OSError):
         os.kill(holder["pid"], signal.SIGKILL)
-    return True
+    return "still ran though Slurm had ended it, and was killed"
 
 def take_lock(directory):
     """-> the Lock of `directory`, over from a dead holder if need be. Failure with code 2 and the
@@ -123,10 +146,8 @@ def take_lock(directory):
         check_free(path.parent)
         holder = common.read_json(path)
         if "host" in holder:
-            why = "is gone"
-            if end_stray(path, holder):
-                why = "still ran though Slurm had ended it, and was killed"
-            common.print0(f"the last attempt ({holder_name(holder)}) {why}: resuming")
+            fate = end_stray(path, holder)
+            common.print0(f"the last attempt ({holder_name(holder)}) {fate}: resuming")
         common.remove_abandoned(path)
         token = uuid.uuid4().hex
         temporary = path.with_name(f".lock.json.tmp-{token}")
@@ -134,6 +155,7 @@ def take_lock(directory):
         in_kernel = common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         json.dump({"token": token, "host": socket.gethostname(), "boot": boot_id(),
                    "pid": os.getpid(), "kernel": bool(in_kernel),
+                   "disk": os.fstat(file.fileno()).st_dev,
                    "job": os.environ.get("SLURM_JOB_ID"),
                    "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}, file)
         file.flush()

@@ -11,7 +11,10 @@ import pytest
 
 import common
 import lock
-from conftest import REPO, ends
+import pipeline
+import tokenizer as tok
+from conftest import REPO, ends, environment
+from test_data import write
 
 HOLD = f"""
 import sys, time
@@ -64,14 +67,57 @@ def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path, c
     assert not (tmp_path / "lock.json").exists()
     process.wait()
 
-def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path):
-    """As in another container on this host: nobody here sees the number of its process."""
-    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+@pytest.fixture
+def container():
+    """The start of a command line whose process sees no process of this test, with the same host
+    name and boot id."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
     if os.geteuid():
         unshare.append("--map-root-user")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespaces here")
-    process = hold(tmp_path, *unshare)
+    return unshare
+
+# the script of a phase, which waits as long as nobody closes its standard input, once it has the
+# lock
+WAITS = """
+import runpy, sys
+import lock
+take_lock = lock.take_lock
+def take_and_wait(directory):
+    taken = take_lock(directory)
+    print('held', flush=True)
+    sys.stdin.read()
+    return taken
+lock.take_lock = take_and_wait
+sys.argv = ['tok_train.py', *sys.argv[1:]]
+runpy.run_path('tok_train.py', run_name='__main__')
+"""
+
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_the_same_command_in_another_container_of_this_host_waits_its_turn(
+        state, tmp_path, container, first_inside):
+    write(tmp_path / "mine", "a.txt", [f"A paragraph that says {n}.\n\n" * 3 for n in range(200)])
+    args = [f"--data={tmp_path}/mine", "--vocab_size=300", "--workers=1"]
+    first, second = (container, []) if first_inside else ([], container)
+    how = {"cwd": REPO, "env": environment(state), "text": True, "stdout": -1, "stderr": -1}
+    running = subprocess.Popen([*first, sys.executable, "-c", WAITS, *args], stdin=-1, **how)
+    assert running.stdout.readline() == "held\n"
+    folder = pipeline.tokenizer_dir(args[0].removeprefix("--data="))
+    before = (folder / "lock.json").read_bytes()
+    refused = subprocess.run([*second, sys.executable, "tok_train.py", *args], check=False, **how)
+    holder = common.read_json(folder / "lock.json")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"is being written by process {holder['pid']} on {holder['host']}" in refused.stderr
+    assert "kill" not in refused.stderr, "that number is here another process, or none"
+    assert (folder / "lock.json").read_bytes() == before
+    _, said = running.communicate("")
+    assert running.returncode == 0, said
+    assert tok.damage(folder) is None and not (folder / "lock.json").exists()
+
+def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path, container):
+    """As in another container on this host: nobody here sees the number of its process."""
+    process = hold(tmp_path, *container)
     assert common.read_json(tmp_path / "lock.json")["pid"] == 1
     assert alive(tmp_path)
     process.kill()
@@ -80,6 +126,63 @@ def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path):
     while alive(tmp_path) and time.time() < deadline:
         time.sleep(0.05)
     assert not alive(tmp_path)
+
+def test_an_earlier_attempt_in_a_container_is_over_and_no_other_process_is_ended_for_it(
+        tmp_path, monkeypatch, capsys, container):
+    stray = hold(tmp_path, *container, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
+    stranger = subprocess.Popen(["sleep", "100"])
+    path = tmp_path / "lock.json"
+    text = path.read_text().replace('"pid": 1,', f'"pid": {stranger.pid},')
+    path.write_text(text)  # as if the container's numbers went as far as ours
+    assert common.read_json(path)["pid"] == stranger.pid
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    mine = lock.take_lock(tmp_path)
+    said = capsys.readouterr().out
+    assert "a process of it still runs, out of reach, until it sees that: resuming" in said
+    assert stranger.poll() is None and stray.poll() is None
+    assert mine.mine() and lock.held_in_kernel(path)
+    mine.release()
+    for process in (stray, stranger):
+        process.kill()
+        process.wait()
+
+def test_a_heartbeat_counts_where_the_kernel_takes_one_file_system_for_two(
+        tmp_path, outside_of_jobs):
+    """As two containers do that have mounted it each for itself, by FUSE for instance: then the
+    lock of the one is not seen by the other."""
+    here = {"host": lock.socket.gethostname(), "boot": lock.boot_id(), "kernel": True}
+    disk = tmp_path.stat().st_dev
+    write_lock(tmp_path, **here, disk=disk)
+    assert not alive(tmp_path), "the kernel would hold it"
+    write_lock(tmp_path, **here)
+    assert not alive(tmp_path), "as locks of older versions"
+    write_lock(tmp_path, **here, disk=disk + 1)
+    assert alive(tmp_path, after=lock.PATIENCE_HERE - 1)
+    assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_without_proc_a_number_that_is_used_again_blocks_nothing(
+        tmp_path, monkeypatch, outside_of_jobs, kernel):
+    monkeypatch.setattr(lock, "boot_id", lambda: "")
+    write_lock(tmp_path, host=lock.socket.gethostname(), boot="", kernel=kernel, pid=os.getpid())
+    assert alive(tmp_path, after=1.0) is not kernel
+    assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)
+    os.utime(tmp_path / "lock.json", (0, 0))
+    mine = lock.take_lock(tmp_path)
+    assert mine.mine()
+    mine.release()
+
+def test_the_heart_beats_by_the_clock_of_its_host_whatever_the_file_servers_says(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(lock.time, "time", lambda: 1e6)  # decades behind the disk's
+    mine = lock.take_lock(tmp_path)
+    deadline = time.monotonic() + 20
+    while (tmp_path / "lock.json").stat().st_mtime != 1e6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / "lock.json").stat().st_mtime == 1e6
+    mine.release()
 
 def test_another_host_lives_as_long_as_its_heart_beats(tmp_path, outside_of_jobs):
     write_lock(tmp_path)
