@@ -56,9 +56,6 @@ PROMPTS = ["The capital of France is", "The opposite of hot is",
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
-common.check(core_items >= -1,
-             f"--core_items must be -1 (all), 0 (no CORE) or a number of items, not {core_items}")
-common.check(max_prompt >= 2, f"--max_prompt must be at least 2, not {max_prompt}")
 run.ranks.join()
 folder, step = run.ranks.on_rank0(models.find_model, "base", data, tag)
 core_tasks, missing, bundle = [], [], None

@@ -59,11 +59,6 @@ settings = configurator.configure(globals())
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-common.check(tokens_per_param > 0,
-             f"--tokens_per_param must be more than 0, not {tokens_per_param}")
-common.check(total_batch_size == -1 or total_batch_size % max_seq_len == 0,
-             f"--total_batch_size must be a multiple of --max_seq_len={max_seq_len}, "
-             f"not {total_batch_size}")
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 
 run.ranks.join()

@@ -38,8 +38,6 @@ threads = 0                  # CPU threads; 0: all cores
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
 STAGES = pipeline.STAGES
-common.check(temperature >= 0 and top_k >= 0, "--temperature and --top_k must not be negative")
-common.check(source in ("", *STAGES), f"--source must be base, mid, sft or rl, not {source!r}")
 common.check(prompt or "-p" not in sys.argv, "-p needs a prompt, as in -p \"Who are you?\"")
 
 # -------------------------------------------------------------------------------------------------

@@ -69,8 +69,6 @@ practised = [name for name, facts in tasks.TASKS.items()
              if facts["kind"] == "generative" and facts["train"]]
 common.check(task in practised,
              f"--task must be {', '.join(practised)} (answers that can be checked), not {task!r}")
-common.check(temperature > 0, f"--temperature must be more than 0, not {temperature}: else all "
-             "samples of a problem are the same, and there is nothing to learn from")
 train_items = tasks.load(task, "train", data)
 test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]

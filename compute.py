@@ -45,13 +45,10 @@ def choose_compute(ranks, settings, recorded=None):
         open_choice = asked == "auto" or (key == "threads" and asked == 0)
         return (recorded or {}).get(key, asked) if open_choice else asked
 
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-              "cpu": True}
     name = settings["device"]
     if name == "auto":
-        name = next(kind for kind in usable if usable[kind])
-    common.check(usable[name], f"--device={name}: torch sees no GPU of that kind here (nvidia-smi "
-                 "says whether there is one)")
+        name = next(kind for kind in ("cuda", "mps", "cpu") if usable(kind))
+    check_device(name)
     device = torch.device(name, ranks.local_rank) if name == "cuda" else torch.device(name)
 
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -75,6 +72,17 @@ def choose_compute(ranks, settings, recorded=None):
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
         keep_freed_memory()
     return Compute(device, getattr(torch, dtype), threads, str(compiled) == "True")
+
+def usable(kind):
+    """Whether there is such a device here: cuda, mps or cpu."""
+    if kind == "cpu":
+        return True
+    return torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
+
+def check_device(kind):
+    """Failure (code 2) where there is no such device. Asked before anything is written, too."""
+    common.check(usable(kind), f"--device={kind}: torch sees no GPU of that kind here (nvidia-smi "
+                 "says whether there is one)")
 
 def probe_dtype(device):
     """"bfloat16" where a matrix product is measured to be at least 1.3 times faster in it than in

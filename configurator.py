@@ -13,14 +13,14 @@ dashes defines the result and is held against the record when a phase resumes; w
 only logged.
 """
 import ast
-import contextlib
 import difflib
-import math
 import os
 import re
 import runpy
 import sys
+import traceback
 import types
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -33,21 +33,36 @@ MARKER = "# ---- settings below may change at every resume"
 KINDS = {type(None): "a number or None", int: "a whole number", float: "a number",
          bool: "True or False", str: "a text", list: "a list"}
 
-# what settings may be that several scripts have; -1 only where it is the default: not given
-LEAST = {"seed": 0, "threads": 0, "eval_every": 0, "sample_every": 0, "depth": 1, "keep": 1,
-         "max_seq_len": 16, "rows": 1, "device_batch_size": 1, "rollout_rows": 1,
-         "max_new_tokens": 1, "num_steps": 1, "max_steps": 1, "total_batch_size": 1,
-         "max_items": 1, "problems_per_step": 1, "samples": 2, "eval_problems": 1,
-         "eval_samples": 1, "eval_tokens": 0, "max_skipped": 0}
-# likewise, of numbers: from, to
-NUMBERS = {"matrix_lr": (0, math.inf), "embedding_lr": (0, math.inf),
-           "unembedding_lr": (0, math.inf), "scalar_lr": (0, math.inf),
-           "lr_fraction": (0, math.inf), "temperature": (0, math.inf),
-           "save_minutes": (0, math.inf), "time_limit": (0, math.inf),
-           "target_flops": (0, math.inf), "warmup_ratio": (0, 1), "warmdown_ratio": (0, 1),
-           "final_lr_fraction": (0, 1)}
+# {setting: (least, most)} of every number in every script (a test holds them against this table;
+# --help shows them). None, and -1 where it is the default, stand for "not given".
+WHOLE, ROWS, STEPS, RATE = (0, 10 ** 15), (1, 2 ** 20), (0, 10 ** 9), (1e-9, 1000)
+RANGES = {
+    "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "workers": (0, 1024), "keep": (1, 10 ** 6),
+    # the model: a vocabulary is 256 bytes, 9 special tokens and a merge or more
+    "depth": (1, 99), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
+    # how much
+    "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "total_batch_size": (1, 2 ** 31),
+    "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e30), "size": (0.001, 1000),
+    "shards": (1, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
+    "problems_per_step": (1, 10 ** 6), "samples": (2, 10 ** 4), "eval_samples": (1, 10 ** 4),
+    "eval_problems": (1, 10 ** 9), "max_items": (1, 10 ** 9), "core_items": STEPS,
+    "eval_tokens": WHOLE, "max_prompt": (2, 2 ** 20), "max_new_tokens": ROWS,
+    # at once
+    "device_batch_size": ROWS, "rollout_rows": ROWS, "rows": ROWS, "memory_gb": (0, 10 ** 5),
+    # learning rates, as in the scripts' comments
+    "matrix_lr": RATE, "embedding_lr": RATE, "unembedding_lr": RATE, "lr_fraction": RATE,
+    "scalar_lr": (0, 1000), "weight_decay": (0, 100), "warmup_ratio": (0, 1),
+    "warmdown_ratio": (0, 1), "final_lr_fraction": (0, 1),
+    # how often, how long
+    "eval_every": STEPS, "sample_every": STEPS, "max_skipped": STEPS,
+    "save_minutes": (0, 10 ** 6), "time_limit": (0, 1e6),
+    # answers
+    "temperature": (0, 100), "top_k": (0, 2 ** 20),
+}
+ANY = (-1e18, 1e18)  # of a setting that you add yourself
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
-           "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025")}
+           "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025"),
+           "source": pipeline.STAGES, "stage": pipeline.STAGES}
 
 class Settings(dict):
     """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given
@@ -73,8 +88,11 @@ def declared(path):
             name = ast.unparse(node.targets[0])
             own = lines[node.lineno - 1:node.end_lineno]
             comment = " ".join(line.partition("  # ")[2].strip() for line in own)
-            # evaluated, since 2 ** 19 or 64 * depth is what people write
-            values[name] = eval(ast.unparse(node.value), {}, values)
+            try:  # evaluated, since 2 ** 19 or 64 * depth is what people write
+                values[name] = eval(ast.unparse(node.value), {}, values)
+            except Exception as e:  # noqa: BLE001  (whatever it may raise)
+                common.fail(f"{path}, line {node.lineno}: the setting {name} needs a plain value "
+                            f"({e})")
             found[name] = Setting(values[name], comment, node.lineno <= above)
     return found
 
@@ -92,46 +110,89 @@ def convert(name, value, default):
     """
     found = value
     if isinstance(value, str) and not isinstance(default, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            found = ast.literal_eval(value)
+        found = python_value(value)
     if isinstance(default, list) and isinstance(found, str):
         found = found.split(",") if found else []
     if isinstance(found, tuple):
         found = list(found)
-    if isinstance(default, float) and type(found) is int:
-        found = float(found)
-    number = default is None and type(found) in (int, float)
+    number = isinstance(default, (float, type(None))) and type(found) in (int, float)
     if type(found) is not type(default) and not number:
-        common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not {value!r}")
-    if name == "data":
-        common.check(found or not default, "--data is empty: give toy, fineweb_edu, climbmix or a "
-                     "folder of texts")
-    if name == "data" and found:
-        found = pipeline.whole_path(found)
-    check_range(name, found, default)
-    return found
+        common.fail(f"--{name} takes {KINDS[type(default)]} (default {default!r}), not "
+                    f"{shown(value)}")
+    check_value(name, found, default)
+    if isinstance(default, float):
+        return float(found)
+    return pipeline.whole_path(found) if name == "data" and found else found
 
-def check_range(name, value, default):
-    """Failure where the value of a setting that several scripts have makes no sense."""
+def python_value(text):
+    """The value of a text that is Python, else the text.  examples: "4" -> 4;  "a" -> "a" """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the parser, about odd texts
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return text
+
+def shown(value):
+    """A value in a message, of any length.  example: "4" -> "'4'" """
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+def check_value(name, value, default):
+    """Failure where a value of the right type makes no sense."""
     key = name.rpartition(".")[2]
-    if key in CHOICES:
+    if key in CHOICES and not value == default == "":
         choices = CHOICES[key]
         common.check(str(value) in choices, f"--{name} must be one of {', '.join(choices)}, not "
-                     f"{value!r}")
+                     f"{shown(value)}")
     if key == "tag":
-        sound = re.fullmatch(r"([\w-][\w.-]*)?", value, re.ASCII) and ".old-" not in value
-        common.check(sound, f"--{name} must be of letters, digits, -, _ and . only, without . at "
-                     f"its start and without .old- in it, not {value!r}")
-    if value is None or value == default == -1:
-        return
-    if key in LEAST:
-        sound = type(value) is int and value >= LEAST[key]
-        common.check(sound, f"--{name} must be a whole number of at least {LEAST[key]}, not "
-                     f"{value!r}")
-    if key in NUMBERS:
-        low, high = NUMBERS[key]
-        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        common.check(low <= value <= high, f"--{name} must be {allowed}, not {value!r}")
+        sound = re.fullmatch(r"(\w[\w.-]{0,99})?", value, re.ASCII) and ".old-" not in value
+        common.check(sound, f"--{name} must be of letters, digits, -, _ and . only, at most 100, "
+                     "without - or . at its start and without .old- in it, not " + shown(value))
+    if key == "data":
+        common.check(value or not default, f"--{name} is empty: give toy, fineweb_edu, climbmix or "
+                     "a folder of texts")
+    texts = value if isinstance(value, list) else [value]
+    if isinstance(default, list):
+        sound = all(isinstance(text, str) for text in texts)
+        common.check(sound, f"--{name} takes a list of texts, not {shown(value)}")
+        # a mixture may be of your own conversations alone
+        common.check(value or not default or key == "mixture", f"--{name} is empty: name one or "
+                     f"more, as in --{name}={default[:1] and default[0]}")
+    for text in texts:
+        sound = not isinstance(text, str) or not re.search("[\0\ud800-\udfff]", text)
+        common.check(sound, f"--{name} is no text: {shown(value)}")
+    given = value is not None and not value == default == -1
+    if given and type(value) in (int, float):
+        low, high = RANGES.get(key, ANY)
+        whole = default is None and type(high) is int
+        sound = low <= value <= high and not (whole and type(value) is float)
+        common.check(sound, f"--{name} must be {range_of(key)}, not {shown(value)}")
+
+def range_of(key):
+    """example: "depth" -> "1 to 99","""
+    low, high = RANGES.get(key, ANY)
+    return f"{low:,} to {high:,}"
+
+def check_together(settings):
+    """Failure where settings do not go together."""
+    if "warmup_ratio" in settings:
+        warm = settings["warmup_ratio"] + settings["warmdown_ratio"]
+        common.check(warm <= 1, f"--warmup_ratio and --warmdown_ratio must be 1 together at most, "
+                     f"not {warm}")
+    if "max_seq_len" in settings:
+        length, batch = settings["max_seq_len"], settings["total_batch_size"]
+        common.check(batch == -1 or batch % length == 0, "--total_batch_size must be a multiple of "
+                     f"--max_seq_len={length}, not {batch}")
+    if "max_steps" in settings:
+        common.check(settings["mixture"] or settings["extra_conversations"], "--mixture must not "
+                     "be empty without --extra_conversations: there is nothing to learn from")
+    if "problems_per_step" in settings:
+        common.check(settings["temperature"] > 0, "--temperature must be more than 0: else all "
+                     "samples of a problem are the same, and there is nothing to learn from")
 
 def split(argument):
     """An argument as (name, value).
@@ -156,36 +217,58 @@ def suggestion(name, names):
 
 def read_settings_file(path):
     """{name: value} of a file of assignments. Failure where it cannot be run."""
-    common.check(os.path.exists(path), f"no such settings file: {path}")
+    common.check(os.path.isfile(path), f"no such settings file: {path}")
     try:
         found = runpy.run_path(path)
     except SyntaxError as e:
-        common.fail(f"{path}, line {e.lineno}: {e.msg}")
-    except Exception as e:  # noqa: BLE001  (whatever its lines may raise)
-        common.fail(f"{path} cannot be run: {type(e).__name__}: {e}")
+        common.fail(f"{path}, line {e.lineno or 1}: {e.msg}")
+    except (Exception, SystemExit) as e:  # noqa: BLE001  (whatever its lines may raise)
+        lines = [at.lineno for at in traceback.extract_tb(e.__traceback__) if at.filename == path]
+        where = f", line {lines[-1]}," if lines else ""
+        common.fail(f"{path}{where} cannot be run: {type(e).__name__}: {e}")
     return {name: value for name, value in found.items() if not (name.startswith("_")
             or callable(value) or isinstance(value, types.ModuleType))}
+
+def place_of(name, path):
+    """Where a settings file assigns a name.  example: ("depth", "mine.py") -> "mine.py, line 3" """
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
+            return f"{path}, line {node.lineno}"
+    return path
 
 # -------------------------------------------------------------------------------------------------
 # a script's own call
 
 def configure(module_globals, short=(), of_phases=False):
     """
-    Applies sys.argv to the settings in `module_globals` (a script's globals()) -> Settings.
-    short: {"-p": "prompt"}, settings that may be given as two words; of_phases: whether settings of
-    other phases (--sft.mixture=...) are taken, too. Failure for an unknown key or a wrong type;
-    prints all settings for --help and ends the process with 0.
+    Applies sys.argv to the settings in `module_globals` (a script's globals()) -> Settings; short
+    and of_phases as in `read`. Failure where they make no sense, or the device is not there; prints
+    all settings for --help and ends the process with 0.
     """
-    table = declared(module_globals["__file__"])
+    script, words = module_globals["__file__"], sys.argv[1:]
+    if {"--help", "-h"} & {*words}:
+        print_help(module_globals["__doc__"], declared(script))
+        sys.exit(0)
+    settings = read(script, words, short, of_phases)
+    if settings.get("device") in ("cuda", "mps"):
+        import compute  # and torch, which takes seconds
+        compute.check_device(settings["device"])
+    module_globals.update(settings)
+    return settings
+
+def read(script, words, short=(), of_phases=False):
+    """
+    The Settings of a script that is called with these words; it is not run.
+    short: {"-p": "prompt"}, settings that may be given as two words; of_phases: whether settings of
+    other phases (--sft.mixture=...) are taken, too. Failure for an unknown key or a wrong value.
+    """
+    table = declared(script)
     values = {name: setting.default for name, setting in table.items()}
+    given_in = {}
     settings = Settings()
     settings.of_phases = {}
-
-    words = iter(sys.argv[1:])
+    words = iter(words)
     for word in words:
-        if word in ("--help", "-h"):
-            print_help(module_globals["__doc__"], table)
-            sys.exit(0)
         if word in short:
             given = {short[word]: next(words, None)}
             common.check(given[short[word]] is not None, f"{word} needs a {short[word]}")
@@ -197,15 +280,21 @@ def configure(module_globals, short=(), of_phases=False):
             if of_phases and "." in name:
                 settings.of_phases[name] = value
                 continue
-            common.check(name in table, f"unknown setting {name!r} in {word}; "
+            place = shown(word) if word.startswith("-") else place_of(name, word)
+            common.check(name in table, f"unknown setting {shown(name)} in {place}; "
                          f"{suggestion(name, table)}")
             values[name] = value
+            given_in[name] = word
     settings.defining, settings.free = {}, {}
     for name, setting in table.items():  # an edited default is checked as an override is
-        settings[name] = convert(name, values[name], setting.default)
+        try:
+            settings[name] = convert(name, values[name], setting.default)
+        except common.Failure as e:
+            word = given_in.get(name, "-")
+            common.fail(e if word.startswith("-") else f"{place_of(name, word)}: {e}")
         half = settings.defining if setting.defining else settings.free
         half[name] = settings[name]
-    module_globals.update(settings)
+    check_together(settings)
     return settings
 
 def print_help(doc, table):
@@ -221,7 +310,8 @@ def print_help(doc, table):
         if head != before:
             print(f"\n{head}:")
         left = f"  --{name}={setting.default!r}"
-        print(f"{left:<40} {setting.comment}")
+        between = f" [{range_of(name)}]" if name in RANGES else ""
+        print(f"{left:<40} {setting.comment}{between}")
 
 # -------------------------------------------------------------------------------------------------
 # settings behind the -- of speedrun.sh, which go to every phase that has them
@@ -250,6 +340,8 @@ def check_arguments(arguments):
         common.check(not flag, f"--{key} is a flag of speedrun.sh: put it before the --")
         common.check(key not in ("data", "depth", "tag"), f"--{key} cannot stand behind the --: "
                      "put --data and --depth before it (the tag is d<depth>)")
+        common.check(part or key not in ACTIONS, f"--{key} needs its phase, or all of them would "
+                     f"take it: write --sft.{key}=True")
         known = [defaults(phase.script) for phase in pipeline.PHASES if part in ("", phase.name)]
         common.check(known, f"there is no phase {part!r} ({argument}); there are "
                      f"{', '.join(phase.name for phase in pipeline.PHASES)}")

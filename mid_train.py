@@ -56,8 +56,6 @@ settings = configurator.configure(globals())
 # inputs: opened and judged before anything on disk changes
 
 learned = [*mixture, extra_conversations] if extra_conversations else mixture
-common.check(learned and held_out, "--mixture and --held_out must not be empty: there is nothing "
-             "to learn from, or nothing to measure on")
 files = tasks.fingerprint(learned, "train", data)
 val_files = tasks.fingerprint(held_out, "test", data)
 

@@ -67,7 +67,6 @@ PLACES = {stem: f"task_data/{stem}." for stem in task_list.TASK_OF}
 PLACES |= {"text": "base_data/", "CORE": "eval_bundle/"}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
-common.check(0.001 <= size <= 1000, f"--size must be 0.001 to 1000, not {size}")
 readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
 unknown = {*phases} - {*readers, "data", "report"}
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are "

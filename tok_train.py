@@ -248,11 +248,6 @@ def exit_if_stopped():
 
 def main():
     """Ends the process."""
-    smallest, largest = 256 + len(tok.SPECIAL_TOKENS) + 1, (1 << BITS) - 1
-    common.check(smallest <= vocab_size <= largest,
-                 f"--vocab_size must be {smallest} to {largest}, not {vocab_size}")
-    common.check(max_chars >= 1 and doc_cap >= 1 and workers >= 0,
-                 "--max_chars and --doc_cap must be at least 1, --workers at least 0")
     common.check(run.ranks.world == 1,
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
