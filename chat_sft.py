@@ -70,6 +70,11 @@ length = checkpoint.load_meta(parent, parent_step)["model"]["sequence_len"]
 common.check(total_batch_size == -1 or total_batch_size % length == 0,
              f"--total_batch_size must be a multiple of the model's {length} tokens in a row, "
              f"not {total_batch_size}")
+store = dataset.tokenize_conversations(
+    run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
+val_store = dataset.tokenize_conversations(
+    run, f"{val_files}-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer,
+    length + 1)
 directory = pipeline.state_path("sft", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
@@ -90,11 +95,6 @@ compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
 model, meta = models.load_model(parent, parent_step, compute.device, compute.dtype)
 
-store = dataset.tokenize_conversations(
-    run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
-val_store = dataset.tokenize_conversations(
-    run, f"{val_files}-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer,
-    length + 1)
 plan = dataset.make_plan([store], length + 1, tokenizer.bos, split=False)
 val_plan = dataset.make_plan([val_store], length + 1, tokenizer.bos, split=False)
 

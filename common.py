@@ -3,16 +3,23 @@ Small things that every file may need: errors, printing, files, random numbers. 
 library is imported here, so that a script can check its inputs in milliseconds.
 """
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036  (every script imports this file before newer syntax)
+    print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}: bash "
+          "speedrun.sh makes .venv with one; then .venv/bin/python", file=sys.stderr)
+    raise SystemExit(2)
 
 # -------------------------------------------------------------------------------------------------
 # errors: where nobody catches a Failure the process ends with one line and its exit code
@@ -104,6 +111,12 @@ def explained(error, name, settings, stop):
     failure.facts["retry_with"] = fewer  # the launcher does so once
     return failure
 
+def end_with_parent():
+    """From here on the death of the process that has started this one is a SIGTERM to it: it saves
+    and stops instead of running on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
 def end_process(kind, value, trace):
     # Python takes the exit code from a hook that raises it
     raise SystemExit(show_uncaught(kind, value, trace).code)
@@ -178,6 +191,16 @@ def atomic_write(path, content):
             temporary.unlink()
         raise
     fsync_dir(path.parent)
+
+def aside_name(path):
+    """A name for what is put aside, beside `path`, that nothing has.
+    example: base_checkpoints/d4 -> base_checkpoints/d4.old-20261128-120000"""
+    name = f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    found, number = path.with_name(name), 1
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_name(f"{name}-{number}")
+    return found
 
 def read_json(path):
     """The JSON object in `path`, a dict; {} where there is no file or no object in it."""

@@ -68,7 +68,7 @@ def open_part(part):
 def make_room(path):
     """Renames what is at `path`: it may be the user's own, and is not written over."""
     if os.path.lexists(path):
-        old = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        old = common.aside_name(path)
         os.rename(path, old)
         common.print0(f"moved your {path} to {old.name}")
 

@@ -10,8 +10,10 @@ number of a process is only a name: in another container it means another proces
 """
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import shlex
 import signal
 import socket
 import threading
@@ -167,6 +169,10 @@ def take_lock(directory):
 def put_aside(directory):
     """Renames a folder, with the date. Failure (code 2) where somebody writes in it."""
     check_free(directory)
-    aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = common.aside_name(directory)
     directory.rename(aside)
     common.print0(f"starting over; the old state is kept in {aside}")
+    copies = sorted(directory.parent.glob(f"{glob.escape(directory.name)}.old-*"))
+    sizes = [path.lstat().st_size for copy in copies for path in copy.rglob("*")]
+    common.print0(f"put aside so far: {len(copies)} copies, {sum(sizes) / 1e6:,.1f} MB; once you "
+                  f"need none of them: {shlex.join(['rm', '-r', *map(str, copies)])}")

@@ -65,9 +65,7 @@ def command_for(stage, data, tag):
     record = load_record(pipeline.state_path(stage, data, tag))
     if record and record.get("next"):
         return record["next"]
-    words = ["python", phase.script, f"--data={data}"]
-    if data == "toy":  # as speedrun.sh trains it
-        words.append(f"config/toy_{stage}.py")
+    words = pipeline.command_of(stage, data)
     if stage == "base" and tag[:1] == "d" and tag[1:].isdigit():
         words.append(f"--depth={tag[1:]}")  # from which base_train.py makes its tag
     elif tag:
@@ -82,7 +80,7 @@ def find_model(stage, data, tag=""):
     if not tag:
         tag = next((model.tag for model in reversed(trained(data, stage))), "")
     folder = pipeline.state_path(stage, data, tag)
-    command = command_for(stage, data, tag)
+    command, over = command_for(stage, data, tag), pipeline.starting_over(stage)
     if not tag or not folder.exists():
         exists = "; ".join(map(str, trained(data))) or "nothing"
         name = f"{stage} model {tag}".rstrip()
@@ -93,7 +91,8 @@ def find_model(stage, data, tag=""):
                     next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
     step = checkpoint.newest(folder, optimizer=False)
     common.check(step is not None, f"{folder} holds no whole checkpoint: put the damaged or "
-                 "missing file back, or train anew with --start_over=True", command)
+                 f"missing file back, or train it anew ({over} puts the old one aside)",
+                 f"{command} {over}" if over.startswith("--start") else None)
     if not is_finished(folder, step):
         half = f"the {stage} model {tag} of {data} is only half trained (step {step})"
         if holder := living_holder(folder):
@@ -146,7 +145,7 @@ def load_tokenizer_of(folder, step, data):
     common.check(fits, f"tokenizer and checkpoint do not belong together: {folder} was trained "
                  f"with another tokenizer (vocabulary of {vocab_size}, now "
                  f"{tokenizer.vocab_size}); put that one back (tokenizer.old-DATE, if it was put "
-                 "aside), or train the model anew with --start_over=True")
+                 f"aside), or train the model anew ({pipeline.starting_over('base')})")
     return tokenizer
 
 def put_weights(model, model_state):
@@ -159,7 +158,7 @@ def put_weights(model, model_state):
         reason = " ".join(str(e).split())[:200]
         common.fail("the checkpoint's weights do not fit the model of this version of the source "
                     f"({reason}): use the version that trained it (git checkout; its commit is in "
-                    "phase.json), or train anew with --start_over=True")
+                    f"phase.json), or train anew ({pipeline.starting_over('base')})")
 
 def build_model(meta, model_state, device, dtype):
     """A gpt.GPT with the given weights on `device`, computing in `dtype`."""

@@ -7,12 +7,15 @@ Below it the paths of the state folder, one function for each:
     $NANOCHAT_BASE_DIR/toy         every other data set has a folder of its own, of the same layout
     $NANOCHAT_BASE_DIR/books-1a2b
 
-Only the standard library is imported here.
+Only the standard library is needed here.
 """
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
+
+import common
 
 REPO = Path(__file__).resolve().parent
 SHARED_DATA = ("fineweb_edu", "climbmix")
@@ -43,9 +46,33 @@ def find_phase(name):
     """The Phase of that name; a KeyError where there is none."""
     return {phase.name: phase for phase in PHASES}[name]
 
+def command_of(name, data):
+    """The words that start a phase alone, as speedrun.sh trains it.
+    example: ("tok", "toy") -> ["python", "tok_train.py", "--data=toy", "config/toy_tok.py"]"""
+    words = ["python", find_phase(name).script, f"--data={data}"]
+    return [*words, f"config/toy_{name}.py"] if data == "toy" else words
+
+def starting_over(name):
+    """What starts the phase (or script) `name` over and no other: for its own script, or behind the
+    flags of speedrun.sh where that has started this process."""
+    phase = next((p.name for p in PHASES if name in (p.name, p.script.removesuffix(".py"))), name)
+    launched = "NANOCHAT_OUTCOME" in os.environ
+    return f"-- --{phase}.start_over=True" if launched else "--start_over=True"
+
+@contextlib.contextmanager
+def naming(what):
+    """with naming(...): -> what is no path of a file there is a Failure"""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as e:  # ~nobody, a loop of links, a long name
+        common.fail(f"{what} names no folder: {e}")
+
 def base_dir():
-    """$NANOCHAT_BASE_DIR, by default ~/.cache/nanochat"""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
+    """$NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. A site.env with the line ends of Windows
+    may have left one behind it."""
+    named = os.environ.get("NANOCHAT_BASE_DIR", "").rstrip("\r\n") or "~/.cache/nanochat"
+    with naming(f"NANOCHAT_BASE_DIR={named}"):
+        return Path(named).expanduser().absolute()
 
 def is_folder_data(data):
     """True where `data` is the path of the user's own folder and not a name that we know."""
@@ -53,8 +80,14 @@ def is_folder_data(data):
 
 def whole_path(data):
     """The same folder, from wherever and however it is named.
-    examples: "toy" -> "toy";  "../my/texts" -> "/home/me/my/texts" """
-    return str(Path(data).expanduser().resolve()) if is_folder_data(data) else data
+    examples: "toy" -> "toy";  "../my/texts" -> "/home/me/my/texts". Failure where it is no path."""
+    if not is_folder_data(data):
+        return data
+    with naming(f"--data={data}"):
+        folder = Path(data).expanduser().resolve()
+        folder.exists()
+        str(folder).encode()
+        return str(folder)
 
 def data_root(data):
     """The state folder of one data set.

@@ -60,12 +60,12 @@ def source_version():
     return "unknown", ""
 
 def binds(record, directory, damage=None):
-    """Whether later starts have to keep to the record: something was saved, or all is done. What
-    is no checkpoint was saved where there is no damage() to it, even if a death came before the
-    record could say so."""
-    if record["status"] == "done" or checkpoint.holds_any(directory):
-        return True
-    return damage is not None and damage() is None
+    """Whether later starts have to keep to the record: something was saved. What is no checkpoint
+    was saved where all is done, or where there is no damage() to it, even if a death came before
+    the record could say so."""
+    if damage is None:
+        return checkpoint.holds_any(directory)
+    return record["status"] == "done" or damage() is None
 
 # -------------------------------------------------------------------------------------------------
 # comparing
@@ -107,16 +107,15 @@ def judge(name, directory, settings, inputs, damage=None):
     -> (the record that it goes on from, the step of the checkpoint that it goes on from): {} and
     None for a new run. None where the phase is done. Failure (code 2) where it must not go on.
     """
-    old = find_record(directory, settings, inputs, damage)
+    old, over = find_record(directory, settings, inputs, damage), pipeline.starting_over(name)
     if settings["start_over"] and not old:
         return {}, None
     common.check(checkpoint.made_by_nanochat(directory) is None, f"{directory} holds a model made "
-                 "by nanochat: --start_over=True puts it aside and trains anew; without, later "
+                 f"by nanochat: {over} puts it aside and trains anew; without, later "
                  "phases go on from it (speedrun.sh --from)")
     common.check(old or not checkpoint.holds_any(directory), f"{directory / 'phase.json'} is "
                  f"missing or damaged, and no checkpoint there says what {name} was started with: "
-                 "restore the file, or start anew with --start_over=True, which puts the "
-                 "checkpoints aside")
+                 f"restore the file, or start anew with {over}, which puts the checkpoints aside")
     if old.get("status") == "lost":
         common.print0(f"{directory / 'phase.json'} is missing or damaged: restored from the "
                       "newest checkpoint")
@@ -124,7 +123,7 @@ def judge(name, directory, settings, inputs, damage=None):
     if changed:
         common.check(not binds(old, directory, damage), f"{name} in {directory} was started with "
                      f"other settings or inputs ({changed}): give the old ones to resume it, or "
-                     "--start_over=True to put it aside and start anew")
+                     f"{over} to put it aside and start anew")
         common.print0(f"{name}: starts with other settings or inputs than the last attempt, which "
                       f"had saved nothing: {changed}")
         return {}, None
@@ -139,7 +138,7 @@ def judge(name, directory, settings, inputs, damage=None):
             return {}, None
         why = "; ".join(reasons) or "the manifest of model_*.pt is missing"
         common.fail(f"no checkpoint in {directory} is whole ({why}): restore the files, or train "
-                    "again from step 0 with --start_over=True, which puts them aside")
+                    f"again from step 0 with {over}, which puts them aside")
     for reason in reasons:
         common.print0(reason)
     return old, step

@@ -15,7 +15,6 @@ A phase's folder (base_checkpoints/d4, tokenizer, ...) holds its checkpoints or 
     lock.json      who writes here now (lock.py)
     metrics.jsonl  a line a step, appended; what is not a reading of the clock is reproducible
 """
-import ctypes
 import json
 import math
 import os
@@ -91,10 +90,8 @@ class Run:
         run.signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         for number in run.signals:
             signal.signal(number, on_signal)
-        if under_torchrun() and sys.platform == "linux":
-            # where torchrun is killed outright its workers save and stop, too, instead of running
-            # on unseen; the launcher does the same for the process that it starts
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if under_torchrun():  # the launcher does the same for the process that it starts
+            common.end_with_parent()
         sys.excepthook = run.end_process
         kept = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over=")]
         start = "python"

@@ -269,7 +269,7 @@ def main():
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
     common.check(record or start_over or not there,
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
-                 "it (--start_over=True puts it aside and trains a new one)")
+                 f"it ({pipeline.starting_over('tok')} puts it aside and trains a new one)")
     sizes = [(path.name, path.stat().st_size) for path in files]
     inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
     run.open_or_exit(directory, settings, inputs, damage)

@@ -222,11 +222,9 @@ def load_tokenizer(data):
     directory = pipeline.tokenizer_dir(data)
     with contextlib.suppress(*DAMAGE):
         return read_tokenizer(directory)
-    words = ["python", "tok_train.py", f"--data={data}"]
+    words = pipeline.command_of("tok", data)
     if (directory / "tokenizer.pkl").exists():
-        words[1] = "adopt.py"
-    elif data == "toy":  # as speedrun.sh trains it
-        words.append("config/toy_tok.py")
+        words = ["python", "adopt.py", f"--data={data}"]
     message = f"there is no tokenizer in {directory}"
     if any((directory / name).exists() for name in ("ranks.txt", "tokenizer.json")):
         message = f"the tokenizer in {directory} is damaged ({damage(directory)})"
