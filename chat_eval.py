@@ -45,11 +45,7 @@ settings = configurator.configure(globals())
 
 if data == "toy" and "facts" not in tasks:
     tasks = [*tasks, "facts"]
-measurable = [name for name, task in task_list.TASKS.items()
-              if task["test"] and task["kind"] != "chat"]
-for name in tasks:
-    common.check(name in measurable,
-                 f"--tasks={name}: the tasks with right answers are {', '.join(measurable)}")
+task_list.check_names(settings)
 run.ranks.join()
 folder, step = run.ranks.on_rank0(models.find_parent, source, data, tag, try_out)
 tokenizer = models.load_tokenizer_of(folder, step, data)

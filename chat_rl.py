@@ -65,10 +65,7 @@ FLAT = 20  # steps in a row without any variance of the reward before it says so
 # -------------------------------------------------------------------------------------------------
 # inputs: opened and judged before anything on disk changes
 
-practised = [name for name, facts in tasks.TASKS.items()
-             if facts["kind"] == "generative" and facts["train"]]
-common.check(task in practised,
-             f"--task must be {', '.join(practised)} (answers that can be checked), not {task!r}")
+tasks.check_names(settings)
 train_items = tasks.load(task, "train", data)
 test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]

@@ -250,11 +250,15 @@ def configure(module_globals, short=(), of_phases=False):
         print_help(module_globals["__doc__"], declared(script))
         sys.exit(0)
     settings = read(script, words, short, of_phases)
+    check_device(settings)
+    module_globals.update(settings)
+    return settings
+
+def check_device(settings):
+    """Failure where the device is asked for by its name and not there."""
     if settings.get("device") in ("cuda", "mps"):
         import compute  # and torch, which takes seconds
         compute.check_device(settings["device"])
-    module_globals.update(settings)
-    return settings
 
 def read(script, words, short=(), of_phases=False):
     """
@@ -351,3 +355,22 @@ def check_arguments(arguments):
                      f"{suggestion(key, list(chain(*known)))}")
         for settings in having:
             convert(name, value, settings[key])
+
+def from_here(word):
+    """A setting with the files of conversations in it as seen from the repository, where phases
+    run, and not from where the user stands.  example: "--sft.mixture=gsm8k,my.jsonl*2" ->
+    "--sft.mixture=gsm8k,/home/me/my.jsonl*2" """
+    here = os.getcwd()
+    if Path(here) == pipeline.REPO:
+        return word
+    name, value = split(word)
+    if name.rpartition(".")[2] not in ("mixture", "held_out", "extra_conversations"):
+        return word
+    if value.startswith("["):
+        specs = convert("mixture", value, [])
+        return f"--{name}={[file_from(here, spec) for spec in specs]}"
+    return f"--{name}={','.join(file_from(here, spec) for spec in value.split(','))}"
+
+def file_from(folder, spec):
+    is_file = re.search(r"\.jsonl(\.gz)?([:*][\d:*]*)?$", spec)
+    return os.path.join(folder, spec) if is_file else spec  # a whole path stays as it is

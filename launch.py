@@ -9,9 +9,9 @@ Exit codes are the phases': 0 done, 2 nothing was started, 75 saved (the same co
 a failure. torchrun turns every code into 1, so a phase leaves its own in a file, $NANOCHAT_OUTCOME.
 """
 import contextlib
-import ctypes
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -60,7 +60,8 @@ class Plan:
         if name == "data":  # alone it brings what all phases read
             readers = [] if self.names == ["data"] else self.names
             own = [f"--phases={','.join(readers)}", *own]
-        return [*self.listed[name], *own]
+        script, *words = self.listed[name]
+        return [script, f"--data={self.data}", *words, *own]
 
     def folder(self, name):
         return pipeline.state_path(name, self.data, self.tag)
@@ -111,12 +112,43 @@ def make_plan(words):
     names = [n for n in names[names.index(first):] if n in only and n not in skipped]
     common.check(names, f"--from, --only and --skip-... leave nothing to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
-    check_number("--depth", depth, 99)
+    check_number("--depth", flags.get("--depth=", depth), 99)
     nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
     check_number("--nproc", nproc, 9999)
+    in_slurm = "--slurm" in flags
+    common.check(not in_slurm or "SLURM_JOB_ID" in os.environ, "--slurm is for the job's own use: "
+                 "sbatch slurm_speedrun.sbatch")
     configurator.check_arguments(settings)
-    return Plan(pipeline.whole_path(data), f"d{depth}", int(nproc), listed, names, settings,
-                [word for word in given if word != "--slurm"], "--slurm" in flags)
+    data = pipeline.whole_path(data)
+    settings = [configurator.from_here(word) for word in settings]
+    flags = [f"--data={data}" if word.startswith("--data=") else word
+             for word in given[:end] if word != "--slurm"]
+    given = [*flags, "--", *settings] if settings else flags
+    return Plan(data, f"d{depth}", int(nproc), listed, names, settings, given, in_slurm)
+
+def check_settings(plan):
+    """Failure (code 2) where what a phase would be started with makes no sense, before the first
+    one begins."""
+    status.check_folder(plan.data)
+    for name in plan.names:
+        script, *words = plan.words(name)
+        configurator.read(pipeline.REPO / script, words, of_phases=name == "data")
+
+def start_over_command(plan, reason):
+    """The whole command that starts the phase over of which a message says that it must; None where
+    it says no such thing."""
+    found = re.search(r"-- --(\S+)\.start_over=True", reason)
+    if not found:
+        return None
+    name, flags = found[1], [word for word in plan.given if word != "--"]
+    flags = flags[:len(flags) - len(plan.settings)]
+    if name not in plan.names:
+        flags = [f for f in flags if not f.startswith(("--from=", "--only=", "--skip-"))]
+        flags.append(f"--from={name}")
+    words = [*flags, "--", *plan.settings, f"--{name}.start_over=True"]
+    if plan.in_slurm:
+        return shlex.join(slurm.sbatch_command(words))
+    return shlex.join(["bash", "speedrun.sh", *words])
 
 def default_nproc(in_slurm):
     if in_slurm:
@@ -216,9 +248,7 @@ def before_exec():
     """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it
     (torchrun, which would kill its workers) ignores it, and this launcher passes it on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # where the launcher is killed outright it saves and stops instead of running on unseen
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    common.end_with_parent()
 
 def run_phase(plan, supervisor, name, words):
     """Runs a phase, once more with fewer rows where its memory is out. -> (exit code, the arguments
@@ -252,7 +282,13 @@ def check_inputs(plan, supervisor):
     """What the phases build on and this run does not make must be there, whole, before anything
     starts. -> exit code"""
     import models  # which needs the packages; a dry run does not
+    import tasks
     for phase in plan.phases("training", "evaluation"):
+        script, *words = plan.words(phase.name)
+        settings = configurator.read(pipeline.REPO / script, words)
+        tasks.check_names(settings)
+        if not plan.in_slurm:  # there each node has its own devices
+            configurator.check_device(settings)
         if phase.parent in plan.names:
             continue
         if phase.parent == "tok":
@@ -310,8 +346,9 @@ def run_all(plan, supervisor):
         elif code:
             if phase.kind == "training" and "report" in plan.names:
                 start(plan, supervisor, "report", plan.words("report"))
-            return code, (f"{name} failed (exit {code}): {reason}; fix that and run the same "
-                          "command again")
+            over = start_over_command(plan, reason)
+            fix = f"to start it over: {over}" if over else "fix that and run the same command again"
+            return code, f"{name} failed (exit {code}): {reason}; {fix}"
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
     return 0, "all done; talk to it: python chat_cli.py"
@@ -367,6 +404,8 @@ def end_attempt(plan, supervisor, code):
 
 def main():
     plan = make_plan(sys.argv[1:])
+    os.chdir(os.path.dirname(sys.argv[0]))  # the repository; until here it was the user's own
+    check_settings(plan)
     if "--dry-run" in plan.given:
         for name in plan.names:
             print(shlex.join(command_for(plan, name, plan.words(name))))
@@ -377,12 +416,14 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"\n{slurm.describe_job(plan.given)}", flush=True)
     supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
+    os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for signum in signals:
         signal.signal(signum, supervisor.on_signal)
     try:
         code, line = run_all(plan, supervisor)
     except common.Failure as e:
+        e.next_command = start_over_command(plan, e.message) or e.next_command
         if not plan.in_slurm:
             raise
         code, line = e.code, f"error: {e}"

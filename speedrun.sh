@@ -1,7 +1,19 @@
 #!/usr/bin/env bash
 # The whole pipeline, from nothing to a ChatGPT of your own and its report: bash speedrun.sh --help
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
-if [ -f site.env ]; then . ./site.env; fi  # the same state folder on the login node and in a job
+from_where() {  # a relative state folder is meant from where it was given: here or in site.env
+    case ${NANOCHAT_BASE_DIR:-/} in
+        /* | "~"*) ;;
+        *) export NANOCHAT_BASE_DIR="$1/$NANOCHAT_BASE_DIR" ;;
+    esac
+}
+from_where "$here"
+if [ -f site.env ]; then  # the same state folder on the login node and in a job
+    # without the line ends, and the mark at the start, that Windows writes
+    . <(LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//' site.env)
+fi
+from_where "$PWD"
 set -euo pipefail
 
 usage() {
@@ -41,8 +53,10 @@ for flag; do
 done
 
 . ./setup_venv.sh
-if [ -z "$dry_run" ]; then setup_venv requirements.txt; fi
-if [[ " $* " == *" --only=setup "* ]]; then exit 0; fi
+if [ "$*" = --only=setup ]; then
+    setup_venv requirements.txt
+    exit 0
+fi
 
 # What the toy world is trained with stands in config/toy_*.py, for every size of model; other data
 # sets take the defaults of the scripts.
@@ -52,7 +66,7 @@ tag=d$depth
 
 plan=()
 run() {  # PHASE SCRIPT ARGUMENTS...: notes a phase
-    plan+=(--run "$1" "$2" "--data=$data" "${@:3}")
+    plan+=(--run "$@")
 }
 
 run data      prepare_data.py --depth="$depth"
@@ -67,6 +81,14 @@ run rl        chat_rl.py      $(recipe rl) --tag="$tag"
 run rl-eval   chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=rl
 run report    report.py       --tag="$tag"
 
+repo=$PWD
+cd "$here" || exit 1  # the user's own paths are as seen from there
+if [ -z "$dry_run" ]; then  # what makes no sense is refused before anything is installed
+    python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given --dry-run "$@" >/dev/null
+    cd "$repo"
+    setup_venv requirements.txt
+    cd "$here"
+fi
 # The phases are started one after another by launch.py, which takes the place of this shell: a
 # signal to this script is then one to it, and it passes it on.
-exec python3 launch.py "$data" "$depth" "${plan[@]}" --given "$@"
+exec python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given "$@"

@@ -13,6 +13,7 @@ its "letters".
 import functools
 import hashlib
 import json
+import os
 import re
 import string
 from pathlib import Path
@@ -45,6 +46,9 @@ TASKS = {
 TASK_OF = {facts[split]: name for name, facts in TASKS.items()  # by the stem of its files
            for split in ("train", "test")}
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files, behind a stem
+MEASURED = [name for name, facts in TASKS.items() if facts["test"] and facts["kind"] != "chat"]
+PRACTISED = [name for name, facts in TASKS.items()  # whose answers RL can check
+             if facts["kind"] == "generative" and facts["train"]]
 GENERATED = ("spellingbee", "simplespelling")  # tasks made from a list of words,
 GENERATED_ITEMS = 500                          # so many items where no number is given
 
@@ -58,7 +62,8 @@ def parse(spec):
     """-> (task or file of conversations, how many items or None for all, how often).
     examples: "gsm8k" -> ("gsm8k", None, 1);  "gsm8k*2" -> ("gsm8k", None, 2);
     "spellingbee:300" -> ("spellingbee", 300, 1)"""
-    name, limit, epochs = re.fullmatch(r"(.*?)(?::(\d+))?(?:\*(\d+))?", spec).groups()
+    numbers = r"(?::(\d{1,9}))?(?:\*(\d{1,4}))?"  # more examples or epochs are a slip
+    name, limit, epochs = re.fullmatch(f"(.*?){numbers}", spec, re.DOTALL).groups()
     limit = int(limit) if limit else None
     epochs = int(epochs or 1)
     known = name in TASKS or name.endswith((".jsonl", ".jsonl.gz"))
@@ -68,6 +73,18 @@ def parse(spec):
                  "conversations must end in .jsonl or .jsonl.gz")
     common.check(limit != 0 and epochs, f"{spec!r} asks for 0 examples: remove it")
     return name, limit, epochs
+
+def check_names(settings):
+    """Failure where a script's settings name a task that is none, or not one for its purpose."""
+    for key, split in (("mixture", "train"), ("held_out", "test")):
+        for spec in settings.get(key, []):
+            stem_of(parse(spec)[0], split)
+    for name in settings.get("tasks", []):
+        common.check(name in MEASURED, f"--tasks={name}: the tasks with right answers are "
+                     f"{', '.join(MEASURED)}")
+    name = settings.get("task", PRACTISED[0])
+    common.check(name in PRACTISED, f"--task must be {', '.join(PRACTISED)} (answers that can be "
+                 f"checked), not {name!r}")
 
 def stem_of(name, split):
     """The stem of the files of a split of a task; a file of conversations stands for itself.
@@ -94,7 +111,7 @@ def find(name, split, data):
     """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
     stem = stem_of(name, split)
     if stem == name:
-        common.check(Path(name).is_file(), f"there is no file of conversations {name}")
+        common.check(os.path.isfile(name), f"there is no file of conversations {name}")
         return [Path(name)]
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem

@@ -23,7 +23,7 @@ def given(*flags, data="toy", depth="4", phases=None):
     """A Plan of all phases, as speedrun.sh lists them."""
     words = [data, depth]
     for phase in pipeline.PHASES:
-        words += ["--run", phase.name, phase.script, f"--data={data}"]
+        words += ["--run", phase.name, phase.script]
     return launch.make_plan([*words, "--given", *flags])
 
 class FakeProcess:
@@ -371,6 +371,9 @@ def test_a_command_whose_phases_are_done_is_not_what_goes_on(supervise, record):
 
 def test_a_signal_after_the_end_changes_nothing(state, monkeypatch):
     plan = given()
+    monkeypatch.setattr(sys, "argv", [str(REPO / "launch.py")])
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("NANOCHAT_OUTCOME", "")  # which it sets
     monkeypatch.setattr(launch, "make_plan", lambda words: plan)
     monkeypatch.setattr(launch, "run_all", lambda plan, supervisor: (0, "all done"))
     monkeypatch.setattr(launch.subprocess, "run",
@@ -522,7 +525,8 @@ def copy_with_phases(tmp_path, text):
     for phase in pipeline.PHASES:
         kept = (REPO / phase.script).read_text()  # its settings are read by the launcher
         (tmp_path / phase.script).write_text(f"{text}\nraise SystemExit\n{kept}")
-    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    for name in (".venv", "config"):
+        (tmp_path / name).symlink_to(REPO / name)
 
 PHASE = """
 import os, signal, subprocess, sys, time
