@@ -127,12 +127,14 @@ def make_plan(words):
     return Plan(data, f"d{depth}", int(nproc), listed, names, settings, given, in_slurm)
 
 def check_settings(plan):
-    """Failure (code 2) where what a phase would be started with makes no sense, before the first
-    one begins."""
+    """What each phase would be started with -> {phase: its Settings}. Failure (code 2) where that
+    makes no sense, before the first one begins."""
     status.check_folder(plan.data)
+    found = {}
     for name in plan.names:
         script, *words = plan.words(name)
-        configurator.read(pipeline.REPO / script, words, of_phases=name == "data")
+        found[name] = configurator.read(pipeline.REPO / script, words, of_phases=name == "data")
+    return found
 
 def start_over_command(plan, reason):
     """The whole command that starts the phase over of which a message says that it must; None where
@@ -281,14 +283,13 @@ def wait_for_holder(folder, supervisor, sleep=time.sleep):
 def check_inputs(plan, supervisor):
     """What the phases build on and this run does not make must be there, whole, before anything
     starts. -> exit code"""
+    settings = check_settings(plan)
     import models  # which needs the packages; a dry run does not
     import tasks
     for phase in plan.phases("training", "evaluation"):
-        script, *words = plan.words(phase.name)
-        settings = configurator.read(pipeline.REPO / script, words)
-        tasks.check_names(settings)
+        tasks.check_names(settings[phase.name])
         if not plan.in_slurm:  # there each node has its own devices
-            configurator.check_device(settings)
+            configurator.check_device(settings[phase.name])
         if phase.parent in plan.names:
             continue
         if phase.parent == "tok":
@@ -405,8 +406,8 @@ def end_attempt(plan, supervisor, code):
 def main():
     plan = make_plan(sys.argv[1:])
     os.chdir(os.path.dirname(sys.argv[0]))  # the repository; until here it was the user's own
-    check_settings(plan)
     if "--dry-run" in plan.given:
+        check_settings(plan)
         for name in plan.names:
             print(shlex.join(command_for(plan, name, plan.words(name))))
         return 0

@@ -83,8 +83,10 @@ run report    report.py       --tag="$tag"
 
 repo=$PWD
 cd "$here" || exit 1  # the user's own paths are as seen from there
-if [ -z "$dry_run" ]; then  # what makes no sense is refused before anything is installed
-    python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given --dry-run "$@" >/dev/null
+if [ -z "$dry_run" ]; then
+    if [ -z "${SLURM_JOB_ID:-}" ]; then  # what makes no sense is refused before pip begins
+        python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given --dry-run "$@" >/dev/null
+    fi
     cd "$repo"
     setup_venv requirements.txt
     cd "$here"

@@ -164,7 +164,7 @@ def snapshot(folder):
     ("prepare_data.py --data=/there/is/no/such/folder", "does not exist"),
     ("prepare_data.py --data=toy --size=0.0", "--size"),
     ("mid_train.py --data=toy", "there is no base model"),
-    ("mid_train.py --data=toy --held_out=", "--mixture and --held_out"),
+    ("mid_train.py --data=toy --held_out=", "--held_out is empty"),
     ("mid_train.py --data=toy --mixture=", "must not be empty"),
     ("mid_train.py --data=toy --max_steps=-5", "--max_steps"),
     ("chat_sft.py --data=toy", "there is no mid model"),
