@@ -42,7 +42,7 @@ RANGES = {
     "depth": (1, 99), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
     # how much
     "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "total_batch_size": (1, 2 ** 31),
-    "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e30), "size": (0.001, 1000),
+    "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e26), "size": (0.001, 1000),
     "shards": (1, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
     "problems_per_step": (1, 10 ** 6), "samples": (2, 10 ** 4), "eval_samples": (1, 10 ** 4),
     "eval_problems": (1, 10 ** 9), "max_items": (1, 10 ** 9), "core_items": STEPS,
@@ -230,11 +230,11 @@ def read_settings_file(path):
             or callable(value) or isinstance(value, types.ModuleType))}
 
 def place_of(name, path):
-    """Where a settings file assigns a name.  example: ("depth", "mine.py") -> "mine.py, line 3" """
-    for node in ast.walk(ast.parse(Path(path).read_bytes())):
-        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
-            return f"{path}, line {node.lineno}"
-    return path
+    """Where a settings file assigns a name last.
+    example: ("depth", "mine.py") -> "mine.py, line 3" """
+    lines = [node.lineno for node in ast.walk(ast.parse(Path(path).read_bytes()))
+             if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)]
+    return f"{path}, line {max(lines)}" if lines else path
 
 # -------------------------------------------------------------------------------------------------
 # a script's own call

@@ -15,8 +15,6 @@ import statistics
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 import common
 import configurator
 import evaluation
@@ -154,6 +152,7 @@ def svg(line, title):
     """[(x, y)] as a small picture; of many points means are drawn. "" for fewer than two."""
     if len(line) < 2:
         return ""
+    import numpy as np  # not above: an old Python, without it, gets no further than common.py
     parts = np.array_split(np.array(line), min(len(line), 300))
     xs, ys = np.array([part.mean(axis=0) for part in parts]).T
     across = np.interp(xs, [xs[0], xs[-1]], [10, 550])

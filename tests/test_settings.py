@@ -1,15 +1,18 @@
 """configurator.py: overrides, types, ranges, unknown keys, --help, files of assignments, what
 defines the result, settings of other phases."""
+import ast
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 import configurator
+import fuzz_settings
 import pipeline
-from conftest import REPO, ends, exit_code
+from conftest import REPO, ends, exit_code, script
 
 SCRIPT = '''"""A script.
 
@@ -73,12 +76,19 @@ def test_a_file_of_assignments_and_the_last_one_wins(tmp_path):
 
 @pytest.mark.parametrize("text,says", [
     ("dept = 4", "--depth"), ("lr = 'fast'", "a number"), ("depth = {}", "a whole number"),
-    ("shapes = (1, 2)", "unknown setting")])
-def test_what_is_wrong_in_a_file_of_assignments_is_one_line_too(tmp_path, text, says):
-    (tmp_path / "mine.py").write_text(text)
+    ("shapes = (1, 2)", "unknown setting"), ("depth = (", "never closed"),
+    ("name = '\udcff'", "(unicode error)"), ("1 / 0", "ZeroDivisionError"), ("\0", "null bytes"),
+    ("import sys; sys.exit()", "SystemExit"), ("def f(): f()\nf()", "RecursionError"),
+    ("lr = float('inf')", "--lr must be"), ("depth = 10 ** 5000", "thousands of digits"),
+    ("mixture = [1, 2]", "a list of texts"), ("name = '\\0'", "no text")])
+def test_what_is_wrong_in_a_file_of_assignments_is_one_line_with_its_place(tmp_path, text, says):
+    content = f"lr = 0.1\n{text}\n".encode(errors="surrogateescape")
+    (tmp_path / "mine.py").write_bytes(content)
     out = run(tmp_path, "mine.py")
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr.count("\n") == 1 and says in out.stderr, out.stderr
+    line = "mine.py, line 1" if "null" in says else "mine.py, line 2"
+    assert line in out.stderr, out.stderr
 
 def test_a_tuple_in_a_file_of_assignments_is_a_list(tmp_path):
     (tmp_path / "mine.py").write_text("mixture = ('b', 'c')")
@@ -90,7 +100,8 @@ def test_a_tuple_in_a_file_of_assignments_is_a_list(tmp_path):
     (["--on=1"], "True or False"), (["--lr=fast"], "a number"),
     (["--limit=soon"], "a number or None"), (["depth=4"], "--key=value"),
     (["--depth"], "--depth=VALUE"), (["absent.py"], "no such settings file"),
-    (["--later=4"], "unknown setting"), (["--sft.depth=4"], "unknown setting")])
+    (["--later=4"], "unknown setting"), (["--sft.depth=4"], "unknown setting"),
+    (["."], "--key=value"), (["folder.py"], "no such settings file")])
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     out = run(tmp_path, *args)
     assert out.returncode == 2 and out.stdout == ""
@@ -110,7 +121,16 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     ("warmup_ratio", "1.0", 0.01, True), ("save_minutes", "-1.0", 3.0, False),
     ("time_limit", "-1", None, False), ("time_limit", "None", None, True),
     ("eval_tokens", "-5", 100, False), ("max_skipped", "-1", 10, False),
-    ("target_flops", "-1.0", -1.0, True), ("target_flops", "-2.0", -1.0, False),
+    ("target_flops", "-1.0", -1.0, True), ("target_flops", "-7", -1.0, False),
+    ("matrix_lr", "0", 0.02, False), ("scalar_lr", "0.0", 0.0, True),
+    ("lr_fraction", "-1", 1.0, False), ("warmdown_ratio", "5", 0.6, False),
+    ("seed", "9" * 20, 1337, False), ("depth", "100", 20, False),
+    ("threads", "99999999", 0, False), ("device_batch_size", "9" * 20, 32, False),
+    ("source", "xyz", "sft", False), ("source", "", "sft", False), ("source", "", "", True),
+    ("core_items", "-1", -1, True), ("core_items", "-2", -1, False), ("yours", "1e19", 0.5, False),
+    ("tag", "/x", "", False), ("tag", "a\nb", "", False), ("tag", "a\n", "", False),
+    ("tag", "x" * 101, "", False), ("tag", "-x", "", False), ("tag", ".x", "", False),
+    ("tag", "é", "", False), ("tag", "x" * 100, "", True),
     ("tag", "..", "", False), ("tag", "a/b", "", False), ("tag", "my run", "", False),
     ("tag", "x.old-1", "", False), ("tag", "wide-2.5_b", "", True), ("tag", "", "", True)])
 def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, capsys):
@@ -119,6 +139,79 @@ def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, cap
         return
     assert exit_code(configurator.convert, name, value, default) == 2
     assert f"--{name} must be" in capsys.readouterr().err
+
+NASTY = ["{[]:1}", "-" * 1000, "(" * 300, "9" * 5000, "1e999", "nan", "inf", "-inf", "9" * 400, "1j",
+         "1if 2else 3", "b'x'", "{}", "[[1]]", "[1, 2]", "\\", "a\0b", "\udcff", 10 ** 5000,
+         float("inf"), float("nan"), -10 ** 400, ["a", 3], [["a"]], {}, object()]
+
+@pytest.mark.parametrize("default", [20, 0.5, None, True, ["a"]])
+@pytest.mark.parametrize("number", range(len(NASTY)))
+def test_what_is_no_value_is_refused_in_one_line(number, default, capsys):
+    value = NASTY[number]
+    if isinstance(default, list) and isinstance(value, str) and value[:2] not in ("[[", "[1", "b'"):
+        value = ["a\0b"]  # nearly any text is a list of one
+    with ends() as end:
+        configurator.convert("mixture" if isinstance(default, list) else "yours", value, default)
+    said = capsys.readouterr().err
+    assert end.code == 2 and said.startswith("error: --") and said.count("\n") == 1
+    assert len(said) < 250
+
+SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if re.search(
+    r"^settings = configurator.configure\(", p.read_text(), re.MULTILINE))
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_number_has_a_range_in_which_its_default_lies_and_nothing_endless_does(name):
+    numbers = {key: default for key, default in configurator.defaults(name).items()
+               if not isinstance(default, (bool, str, list))}
+    for key, default in numbers.items():
+        low, high = configurator.RANGES[key]
+        assert default in (None, -1) or low <= default <= high, key
+        below = str(low - 2 if default == -1 else low - 1)
+        for value in ("inf", "-inf", "nan", "1e999", "9" * 40, below, str(2 * high), "-7"):
+            assert exit_code(configurator.convert, key, value, default) == 2, (key, value)
+
+@pytest.mark.parametrize("name,words,says", [
+    ("base_train.py", ["--total_batch_size=3"], "multiple of --max_seq_len"),
+    ("base_train.py", ["--warmup_ratio=0.5"], "--warmdown_ratio must be 1 together"),
+    ("mid_train.py", ["--mixture="], "nothing to learn from"),
+    ("chat_sft.py", ["--held_out="], "--held_out is empty"),
+    ("chat_eval.py", ["--tasks="], "--tasks is empty"),
+    ("chat_rl.py", ["--temperature=0"], "--temperature must be more than 0"),
+    ("chat_sft.py", ["--data=~nobodyatall/x"], "names no folder"),
+    ("chat_sft.py", [f"--data={'x' * 300}"], "names no folder")])
+def test_what_a_script_cannot_be_called_with_is_known_without_running_it(name, words, says, capsys):
+    with ends() as end:
+        configurator.read(REPO / name, words)
+    said = capsys.readouterr().err
+    assert end.code == 2 and says in said and said.count("\n") == 1
+    configurator.read(REPO / "mid_train.py", ["--mixture=", "--extra_conversations=mine.jsonl"])
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    out = script(tmp_path / "state", "base_train.py", "--device=cuda")
+    assert out.returncode == 2 and "torch sees no GPU" in out.stderr
+    assert out.stderr.count("\n") == 1 and not (tmp_path / "state").exists()
+
+def test_random_settings():
+    table, wrong = fuzz_settings.fuzz(cases=60, seed=1)
+    assert not wrong, "\n".join(wrong)
+    outcomes = sum(table.values(), Counter())
+    assert outcomes["refused"] > 20 and outcomes["accepted"] > 5
+
+def test_an_old_python_is_named_in_one_line(tmp_path):
+    """Whatever it cannot read, or lacks, comes later."""
+    old = ("import runpy, sys\n"
+           "for name in ('numpy', 'tiktoken', 'regex', 'torch', 'execution', 'toy_world'):\n"
+           "    sys.modules[name] = None\n"
+           "sys.version_info = (3, 9, 2)\n"
+           "runpy.run_path(sys.argv[1], run_name='__main__')\n")
+    for name in [*SCRIPTS, "launch.py", "slurm.py"]:
+        out = script(tmp_path, "-c", old, name)
+        assert out.returncode == 2 and "Python 3.11 or newer is needed" in out.stderr, out.stderr
+        assert out.stderr.count("\n") == 1 and out.stdout == ""
+    later = {"execution.py", "toy_world.py"}
+    for path in REPO.glob("*.py"):
+        if path.name not in later:
+            ast.parse(path.read_text(), feature_version=(3, 8))
 
 def test_a_data_folder_is_the_same_however_it_is_named(tmp_path, monkeypatch):
     folder = tmp_path / "texts"
@@ -156,18 +249,34 @@ def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
                              ("--mixture=['a']", "a list"), ("--device_rows=8", "rows at once")):
         assert any(setting in line and comment in line for line in lines), setting
     assert "later" not in out.stdout
+    assert any("--depth=20" in line and line.endswith("[1 to 99]") for line in lines)
 
-@pytest.mark.parametrize("script", sorted(
-    p.name for p in REPO.glob("*.py") if re.search(r"^settings = configurator.configure\(",
-                                                   p.read_text(), re.MULTILINE)))
-def test_every_setting_of_every_script_has_a_comment(script):
-    declared = configurator.declared(REPO / script)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_setting_of_every_script_has_a_comment(name):
+    declared = configurator.declared(REPO / name)
     assert declared
-    for name, setting in declared.items():
-        assert setting.comment, f"{script}: {name} has no comment"
-    assert list(configurator.defaults(script)) == list(declared)
+    for key, setting in declared.items():
+        assert setting.comment, f"{name}: {key} has no comment"
+    assert list(configurator.defaults(name)) == list(declared)
 
 # ---- behind the -- of speedrun.sh
+
+def test_files_of_conversations_are_those_that_the_user_sees(tmp_path, monkeypatch):
+    words = ["--mixture=gsm8k,my.jsonl*2", "--sft.extra_conversations=a.jsonl.gz", "--seed=1",
+             "--mixture=/x/y.jsonl:9", "--held_out=['b c.jsonl', 'mmlu']"]
+    monkeypatch.chdir(REPO)
+    assert [configurator.from_here(word) for word in words] == words
+    monkeypatch.chdir(tmp_path)
+    assert [configurator.from_here(word) for word in words] == [
+        f"--mixture=gsm8k,{tmp_path}/my.jsonl*2",
+        f"--sft.extra_conversations={tmp_path}/a.jsonl.gz", "--seed=1",
+        "--mixture=/x/y.jsonl:9", f"--held_out=['{tmp_path}/b c.jsonl', 'mmlu']"]
+
+def test_starting_over_needs_the_name_of_a_phase(capsys):
+    for word in ("--start_over=True", "--start-over=True", "--try_out=True"):
+        assert exit_code(configurator.check_arguments, [word]) == 2
+        assert "needs its phase" in capsys.readouterr().err
+    configurator.check_arguments(["--sft.start_over=True"])
 
 def test_settings_behind_the_dashes_are_held_against_the_phases_that_have_them(capsys):
     readme = (REPO / "README.md").read_text().replace("\\\n", " ")
