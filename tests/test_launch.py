@@ -92,6 +92,12 @@ def test_flags_choose_the_phases():
     (["--", "--rl.num_steps=x"], "--rl.num_steps takes a whole number"),
     (["--", "--matrix_lr=fast"], "--matrix_lr takes a number"),
     (["--", "--top_k=4"], "no phase has"),
+    (["--nproc=-1"], "--nproc takes"), (["--nproc=abc"], "--nproc takes"),
+    (["--nproc="], "--nproc takes"), (["--only=*"], "no such phase: '*'"),
+    (["--depth="], "--depth takes"), (["--depth=-1"], "--depth takes"), (["--slurm"], "sbatch"),
+    (["--", "--tok.vocab_size=-1"], "--tok.vocab_size must be"),
+    (["--", "--base.arch=foo"], "--base.arch must be one of"),
+    (["--", "--nosuch.x=1"], "no phase 'nosuch'"), (["--", "--start_over=True"], "its phase"),
     (["--", "--sft.max_steps=-5"], "max_steps"), (["--", "seed=4"], "--key=value")])
 def test_what_makes_no_sense_is_one_line(flags, says, capsys):
     with ends() as end:
@@ -115,6 +121,16 @@ def test_settings_go_to_the_phases_that_have_them_those_for_one_phase_last():
                                        "--mid-eval.max_items=7"], "it brings what they read"
     assert plan.words("mid-eval")[-1] == "--max_items=7"
     assert plan.words("rl-eval")[-1] != "--max_items=7"
+
+def test_what_starts_a_phase_over_is_a_whole_command():
+    hint = "other settings: give the old ones, or -- --sft.start_over=True to start anew"
+    plan = given("--depth=4", "--only=mid,sft", "--nproc=1", "--", "--seed=5")
+    assert launch.start_over_command(plan, hint) == (
+        "bash speedrun.sh --depth=4 --only=mid,sft --nproc=1 -- --seed=5 --sft.start_over=True")
+    plan = given("--nproc=1", "--from=rl", "--skip-report")
+    assert launch.start_over_command(plan, hint) == (
+        "bash speedrun.sh --nproc=1 --from=sft -- --sft.start_over=True")
+    assert launch.start_over_command(plan, "the disk is full") is None
 
 def test_one_process_several_ranks():
     one, two = given("--nproc=1"), given("--nproc=2")

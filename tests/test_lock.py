@@ -271,6 +271,24 @@ def test_what_a_death_in_the_middle_of_taking_it_has_left_is_removed(tmp_path):
     lock.take_lock(tmp_path).release()
     assert [path.name for path in tmp_path.iterdir()] == [".lock-guard"]
 
+def test_what_is_put_aside_is_kept_apart_counted_and_cleared_by_what_is_printed(
+        tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "it's mine" / "d4"
+    monkeypatch.setattr(common.time, "strftime", lambda form: "20260101-000000")  # in one second
+    for number in range(3):
+        folder.mkdir(parents=True)
+        (folder / "model.pt").write_bytes(bytes([number]) * 1_000_000)
+        lock.put_aside(folder)
+    said = capsys.readouterr().out.splitlines()
+    copies = sorted(folder.parent.iterdir())
+    name = "d4.old-20260101-000000"
+    assert [path.name for path in copies] == [name, f"{name}-2", f"{name}-3"]
+    assert [(path / "model.pt").read_bytes()[0] for path in copies] == [0, 1, 2], "none is lost"
+    assert "3 copies, 3.0 MB" in said[-1]
+    (folder.parent / "d40.old-20260101-000000").mkdir()
+    subprocess.run(said[-1].partition("none of them: ")[2], shell=True, check=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["d40.old-20260101-000000"]
+
 def test_two_that_start_at_once_do_not_both_get_it(tmp_path):
     code = HOLD.replace("time.sleep(100)", "time.sleep(3)")
     start = [sys.executable, "-c", code, str(tmp_path)]

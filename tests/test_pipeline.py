@@ -100,11 +100,24 @@ def test_a_dry_run_shows_which_settings_go_where(tmp_path):
     (["--", "--depth=6"], "--depth cannot stand behind"),
     (["--", "--rl.num_steps=x"], "--rl.num_steps takes a whole number"),
     (["--dry-run", "--", "--num_stepz=4"], "--num_steps"),
+    (["--data=/no/such/folder"], "there is no /no/such/folder"),
+    (["--", "--base.total_batch_size=3"], "multiple of --max_seq_len"),
+    (["--", "--sft.mixture="], "nothing to learn from"), (["--", "--tasks="], "--tasks is empty"),
+    (["--", "--sft.mixture=nosuch"], "there is no task 'nosuch'"),
+    (["--", "--rl.task=mmlu"], "--task must be"),
     (["--only=mid"], "there is no base model"), (["--from=base"], "there is no tokenizer")])
 def test_bad_flags_are_one_line_and_write_nothing(tmp_path, flags, says):
     out = speedrun(tmp_path, *flags)
     assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1, out.stderr
     assert not any(tmp_path.iterdir())
+
+def test_what_makes_no_sense_is_refused_before_anything_is_installed(tmp_path):
+    with_shell_files(tmp_path, "config", *(p.name for p in REPO.glob("*.py")))
+    env = {**environment(tmp_path / "state"), "NANOCHAT_OFFLINE": "1"}
+    for flag, says in (("--base.arch=foo", "--base.arch must be"), ("--base.depth=3", "--depth")):
+        out = bash(tmp_path, "--", flag, env=env)
+        assert out.returncode == 2 and says in out.stderr and out.stderr.count("\n") == 1
+    assert not (tmp_path / ".venv").exists() and not (tmp_path / "state").exists()
 
 @needs_venv
 def test_help_names_the_flags(tmp_path):
@@ -242,6 +255,42 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
     out = bash(tmp_path, "--only=report", env={**usual, "PATH": f"{fake}:{os.environ['PATH']}"})
     assert out.returncode == 2 and out.stderr.count("\n") == 1
     assert "Python 3.11 or newer is needed and python3 is Python 3.9.2" in out.stderr
+
+@pytest.mark.parametrize("site,given,found", [
+    (b"\xef\xbb\xbfexport NANOCHAT_BASE_DIR=/there\r\n# a comment\r\n", "", "/there"),
+    (b"export NANOCHAT_BASE_DIR=there\r\n", "", "repository/there"),
+    (b"export NANOCHAT_BASE_DIR=$HOME/there\n", "here", "/home/of/mine/there"),
+    (b"", "here", "home/here"), (b"", "~/here", "~/here"), (b"", "/here", "/here")])
+def test_the_state_folder_is_meant_from_where_it_was_given(tmp_path, site, given, found):
+    """And a site.env may come from Windows."""
+    for name in ("repository", "home"):
+        (tmp_path / name).mkdir()
+    with_shell_files(tmp_path / "repository")
+    (tmp_path / "repository/launch.py").write_text(
+        "import os\nprint(repr(os.environ['NANOCHAT_BASE_DIR']), repr(os.getcwd()))\n")
+    (tmp_path / "repository/site.env").write_bytes(site)
+    out = subprocess.run(["bash", "../repository/speedrun.sh", "--dry-run"], text=True,
+                         cwd=tmp_path / "home", capture_output=True, check=True,
+                         env={**environment(given), "HOME": "/home/of/mine"})
+    where = found if found[0] in "/~" else str(tmp_path / found)
+    assert out.stdout == f"{where!r} {str(tmp_path / 'home')!r}\n"
+
+def test_paths_of_data_are_those_that_the_user_sees(tmp_path):
+    (tmp_path / "my texts").mkdir()
+    flags = ["--data=my texts", "--dry-run", "--only=sft", "--nproc=1", "--",
+             "--mixture=mine.jsonl*2"]
+    out = subprocess.run(["bash", REPO / "speedrun.sh", *flags], cwd=tmp_path, text=True,
+                         capture_output=True, check=True, env=environment(tmp_path / "state"))
+    assert shlex.split(out.stdout) == [
+        "python", "chat_sft.py", f"--data={tmp_path}/my texts", "--tag=d20",
+        f"--mixture={tmp_path}/mine.jsonl*2"]
+
+def test_a_state_folder_is_never_called_by_a_line_end(tmp_path):
+    code = "import pipeline; print(pipeline.base_dir())"
+    out = script(tmp_path, "-c", code, env={"NANOCHAT_BASE_DIR": "/x\r"})
+    assert out.stdout == "/x\n"
+    out = script(tmp_path, "status.py", env={"NANOCHAT_BASE_DIR": "~nobodyatall/x"})
+    assert out.returncode == 2 and out.stderr.count("\n") == 1 and "nobodyatall" in out.stderr
 
 @pytest.mark.parametrize("name", ["NANOCHAT_OFFLINE", "SLURM_JOB_ID"])
 def test_nothing_is_installed_offline_or_in_a_job(tmp_path, name):

@@ -71,6 +71,25 @@ def test_done_half_done_changed(folder, capsys):
     assert changed in said, "it does not define the result"
     run.close(1, "over")
 
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "done"])
+def test_a_record_of_a_training_that_has_saved_nothing_blocks_no_other(folder, status):
+    run = start(folder, damage=None)
+    run.update_record(status=status)
+    run.lock.release()
+    run = start(folder, settings(depth=5), {"data": "other"}, damage=None)
+    assert run.record["settings"]["depth"] == 5 and run.saved_step is None
+    run.close(1, "over")
+
+def test_what_starts_it_over_is_named_as_it_is_typed(folder, monkeypatch, capsys):
+    run = start(folder, damage=None)
+    save(run, 3)
+    run.close(75, "stopped")
+    for launched, words in ((False, "or --start_over=True"), (True, "-- --base.start_over=True")):
+        if launched:
+            monkeypatch.setenv("NANOCHAT_OUTCOME", str(folder / "outcome"))
+        assert exit_code(start, folder, settings(depth=5), damage=None) == 2
+        assert words in capsys.readouterr().err
+
 def test_what_goes_on_with_several_ranks_starts_as_many(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/mid_train.py", "--data=my texts", "--start_over=True"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)

@@ -140,8 +140,8 @@ def test_what_makes_no_sense_is_refused_at_once(name, value, default, right, cap
     assert exit_code(configurator.convert, name, value, default) == 2
     assert f"--{name} must be" in capsys.readouterr().err
 
-NASTY = ["{[]:1}", "-" * 1000, "(" * 300, "9" * 5000, "1e999", "nan", "inf", "-inf", "9" * 400, "1j",
-         "1if 2else 3", "b'x'", "{}", "[[1]]", "[1, 2]", "\\", "a\0b", "\udcff", 10 ** 5000,
+NASTY = ["{[]:1}", "-" * 1000, "(" * 300, "9" * 5000, "1e999", "nan", "inf", "-inf", "9" * 400,
+         "1j", "1if 2else 3", "b'x'", "{}", "[[1]]", "[1, 2]", "\\", "a\0b", "\udcff", 10 ** 5000,
          float("inf"), float("nan"), -10 ** 400, ["a", 3], [["a"]], {}, object()]
 
 @pytest.mark.parametrize("default", [20, 0.5, None, True, ["a"]])
@@ -166,8 +166,7 @@ def test_every_number_has_a_range_in_which_its_default_lies_and_nothing_endless_
     for key, default in numbers.items():
         low, high = configurator.RANGES[key]
         assert default in (None, -1) or low <= default <= high, key
-        below = str(low - 2 if default == -1 else low - 1)
-        for value in ("inf", "-inf", "nan", "1e999", "9" * 40, below, str(2 * high), "-7"):
+        for value in ("inf", "-inf", "nan", "1e999", "9" * 40, str(low - 3), str(2 * high), "-7"):
             assert exit_code(configurator.convert, key, value, default) == 2, (key, value)
 
 @pytest.mark.parametrize("name,words,says", [
