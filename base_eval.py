@@ -19,10 +19,10 @@ import shlex
 import checkpoint
 import common
 import configurator
+import corpus
 import data as dataset
 import models
 import pipeline
-import texts
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
@@ -69,8 +69,12 @@ tokenizer = models.load_tokenizer_of(folder, step, data)
 splits = {}
 if eval_tokens:
     # files that were added since are not what the model was trained on
-    begun_with = (load_record(folder) or {}).get("train_files")
-    files = run.ranks.on_rank0(texts.dataset_files, data, begun_with)
+    begun = load_record(folder) or {}
+    files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
+    held_out = corpus.facts_to_record(files, data)["val_files"]
+    common.check(begun.get("val_files") in (None, held_out), f"{folder.name} was trained with "
+                 f"{', '.join(begun.get('val_files', []))} held out, which is not all there any "
+                 "more: put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
 stores = [store for part in splits.values() for store in part]
@@ -100,14 +104,13 @@ def going():
 def bits_per_byte(stores):
     """Of the first eval_tokens of a split; None if stopped. Failure (code 2) where it does not fill
     a row. Collective."""
-    common.check(dataset.fills_a_row(stores, length + 1), f"a split of {data} has too little text "
-                 f"for a row of {length} tokens")
+    common.check(dataset.n_tokens(stores) > 0, f"a split of {data} has no text")
     few = []
     for store in stores:  # to pack every shard would take longer than to measure
         few.append(store)
         if sum(store.facts["tokens"] for store in few) >= 2 * eval_tokens:
             break
-    plan = dataset.make_plan(few, length + 1, tokenizer.bos)
+    plan = dataset.text_plan(few, length + 1, tokenizer.bos)
     return training.bits_per_byte(run, model, plan, tokenizer, eval_tokens, device_batch_size,
                                   compute.device)
 

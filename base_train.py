@@ -15,10 +15,10 @@ run = Run.start("base_train")  # a signal counts from here on; importing torch t
 
 import common
 import configurator
+import corpus
 import data as dataset
 import pipeline
 import records
-import texts
 import tokenizer as tok
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
@@ -64,20 +64,23 @@ directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 run.ranks.join()
 # Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
 # looks for all, since on a shared disk another node may see an older state of the folders.
-begun_with = run.ranks.on_rank0(records.find_record, directory, settings).get("train_files")
-files = run.ranks.on_rank0(texts.dataset_files, data, begun_with)
+begun = run.ranks.on_rank0(records.find_record, directory, settings)
+files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
+if others := corpus.not_read(data):
+    common.print0(others)
 tokenizer = tok.load_tokenizer(data)
 val = dataset.tokenize_files(run, data, files, "val", tokenizer)
 if try_out:
     train = val  # any text shows what a step needs, and this one is short
 else:
     train = dataset.tokenize_files(run, data, files, "train", tokenizer)
-for split, stores in ("training", train), ("validation", val):
-    common.check(dataset.fills_a_row(stores, max_seq_len + 1), f"the {split} split of {data} has "
-                 f"too little text for a row of {max_seq_len} tokens")
+dataset.check_enough(data, train, val, 1 if try_out else max_seq_len + 1)
+known_files = corpus.facts_to_record(files, data)
+inputs = {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)}
+if not (start_over or try_out):
+    corpus.check_same(begun, known_files, inputs["data"])
 # takes the lock; ends the process if the run is done, or was begun with other settings or data
-run.open_or_exit(directory, settings,
-                 {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)})
+run.open_or_exit(directory, settings, inputs)
 
 # -------------------------------------------------------------------------------------------------
 # model, horizon, optimizer
@@ -91,7 +94,7 @@ from compute import choose_compute, peak_flops, to_device
 
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
-run.update_record(chosen=compute.recorded(), train_files=dataset.file_names(train))
+run.update_record(chosen=compute.recorded(), **known_files)
 config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
@@ -110,8 +113,8 @@ if weight_decay == -1.0:
     weight_decay = 0.2 * (12 / depth) ** 2 * scale if depth >= 8 else 0.0
 optimizer = optim.make_optimizer(model, settings, scale, weight_decay, compute.dtype)
 
-plan = dataset.make_plan(train, max_seq_len + 1, tokenizer.bos)
-val_plan = dataset.make_plan(val, max_seq_len + 1, tokenizer.bos)
+plan = dataset.text_plan(train, max_seq_len + 1, tokenizer.bos)
+val_plan = dataset.text_plan(val, max_seq_len + 1, tokenizer.bos)
 epoch_rows = dataset.n_rows(plan)
 common.print0(
     f"base {directory.name}: {parameters:,} parameters\n"
@@ -123,7 +126,8 @@ common.print0(
     f"  devices: {ranks.world} x {compute}")
 if not try_out:
     epochs = num_steps * rows / epoch_rows
-    common.print0(f"  text: {epoch_rows:,} rows, read {epochs:,.2f} times")
+    common.print0(f"  text: {epoch_rows:,} rows, read {epochs:,.2f} times; "
+                  f"{corpus.held_out_in_words(files, data)}")
     if epochs > 100:
         common.print0(f"warning: the text will be repeated {epochs:,.0f} times; a smaller --depth "
                       "or --num_steps would fit it")

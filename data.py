@@ -1,8 +1,8 @@
 """
 From folders of text to the batch of step s, which is a pure function of (data, seed, s).
 
-    texts       the documents of the files (texts.py)
-    stores      each file is tokenised once into memory-mapped arrays: tokens, document lengths,
+    texts       the documents of the files (corpus.py, texts.py)
+    stores      files are tokenised once into memory-mapped arrays: tokens, document lengths,
                 (for chats) a loss mask
     plan        which pieces of which documents stand in which row: made by best-fit packing
     batch       rows of the plan in an order drawn anew for each epoch
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from array import array
 from collections import namedtuple
 from itertools import islice
@@ -22,6 +23,7 @@ from itertools import islice
 import numpy as np
 
 import common
+import corpus
 import pipeline
 import texts
 
@@ -50,7 +52,7 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
     tokenised again, the others stay; with 1 where it cannot be written."""
     if open_store(prefix, source) is not None:
         return
-    common.print0(f"tokenizing {prefix.name}")
+    common.print0(f"tokenizing {texts.shown(prefix.name)}")
     show = common.progress("documents tokenized")
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")
     lengths = array("q")
@@ -89,23 +91,48 @@ def make_store(run, data, tokenizer, name, source, documents, longest=None):
 
 def tokenize_files(run, data, files, split, tokenizer):
     """Tokenises the files of a split that are not tokenised yet. files: the same on all ranks, as
-    texts.dataset_files has them. -> list of Store. Collective."""
-    alone = files["train"] == files["val"]
-
-    def encoded(path):
-        documents = texts.documents(path, split, alone)
+    corpus.dataset_files has them. -> list of Store. Collective."""
+    def encoded(group):
+        documents = texts.documents(group, split)
         while batch := list(islice(documents, 1024)):
             for ids in tokenizer.encode_batch(batch, common.cores()):
                 yield ids, []
 
+    parts = corpus.parts_of(files, split)
+    one_each = files["old"] or not pipeline.is_folder_data(data)
     stores = []
-    for path in files[split]:
-        stat = path.stat()
-        source = {"name": path.name, "bytes": stat.st_size, "mtime": stat.st_mtime_ns,
-                  "alone": alone}
-        stores.append(make_store(run, data, tokenizer, f"{split}_{path.name}", source,
-                                 encoded(path)))
+    for group in [[part] for part in parts] if one_each else gathered(parts):
+        name, source = store_of(group, data, split, one_each)
+        stores.append(make_store(run, data, tokenizer, name, source, encoded(group)))
     return stores
+
+GATHER = 20_000_000  # bytes of files to a store: thousands of small ones would be too many stores
+
+def gathered(parts):
+    """Yields lists of parts: files of GATHER bytes together, in their order."""
+    group = []
+    for part in parts:
+        group.append(part)
+        if sum(path.stat().st_size for path, _ in group) >= GATHER:
+            yield group
+            group = []
+    if group:
+        yield group
+
+def store_of(group, data, split, one_each):
+    """-> (name of the store of some files, what it is made of). one_each: as it was when each file
+    had a store of its own."""
+    facts = []
+    for path, shared in group:
+        stat = path.stat()
+        facts.append([corpus.name_of(path, data), stat.st_size, stat.st_mtime_ns, shared])
+    name, size, mtime, shared = facts[0]
+    if one_each:
+        source = {"name": name, "bytes": size, "mtime": mtime, "alone": shared}
+        return f"{split}_{name}", source
+    digest = hashlib.sha256(repr([(name, shared) for name, _, _, shared in facts]).encode())
+    plain = re.sub(r"[^\w.-]", "_", name)[-40:]  # of any name one that every file system takes
+    return f"{split}_{plain}-{digest.hexdigest()[:8]}", {"files": facts, "documents": 2}
 
 def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
     """
@@ -119,10 +146,6 @@ def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
             yield ids[1:], mask[1:]  # without <|bos|>: the row puts it back
     return make_store(run, data, tokenizer, f"chat_{name}_{max_tokens}", name, rendered(),
                       max_tokens - 1)
-
-def file_names(stores):
-    """The names of the files that stores were made from."""
-    return [store.facts["source"]["name"] for store in stores]
 
 def fingerprint(stores):
     """Identifies tokenised data: 16 hex digits."""
@@ -193,9 +216,22 @@ def make_plan(stores, row_length, bos, split=True):
 def n_rows(plan):
     return len(plan.first) - 1
 
-def fills_a_row(stores, row_length):
-    """Whether the documents of any store, each with its bos, fill a row."""
-    return any(s.tokens.size + s.lengths.size >= row_length for s in stores)
+def n_tokens(stores):
+    """The tokens of texts, with the bos of each document."""
+    return sum(store.tokens.size + store.lengths.size for store in stores)
+
+def text_plan(stores, row_length, bos):
+    """The Plan of texts; of fewer than fill a row, one that is padded: enough to measure on."""
+    full = any(n_tokens([store]) >= row_length for store in stores)
+    return make_plan(stores, row_length, bos, split=full)
+
+def check_enough(data, train, val, row_length):
+    """Failure where there is no row to train on, or nothing to measure on."""
+    for split, stores, needed in ("training", train, row_length), ("validation", val, 1):
+        most = max([n_tokens([store]) for store in stores], default=0)
+        common.check(most >= needed, f"too little text: the {split} split of {data} has "
+                     f"{most:,} tokens and needs {needed:,}: add text"
+                     + (", or give a smaller --max_seq_len" if split == "training" else ""))
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may

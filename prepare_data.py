@@ -27,6 +27,7 @@ from pathlib import Path
 
 import common
 import configurator
+import corpus
 import download
 import pipeline
 import records
@@ -133,7 +134,7 @@ class File:
 
 def text_files():
     if pipeline.is_folder_data(data):
-        return [File("text", path) for path in texts.text_files(data)]
+        return [File("text", path) for path in corpus.text_files(data)]
     address, name, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
     # a damaged one that nobody asked for would stop a phase too
@@ -310,20 +311,19 @@ bad = [file for file in files if file.wrong]
 by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
+if check and pipeline.is_folder_data(data):
+    for file in files:
+        if file.what == "text" and not file.wrong:
+            name = texts.shown(corpus.name_of(file.path, data))
+            common.print0(f"{name}: {texts.facts_of(file.path)}")
 common.check(not by_hand, "fix these files by hand, then run the same command again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):
-    split = texts.dataset_files(data)
-    if split["train"] == split["val"]:
-        shared = "1 file: some of its documents are held out for validation"
-    else:
-        shared = f"{len(split['train'])} files for training, {len(split['val'])} for validation"
-    common.print0(f"{shared} in {directory}")
-    read = [path.name for path in texts.text_files(data)]
-    others = sorted(path.name for path in directory.glob("[!.]*") if path.name not in read)
-    if others:
-        common.print0(f"not read, since only files ending in {', '.join(texts.ENDINGS)} are: "
-                      f"{', '.join(others[:9])}")
+    split = corpus.dataset_files(data)
+    common.print0(f"{len(split['train'])} files for training in {texts.shown(directory)}; "
+                  f"{corpus.held_out_in_words(split, data)}")
+    if others := corpus.not_read(data):
+        common.print0(others)
 if check:
     common.check(not bad, f"missing or damaged: {len(bad)} files, see the table",
                  again)

@@ -17,6 +17,9 @@ INPUTS = {"data": "other data", "tasks": "other files of tasks", "base": "anothe
           "bundle": "other files of CORE",
           "weights": "other weights of the model", "missing": "other missing files"}
 
+# what a run that has saved nothing yet need not keep to
+OF_A_SAVE = ("chosen", "train_files", "val_files", "texts")
+
 # -------------------------------------------------------------------------------------------------
 # reading
 
@@ -42,7 +45,7 @@ def find_record(directory, settings, inputs=None, damage=None):
     directory = Path(directory)
     old = load_record(directory) or recovered_record(directory)
     if old and not binds(old, directory, damage):
-        old = {k: v for k, v in old.items() if k not in ("chosen", "train_files")}
+        old = {k: v for k, v in old.items() if k not in OF_A_SAVE}
     if not old or not settings["start_over"]:
         return old
     begun_so = old["free"].get("start_over")

@@ -252,7 +252,7 @@ class Run:
             optim_state = optimizer.state_dict()
             if self.ranks.rank == 0:
                 weights = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-                kept = ("settings", "inputs", "chosen", "train_files")
+                kept = ("settings", "inputs", *records.OF_A_SAVE)
                 record = {k: self.record[k] for k in kept if k in self.record}
                 meta = {**meta, "settings": self.settings, "num_steps": self.clock.num_steps,
                         "seconds": self.clock.seconds(), "record": record}

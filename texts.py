@@ -1,69 +1,39 @@
 """
-A user's texts: which files of a folder are read, which of them are held out, what a document is,
-and what happens to lines that cannot be read. A data set is a folder of .parquet, .jsonl, .jsonl.gz
-or .txt files; a line of a .jsonl file, and a row of a .parquet file, has a field `text`.
-All but .parquet is UTF-8, or UTF-16 with a byte order mark.
+What stands in a user's files of texts: their encodings, their lines or rows, what happens to those
+that cannot be read, and what a document is. Which files are read: corpus.py. A line of a .jsonl
+file, and a row of a .parquet file, has a field `text`; .txt is text as it is. All but .parquet is
+UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 """
 import codecs
 import gzip
 import json
+import os
+import re
 import shlex
+import statistics
+import unicodedata
 import zlib
-from itertools import islice
+from collections import Counter
+from itertools import chain, islice
 
 import common
-import pipeline
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-# the validation split of the known data sets, fixed by name: the last of all their shards
-VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
-HOLD_OUT = 20  # of a data set in a single file every 20th document is held out
+HOLD_OUT = 20  # of a file that is split every 20th document is held out
+DOCUMENT = 10_000  # characters to which the paragraphs or lines of a .txt file are gathered
 NAMED = 5  # so many broken lines of a file are named one by one
 LARGE = 500_000_000  # bytes of a file that text_problem does not read to its end
-
-# -------------------------------------------------------------------------------------------------
-# files
+LOOKED_AT = 10_000_000  # characters of a file of which facts_of tells
 
 def prepare_command(data):
     return shlex.join(["python", "prepare_data.py", f"--data={data}"])
 
-def text_files(data):
-    """The files of a data set that are not empty, sorted by name. Failure where there is none."""
-    folder = pipeline.base_data_dir(data)
-    command = None if pipeline.is_folder_data(data) else prepare_command(data)
-    common.check(folder.exists() or command, f"{folder} does not exist: --data takes toy, "
-                 "fineweb_edu, climbmix or a folder of texts")
-    common.check(folder.exists(), f"the data folder {folder} does not exist", command)
-    common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
-    files = [path for path in sorted(folder.glob("[!.]*"))
-             if path.name.endswith(ENDINGS) and path.is_file() and path.stat().st_size > 0]
-    common.check(files, f"the data folder {folder} holds no text: it has no file of "
-                 f"{', '.join(ENDINGS)} that is not empty", command)
-    return files
+def shown(name):
+    """A file's name or path in one line that can be printed, with escapes where it needs them."""
+    name = str(name)
+    return name if name.isprintable() else ascii(name)
 
-def dataset_files(data, names=None):
-    """
-    names: of the training files to take, where a run has begun with these; None: all
-    -> {"train": files, "val": files}, lists of Path sorted by name. The validation file is the last
-    by name (of known data sets a fixed name). A single file is in both lists: HOLD_OUT splits its
-    documents. Failure where the folder is missing or empty, or a parquet file does not open or has
-    no string column `text`.
-    """
-    files = text_files(data)
-    for path in files:
-        if path.suffix == ".parquet":
-            why = parquet_problem(path)
-            common.check(why is None, why)
-    if data in VAL_SHARD:
-        val = [path for path in files if path.name == VAL_SHARD[data]]
-        common.check(val, f"the validation shard {VAL_SHARD[data]} is missing in "
-                     f"{files[0].parent}", prepare_command(data))
-        train = [path for path in files if path not in val]
-    else:
-        train, val = files[:-1] or files, files[-1:]
-    if names is not None:
-        train = [path for path in train if path.name in names] or train
-    return {"train": train, "val": val}
+# -------------------------------------------------------------------------------------------------
+# rows
 
 def parquet_problem(path):
     """None, or why the parquet file cannot be read: its footer has to name a column `text`."""
@@ -71,16 +41,13 @@ def parquet_problem(path):
     try:
         schema = pyarrow.parquet.ParquetFile(path).schema_arrow
     except (pyarrow.ArrowException, OSError) as e:
-        return f"{path} is no readable parquet file: {e}"
+        return f"{shown(path)} is no readable parquet file: {e}"
     if "text" not in schema.names:
-        return f"{path} has no column `text` (it has {', '.join(schema.names)})"
+        return f"{shown(path)} has no column `text` (it has {', '.join(schema.names)})"
     kind = str(schema.field("text").type)
     if "string" not in kind:
-        return f"{path}: its column `text` is no text but {kind}"
+        return f"{shown(path)}: its column `text` is no text but {kind}"
     return None
-
-# -------------------------------------------------------------------------------------------------
-# rows
 
 def read_rows(path, columns=None):
     """(number, row) for each row of a .parquet file (a dict with these columns, or all) or of a
@@ -93,44 +60,71 @@ def read_rows(path, columns=None):
     try:
         parquet = pyarrow.parquet.ParquetFile(path)
         for group in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(group, columns).to_pylist()
+            rows = rows_of(parquet.read_row_group(group, columns))
             yield from enumerate(rows, number + 1)
             number += len(rows)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{path} is damaged in row group {group}: {e}") from e
+        raise ValueError(f"{shown(path)} is damaged in row group {group}: {e}") from e
+
+def rows_of(table):
+    """The rows of a table as dicts; where a text is not UTF-8 all come as bytes."""
+    import pyarrow
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        fields = [field.with_type(pyarrow.large_binary()) if "string" in str(field.type) else field
+                  for field in table.schema]
+        return table.cast(pyarrow.schema(fields)).to_pylist()
 
 def read_lines(path):
     """The lines of a file that are not blank, as all_lines has them."""
     return ((number, line) for number, line in all_lines(path) if line.strip())
 
+# byte order marks; that of UTF-32 begins with that of UTF-16
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+def opener(path):
+    return gzip.open if path.suffix == ".gz" else open
+
+def encoding_of(path):
+    """Of a text file, by its byte order mark."""
+    with opener(path)(path, "rb") as f:
+        start = f.read(4)
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "UTF-8")
+
+# what does not decode as UTF-16 or UTF-32 comes out of encode() as a byte that is no UTF-8
+codecs.register_error("as a broken byte", lambda error: ("\udc80", error.end))
+
 def all_lines(path, newline="\n"):
-    """The lines of a text file, or .gz file, as (number, bytes of UTF-8): those of UTF-16 are
-    encoded anew, those that are no text at all stay as they are. A byte order mark is left out.
+    """The lines of a text file, or .gz file, as (number, bytes of UTF-8): those of UTF-16 and
+    UTF-32 are encoded anew, those that do not decode are no UTF-8. A byte order mark is left out.
     newline: None also ends a line at "\\r" and "\\r\\n", which then become "\\n".
     ValueError where the file is damaged."""
-    opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened(path, "rb") as f:
-            utf_16 = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        encoding = "utf-16" if utf_16 else "utf-8-sig"
-        # surrogateescape: what cannot be decoded comes out of encode() as it was
-        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline) as f:
+        encoding = encoding_of(path)
+        errors = "as a broken byte"
+        if encoding == "UTF-8":
+            # surrogateescape: what cannot be decoded comes out of encode() as it was
+            encoding, errors = "utf-8-sig", "surrogateescape"
+        with opener(path)(path, "rt", encoding=encoding, errors=errors, newline=newline) as f:
             for number, line in enumerate(f, 1):
                 yield number, line.encode(errors="surrogateescape")
     except (OSError, EOFError, UnicodeError, zlib.error) as e:
-        raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
+        raise ValueError(f"{shown(path)} is damaged behind line {number}: {e}") from e
 
 def good_rows(path, rows, convert, say=common.print0):
     """
     convert(row) for each (number, row) of `rows`. What convert refuses is skipped, the first NAMED
-    with a message. Failure where that is more than 1 % (and more than 5), or the file is damaged.
+    with a message. Failure where that is more than 1 % (and more than 5, or half), or the file is
+    damaged.
     """
     kind = "row" if path.suffix == ".parquet" else "line"
     broken = 0
     total = 0
     first = ""
-    hint = ""
+    hint = "fix or remove them"
     try:
         for number, row in rows:
             total += 1
@@ -140,110 +134,230 @@ def good_rows(path, rows, convert, say=common.print0):
                 broken += 1
                 why = reason_of(e)
                 first = first or f"first: {kind} {number}, {why}"
-                if isinstance(e, UnicodeError) and path.suffix != ".gz":
-                    hint = to_utf_8(path)
+                if isinstance(e, UnicodeError) and kind == "line":
+                    hint = to_utf_8(path) or hint
                 if broken <= NAMED:
-                    say(f"{path}:{number} skipped: {why}")
+                    say(f"{shown(path)}:{number} skipped: {why}")
             else:
                 yield value
     except ValueError as e:
-        common.fail(f"{e}; remove it and prepare the data again")
-    common.check(broken <= max(5, total / 100), f"{path}: {broken:,} of {total:,} {kind}s are "
-                 f"broken, more than 1 % ({first}): {hint or 'fix or remove them'}")
+        common.fail(f"{e}; replace it or take it away, and prepare the data again")
+    common.check(broken <= max(min(5, total / 2), total / 100), f"{shown(path)}: {broken:,} of "
+                 f"{total:,} {kind}s are broken, more than 1 % ({first}): {hint}")
     if broken > NAMED:
-        say(f"{path}: and {broken - NAMED:,} more")
+        say(f"{shown(path)}: and {broken - NAMED:,} more")
 
 def reason_of(error):
     """Why a line or row is skipped, in words."""
     if isinstance(error, json.JSONDecodeError):
         return "not JSON"
     if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
+        return f"not UTF-8 at its byte {error.start + 1}"
     if isinstance(error, KeyError):
         return f"no field {error.args[0]}"
     return str(error)[:80]
 
+# letters that are frequent in a language, to tell from what a text without mark was encoded
+FREQUENT = {
+    "оеаинтсрвлкмдпуяы": ("CP1251", "KOI8-R"),
+    "的一是不了人我在有他这个们来到时大地为子中你说生国年就": ("GB18030",),
+    "這個們來時為說國": ("BIG5",),
+    "のにはをたがでてとしれさいるか": ("SHIFT_JIS", "EUC-JP"),
+    "이다는에의가을고도를은한": ("EUC-KR",),
+}
+
+def guess_encoding(path):
+    """The likeliest encoding of a text that is no UTF-8; None where a byte order mark tells it."""
+    with opener(path)(path, "rb") as f:
+        sample = f.read(1_000_000)
+    if encoding_of(path) != "UTF-8":
+        return None
+    if b"\0" in sample:  # where most is ASCII, half of the bytes are NUL
+        return "UTF-16LE" if sample[1::2].count(0) > sample[::2].count(0) else "UTF-16BE"
+    sample = b"\n".join(line for line in sample.split(b"\n") if not line.isascii())[:20_000]
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    if sum(map(len, runs)) < 1.7 * len(runs):  # single letters with an accent among others
+        return "CP1252"
+    found = {}
+    for letters, encodings in FREQUENT.items():
+        for encoding in encodings:
+            text = sample.decode(encoding, errors="replace")
+            found[encoding] = sum(map(text.count, letters)) / (len(text) or 1)
+    return max(found, key=found.get)
+
+def quoted(path):
+    """A path as a word for bash that survives being printed."""
+    if str(path).isprintable() and "  " not in str(path):
+        return shlex.quote(str(path))
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(path)) + "'"
+
 def to_utf_8(path):
-    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
-    return ("if its encoding is CP1252 (else name the right one) run: "
-            f"iconv -f CP1252 -t UTF-8 {old} > {new} && mv {new} {old}")
+    """What to do about a file that is not UTF-8; None where the encoding is not what is wrong."""
+    encoding = guess_encoding(path)
+    if encoding is None:
+        return None
+    old, new = quoted(path), quoted(f"{path}.utf-8")
+    command = f"iconv -f {encoding} -t UTF-8 {old} > {new}"
+    if path.suffix == ".gz":
+        packed = quoted(f"{path}.utf-8.gz")
+        command = f"zcat {old} | iconv -f {encoding} -t UTF-8 > {new} && gzip {new}"
+        new = packed
+    return (f"if its encoding is {encoding} (else name the right one) run: "
+            f"{command} && mv {new} {old}")
 
 def problem(path, rows, convert, enough=None):
-    """None, or why good_rows() would end the run; looks at all, or until `enough` are good."""
-    silent = good_rows(path, rows, convert, say=lambda line: None)
+    """None, or why good_rows() would end the run; looks at all rows, or the first `enough`."""
+    silent = good_rows(path, islice(rows, enough), convert, say=lambda line: None)
     try:
-        good = sum(1 for _ in islice(silent, enough))
+        good = sum(1 for _ in silent)
     except common.Failure as e:
         return e.message
-    return None if good else f"{path} holds no rows that can be read"
+    return None if good else f"{shown(path)} holds no rows that can be read"
 
 # -------------------------------------------------------------------------------------------------
 # documents
 
+# what a wrong encoding leaves in a text: U+FFFD, halves of pairs, control characters
+LEFT_OVER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+
+def judged(text):
+    """The text. ValueError where it was not decoded as it should have been: it holds a NUL, or more
+    than 1 % of what a wrong encoding leaves (an English text has as much in its quotation marks,
+    any other more), and more than two of it, since a page may quote one."""
+    if "\0" in text:
+        raise ValueError("a NUL character")
+    if LEFT_OVER.search(text):
+        count = len(LEFT_OVER.findall(text))
+        if count > 2 and 100 * count > len(text):
+            raise ValueError(f"{count:,} of {len(text):,} characters are U+FFFD or control "
+                             "characters")
+    return text
+
 def text_of(row):
     """The text of a row, or of a line of JSON; an empty field is no text."""
     if isinstance(row, bytes):
-        row = json.loads(row)
+        row = json.loads(text_of_line(row))
     if not isinstance(row, dict):
         raise TypeError("not a JSON object")
     text = row["text"]
+    if isinstance(text, bytes):  # see rows_of
+        text = text.decode()
     if text is not None and not isinstance(text, str):
         raise TypeError("its text is not a string")
-    return text
+    return judged(text) if text else text
 
 def text_of_line(line):
-    """A line of a .txt file. NUL is no text: it stands in UTF-16 without a mark and in binary
+    """bytes of UTF-8 -> str. NUL is no text: it stands in UTF-16 without a mark and in binary
     files."""
     if b"\0" in line:
         raise UnicodeError("a NUL byte")
     return line.decode()
 
+def is_plain(path):
+    """Whether the file is text as it is, without rows."""
+    return path.name.endswith((".txt", ".txt.gz"))
+
+def plain_text_of(line):
+    """A line of a plain text."""
+    return judged(text_of_line(line))
+
 def text_problem(path):
-    """None, or why a run would end at this file of texts. Read are the footer of a .parquet file,
-    and the first lines of a large one of another kind."""
+    """None, or why a run would end at this file of texts. Read are the first rows of a .parquet
+    file, and the first lines of a large one of another kind."""
     if path.suffix == ".parquet":
-        return parquet_problem(path)
+        return parquet_problem(path) or problem(path, read_rows(path, ["text"]), text_of, 1000)
     enough = 10_000 if path.stat().st_size > LARGE else None
-    if path.suffix == ".txt":
-        return problem(path, all_lines(path), text_of_line, enough)
+    if is_plain(path):
+        return problem(path, all_lines(path), plain_text_of, enough)
     return problem(path, read_lines(path), text_of, enough)
+
+def facts_of(path):
+    """What a file of texts holds, in one line.
+    example: "1,203 documents, 2,003,001 characters, median 1,200, UTF-8, Latin" """
+    lengths = []
+    left_over = Counter()
+    letters = Counter()
+    for text in read_documents(path):
+        lengths.append(len(text))
+        left_over.update(LEFT_OVER.findall(text))
+        letters.update(filter(str.isalpha, text[:1000]))
+        if sum(lengths) > LOOKED_AT:
+            break
+    scripts = Counter()
+    for letter, count in letters.items():
+        scripts[unicodedata.name(letter, "other").split()[0].capitalize()] += count
+    main = [script for script, count in scripts.most_common(3) if 10 * count >= scripts.total()]
+    said = [f"{len(lengths):,} documents", f"{sum(lengths):,} characters",
+            f"median {statistics.median(lengths or [0]):,.0f}",
+            "parquet" if path.suffix == ".parquet" else encoding_of(path),
+            " and ".join(main).replace("Cjk", "Han") or "no letters"]
+    for name, count in (("U+FFFD", left_over["\ufffd"]),
+                        ("control characters", left_over.total() - left_over["\ufffd"])):
+        if count:
+            said.append(f"{100 * count / sum(lengths):.2g} % {name}")
+    begin = "of its beginning: " if sum(lengths) > LOOKED_AT else ""
+    return begin + ", ".join(said)
 
 def read_documents(path):
     """All documents of one file, in order, as str; of broken lines see good_rows."""
-    if path.suffix == ".txt":
+    if is_plain(path):
         yield from read_paragraphs(path)
     else:
         yield from filter(None, good_rows(path, read_rows(path, ["text"]), text_of))
 
-def read_paragraphs(path):
-    """Paragraphs of a .txt file (split at blank lines), gathered to documents of about 10,000
-    characters."""
-    gathered, size = [], 0
-    paragraph = ""
-    for line in good_rows(path, all_lines(path, newline=None), text_of_line):
-        if line != "\n" or not paragraph:  # of two blank lines the second belongs to the next one
-            paragraph += line
-            continue
-        gathered.append(paragraph[:-1])
-        size += len(gathered[-1])
-        paragraph = ""
-        if size >= 10_000:
-            yield "\n\n".join(gathered)
-            gathered, size = [], 0
-    gathered.append(paragraph)
-    if "".join(gathered).strip():
-        yield "\n\n".join(gathered)
+def pieces(line):
+    """A line cut behind blanks, where it has some, to pieces of at most DOCUMENT characters."""
+    start = 0
+    while len(line) - start > DOCUMENT:
+        end = start + DOCUMENT
+        end = line.rfind(" ", start + DOCUMENT // 2, end) + 1 or end
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
-def documents(path, split, alone):
-    """The documents of `path` that belong to `split`; alone: the file is the whole data set, so
-    HOLD_OUT decides."""
-    for i, text in enumerate(read_documents(path)):
+def read_paragraphs(path):
+    """Paragraphs of a plain text, which end at a blank line, gathered to documents of about
+    DOCUMENT characters; a longer paragraph ends at a line of its own."""
+    gathered = []
+    size = 0  # of the paragraphs gathered that have ended
+    paragraph = 0  # of the one that has not
+    lines = good_rows(path, all_lines(path, newline=None), plain_text_of)
+    for line in chain.from_iterable(map(pieces, lines)):
+        # of two blank lines the second belongs to the next paragraph
+        ends = paragraph > 0 and not line.strip()
+        if ends:
+            size += paragraph - 1
+            paragraph = 0
+        else:
+            paragraph += len(line)
+        full = (size if ends else paragraph) >= DOCUMENT
+        if not (ends and full):
+            gathered.append(line)
+        if full:
+            text = "".join(gathered)
+            yield text.removesuffix("\n") if ends else text
+            gathered, size, paragraph = [], 0, 0
+    if "".join(gathered).strip():
+        yield "".join(gathered)
+
+def split_documents(texts, split):
+    """The documents of a file that is in both splits: every HOLD_OUT-th is held out; of fewer the
+    end of the last one, a twentieth of all but not more than half of it."""
+    first = list(islice(texts, HOLD_OUT))
+    if first and len(first) < HOLD_OUT:
+        *others, last = first
+        twentieth = max(sum(map(len, first)) // HOLD_OUT, DOCUMENT // 2)
+        at = len(last) - min(len(last) // 2, twentieth)
+        at = last.rfind(" ", len(last) // 2, at) + 1 or at
+        yield from [last[at:]] if split == "val" else [*others, last[:at]]
+        return
+    for i, text in enumerate(chain(first, texts)):
         held_out = i % HOLD_OUT == HOLD_OUT - 1
-        if not alone or held_out == (split == "val"):
+        if held_out == (split == "val"):
             yield text
 
-def iter_texts(data, split="train", names=None):
-    """All documents of a split, file by file. names: as dataset_files has it"""
-    files = dataset_files(data, names)
-    for path in files[split]:
-        yield from documents(path, split, alone=files["train"] == files["val"])
+def documents(files, split):
+    """The documents of some files of one split, as a list of (path, whether it is in both)."""
+    for path, shared in files:
+        texts = read_documents(path)
+        yield from split_documents(texts, split) if shared else texts

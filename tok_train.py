@@ -37,10 +37,11 @@ import regex
 
 import common
 import configurator
+import corpus
 import pipeline
 import records
-import texts as user_texts
 import tokenizer as tok
+from texts import text_problem
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 vocab_size = 32768           # tokens in the vocabulary, with the 256 bytes and 9 special tokens
@@ -256,32 +257,35 @@ def main():
         return tok.damage(directory)
 
     record = records.find_record(directory, settings, damage=damage)
-    # files that were added since it began do not stop a run
-    begun_with = record.get("train_files")
-    splits = user_texts.dataset_files(data, begun_with)
+    splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
     files = splits["train"]
+    if others := corpus.not_read(data):
+        common.print0(others)
     if start_over:  # a broken file must not cost the old tokenizer
         for path in dict.fromkeys([*files, *splits["val"]]):
-            why = user_texts.text_problem(path)
+            why = text_problem(path)
             common.check(why is None, why)
-    common.check(any(user_texts.iter_texts(data)),
+    common.check(any(corpus.iter_texts(data, "train", record)),
                  f"no file of the data set {data} holds a document")
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
     common.check(record or start_over or not there,
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
                  f"it ({pipeline.starting_over('tok')} puts it aside and trains a new one)")
-    sizes = [(path.name, path.stat().st_size) for path in files]
+    known_files = corpus.facts_to_record(splits, data)
+    sizes = [(name, known_files["texts"][name][0]) for name in known_files["train_files"]]
     inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
+    if not start_over:
+        corpus.check_same(record, known_files, inputs["data"])
     run.open_or_exit(directory, settings, inputs, damage)
     if record.get("status") == "done":
         common.print0(f"the tokenizer in {directory} is damaged ({damage()}): training it again")
-    run.update_record(train_files=[path.name for path in files])
+    run.update_record(**known_files)
     run.set_deadline(time_limit)
 
     common.print0(f"training a tokenizer of {vocab_size:,} tokens on the texts of {data}")
     most_chars = min(max_chars, 4 * sum(size for _, size in sizes))  # of packed text
     at_once = min(workers or common.cores(), math.ceil(most_chars / CHUNK_CHARS))
-    texts = user_texts.iter_texts(data, names=begun_with)
+    texts = corpus.iter_texts(data, "train", record)
     try:
         words, chars = count_all(texts, max_chars, doc_cap, at_once,
                                  watch("characters at most", most_chars))
@@ -299,7 +303,7 @@ def main():
     if tokenizer.vocab_size < vocab_size:
         common.print0(f"warning: the text is too small for {vocab_size:,} tokens; the vocabulary "
                       f"has {tokenizer.vocab_size:,}")
-    prose = "".join(islice(user_texts.iter_texts(data, "val"), 200))[:200_000]
+    prose = "".join(islice(corpus.iter_texts(data, "val", record), 200))[:200_000]
     ids = tokenizer.encode(prose)
     ratio = round(len(tokenizer.decode_bytes(ids)) / max(1, len(ids)), 3)
     common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}; {ratio:.2f} bytes "

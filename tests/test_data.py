@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 import common
+import corpus
 import data
 import pipeline
 import texts
@@ -41,7 +42,7 @@ def write(folder, name, documents):
         (folder / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
 
 def tokenize(folder):
-    files = texts.dataset_files(str(folder))
+    files = corpus.dataset_files(str(folder))
     return data.tokenize_files(alone(), str(folder), files, "train", BYTES)
 
 # ---- texts
@@ -51,30 +52,30 @@ def test_every_kind_of_file_is_read_and_the_last_by_name_is_validation(state, tm
     for i in range(3):
         write(tmp_path / "d", f"f{i}{ending}", some_texts(30, i))
     folder = str(tmp_path / "d")
-    assert list(texts.iter_texts(folder)) == some_texts(30, 0) + some_texts(30, 1)
-    assert list(texts.iter_texts(folder, "val")) == some_texts(30, 2)
+    assert list(corpus.iter_texts(folder)) == some_texts(30, 0) + some_texts(30, 1)
+    assert list(corpus.iter_texts(folder, "val")) == some_texts(30, 2)
 
-@pytest.mark.parametrize("data_set", texts.VAL_SHARD)
+@pytest.mark.parametrize("data_set", corpus.VAL_SHARD)
 def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state, data_set):
-    folder, val = pipeline.base_data_dir(data_set), texts.VAL_SHARD[data_set]
+    folder, val = pipeline.base_data_dir(data_set), corpus.VAL_SHARD[data_set]
     first, held_out, later = (some_texts(30, i) for i in range(3))
     write(folder, "shard_00000.parquet", first)
     write(folder, val, held_out)
-    assert list(texts.iter_texts(data_set, "val")) == held_out
-    assert list(texts.iter_texts(data_set)) == first
+    assert list(corpus.iter_texts(data_set, "val")) == held_out
+    assert list(corpus.iter_texts(data_set)) == first
     # another shard, even behind it by name, goes to training
     write(folder, "shard_99999.parquet", later)
-    assert list(texts.iter_texts(data_set, "val")) == held_out
-    assert list(texts.iter_texts(data_set)) == first + later
+    assert list(corpus.iter_texts(data_set, "val")) == held_out
+    assert list(corpus.iter_texts(data_set)) == first + later
     (folder / val).unlink()
     with ends() as stopped:
-        texts.dataset_files(data_set)
+        corpus.dataset_files(data_set)
     assert stopped.code == 2
 
 def test_a_single_text_file_is_split_by_documents(state, tmp_path):
     write(tmp_path / "d", "book.txt", ["word " * 500] * 100)
-    train = list(texts.iter_texts(str(tmp_path / "d"), "train"))
-    val = list(texts.iter_texts(str(tmp_path / "d"), "val"))
+    train = list(corpus.iter_texts(str(tmp_path / "d"), "train"))
+    val = list(corpus.iter_texts(str(tmp_path / "d"), "val"))
     assert len(train) + len(val) == 25 and len(val) == 1
     assert all(len(text) < 13_000 for text in train)
 
@@ -114,7 +115,7 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
     path = tmp_path / "a book.txt"
     path.write_bytes("".join(good[:300]).encode() + b"caf\xe9\n" + b"n\0u\0l\0\n"
                      + "".join(good[300:]).encode())
-    assert list(texts.read_documents(path)) == ["".join(good)], "nothing stands in their place"
+    assert "".join(texts.read_documents(path)) == "".join(good), "nothing stands in their place"
     said = capsys.readouterr().out
     assert f"{path}:301 skipped: not UTF-8" in said and f"{path}:302 " in said
     assert texts.text_problem(path) is None
@@ -125,7 +126,7 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
     assert stopped.code == 2 and f"{path}: 600 of 600 lines" in err and "first: line 1," in err
     assert texts.text_problem(path) in err
     subprocess.run(["bash", "-c", re.search("run: (iconv .*)", err)[1]], check=True)
-    assert list(texts.read_documents(path)) == ["".join(good).replace("fine", "naïve")]
+    assert "".join(texts.read_documents(path)) == "".join(good).replace("fine", "naïve")
     # UTF-16 without a mark, and what is no text at all
     for content in ("".join(good).encode("utf-16-le"), b"\xff\xfe" * 900 + b"\n", bytes(9000)):
         path.write_bytes(content)
@@ -137,7 +138,7 @@ def test_what_is_no_file_is_not_read(state, tmp_path):
     (folder / "b.txt").mkdir()
     (folder / "c.jsonl").symlink_to("nowhere")
     os.mkfifo(folder / "d.jsonl")
-    assert [path.name for path in texts.text_files(str(folder))] == ["a.txt"]
+    assert [path.name for path in corpus.text_files(str(folder))] == ["a.txt"]
 
 def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(tmp_path, capsys):
     numbers = [np.random.default_rng(i).integers(0, 10 ** 9, 90) for i in range(200)]
@@ -174,7 +175,7 @@ def test_a_bad_data_folder_is_one_line_and_exit_code_2(state, tmp_path, capsys, 
     else:
         pyarrow.parquet.write_table(pyarrow.table(content), path)
     with ends() as stopped:
-        texts.dataset_files(str(tmp_path / "d"))
+        corpus.dataset_files(str(tmp_path / "d"))
     err = capsys.readouterr().err
     assert stopped.code == 2 and says in err and err.count("\n") == 1
 
@@ -294,8 +295,10 @@ def test_a_full_disk_is_one_line(state, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stopped.code == 1 and "No space left" in err and err.count("\n") == 1
 
-def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp_path, capsys):
+def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp_path, capsys,
+                                                                      monkeypatch):
     folder = tmp_path / "d"
+    monkeypatch.setattr(data, "GATHER", 1)
     for i in range(3):
         write(folder, f"{i}.jsonl", some_texts(30, i))
 
@@ -306,9 +309,9 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     before, count = again()
     assert count == 2 and again() == (before, 0)
     tokens = pipeline.token_dir(str(folder))
-    next(tokens.rglob("*1.jsonl.json")).unlink()  # as if it died before the second was done
+    next(tokens.rglob("*1.jsonl-*.json")).unlink()  # as if it died before the second was done
     assert again() == (before, 1)
-    store = next(tokens.rglob("*0.jsonl.tokens.npy"))
+    store = next(tokens.rglob("*0.jsonl-*.tokens.npy"))
     store.write_bytes(store.read_bytes()[:-8])  # a store that is not whole is made again
     assert again() == (before, 1)
     write(folder, "0.jsonl", some_texts(30, 9))
@@ -328,8 +331,11 @@ def test_a_death_in_the_middle_of_a_store_leaves_nothing_for_good(state, tmp_pat
         patch.setattr(os, "replace", dies)
         tokenize(tmp_path / "d")
     path, = pipeline.token_dir(str(tmp_path / "d")).iterdir()
-    left = path / ".train_a.jsonl.tokens.npy.tmp-77-1"
+    tokenize(tmp_path / "d")
+    store, = path.glob("*.tokens.npy")
+    left = path / f".{store.name}.tmp-77-1"
     (tmp_path / "half").rename(left)  # as a process that is killed cannot remove it
+    store.unlink()
     tokenize(tmp_path / "d")
     assert not list(path.glob(".*.tmp-*")) and len(list(path.iterdir())) > 2
 

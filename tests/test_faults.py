@@ -113,14 +113,14 @@ def test_one_rank_looks_once_for_files_and_record(prepared, folder, tmp_path):
     (tmp_path / "faulty.py").write_text(f"""
 import os, runpy, sys
 sys.path.insert(0, ".")
-import records, texts
+import corpus, records
 def said(name, function):
     def wrapped(*args):
         print(name, "on rank", os.environ["RANK"], flush=True)
         return function(*args)
     return wrapped
 records.find_record = said("record", records.find_record)
-texts.dataset_files = said("files", texts.dataset_files)
+corpus.dataset_files = said("files", corpus.dataset_files)
 sys.argv = {["base_train.py", *BASE, "--num_steps=2"]!r}
 runpy.run_path("base_train.py", run_name="__main__")""")
     out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
