@@ -16,6 +16,7 @@ run = Run.start("chat_sft")  # a signal counts from here on; importing torch tak
 import checkpoint
 import common
 import configurator
+import conversations
 import data as dataset
 import models
 import pipeline
@@ -66,15 +67,24 @@ if not tag:
     run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "mid", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
-length = checkpoint.load_meta(parent, parent_step)["model"]["sequence_len"]
+meta = checkpoint.load_meta(parent, parent_step)
+length = meta["model"]["sequence_len"]
 common.check(total_batch_size == -1 or total_batch_size % length == 0,
              f"--total_batch_size must be a multiple of the model's {length} tokens in a row, "
              f"not {total_batch_size}")
+rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
+batch_tokens = rows * length
+micro_rows = dataset.fit_micro_rows(rows, device_batch_size, run.ranks.world)
+
 store = dataset.tokenize_conversations(
     run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
 val_store = dataset.tokenize_conversations(
     run, f"{val_files}-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer,
     length + 1)
+val_plan = dataset.make_plan([val_store], length + 1, tokenizer.bos, split=False)
+dataset.check_lessons("mixture", store, length)
+dataset.check_measurable("held_out", val_store, val_plan, eval_tokens, tokenizer)
+
 directory = pipeline.state_path("sft", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
@@ -93,22 +103,18 @@ from compute import choose_compute, peak_flops, to_device
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
-model, meta = models.load_model(parent, parent_step, compute.device, compute.dtype)
+model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
 
 plan = dataset.make_plan([store], length + 1, tokenizer.bos, split=False)
-val_plan = dataset.make_plan([val_store], length + 1, tokenizer.bos, split=False)
-
-rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
-batch_tokens = rows * length
-micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 num_steps = max(1, dataset.n_rows(plan) // rows)
 if max_steps != -1:
     num_steps = min(num_steps, max_steps)
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
 optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
+said = [conversations.in_words(dataset.counts_of(s), length) for s in (store, val_store)]
 common.print0(
-    f"sft {directory.name}: {store.facts['documents']:,} conversations "
-    f"({store.facts['cut']:,} of them cut to a row of {length:,} tokens)\n"
+    f"sft {directory.name}: {said[0]}\n"
+    f"  held out: {said[1]}\n"
     f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
     f"({batch_tokens:,} tokens)\n"
     f"  devices: {ranks.world} x {compute}")
@@ -156,6 +162,8 @@ while True:
     # Rows have few or many of the assistant's tokens, so a micro-batch's own mean would weigh them
     # differently on each rank: the sum is divided by the tokens that the whole batch trains on.
     counted = ranks.all_reduce_sum(sum((y != -1).sum() for _, y in batches))
+    if counted == 0:  # of conversations that an earlier version has not left out
+        common.print0(f"step {step:,}: no token of its batch is trained on")
     total = torch.zeros((), device=compute.device)
     for x, y in batches:
         x, y = to_device(x, compute.device), to_device(y, compute.device)

@@ -17,12 +17,13 @@ import io
 import json
 import re
 from array import array
-from collections import namedtuple
+from collections import Counter, namedtuple
 from itertools import islice
 
 import numpy as np
 
 import common
+import conversations
 import corpus
 import pipeline
 import texts
@@ -46,7 +47,7 @@ def open_store(prefix, source):
         return None
     return Store(**arrays, facts=facts)
 
-def write_store(run, prefix, source, documents, vocab_size, longest):
+def write_store(run, prefix, source, documents, vocab_size, more):
     """Writes a store where there is none of this source yet, the arrays first, the facts last.
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
     tokenised again, the others stay; with 1 where it cannot be written."""
@@ -57,16 +58,13 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")
     lengths = array("q")
     masks = array("B")
-    cut = 0
     for ids, mask in documents:
         if why := run.stop_reason():
             common.fail(f"{why} while tokenizing; files tokenized before are kept, run the same "
                         "command again", code=75)
-        kept = ids[:longest]
-        tokens.extend(kept)
-        lengths.append(len(kept))
-        cut += len(kept) < len(ids)
-        masks.extend(mask[:longest])
+        tokens.extend(ids)
+        lengths.append(len(ids))
+        masks.extend(mask)
         show(len(lengths))
     arrays = {"tokens": tokens, "lengths": lengths}
     if masks:
@@ -79,14 +77,15 @@ def write_store(run, prefix, source, documents, vocab_size, longest):
             np.save(content, np.asarray(values))
             common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
         facts = {"source": source, "arrays": list(arrays), "tokens": len(tokens),
-                 "documents": len(lengths), "sha256": digest.hexdigest(), "cut": cut}
+                 "documents": len(lengths), "sha256": digest.hexdigest(), **more}
         common.atomic_write(f"{prefix}.json", json.dumps(facts))
 
-def make_store(run, data, tokenizer, name, source, documents, longest=None):
-    """The Store of documents: (ids, mask; [] where all counts) each, cut to `longest` tokens. They
-    are only looked at, on rank 0, where it is not there yet. Collective."""
+def make_store(run, data, tokenizer, name, source, documents, more=None):
+    """The Store of documents: (ids, mask; [] where all counts) each. They are only looked at, on
+    rank 0, where it is not there yet. more: facts, which may be filled meanwhile. Collective."""
     prefix = pipeline.token_dir(data) / tokenizer.fingerprint / name
-    run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size, longest)
+    run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size,
+                       more or {})
     return open_store(prefix, source)
 
 def tokenize_files(run, data, files, split, tokenizer):
@@ -136,16 +135,45 @@ def store_of(group, data, split, one_each):
 
 def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
     """
-    Renders and tokenises conversations once, each cut to `max_tokens`.
-    items() -> list of {"messages": ...}; name identifies them (a hash of what they were made from).
-    -> Store, whose facts["cut"] counts the conversations that were longer. Collective.
+    Renders and tokenises conversations once, each cut to `max_tokens`; those that teach nothing are
+    left out. items() -> list of {"messages": ...}; name identifies them (a hash of what they were
+    made from). -> Store, whose facts["counts"] says how many are cut or left out, see
+    conversations.render. Collective.
     """
+    counts = {}
+
     def rendered():
         for item in items():
-            ids, mask = tokenizer.render_conversation(item)
-            yield ids[1:], mask[1:]  # without <|bos|>: the row puts it back
+            found = conversations.render(item, tokenizer, max_tokens, counts)
+            if found:
+                ids, mask = found
+                yield ids[1:], mask[1:]  # without <|bos|>: the row puts it back
     return make_store(run, data, tokenizer, f"chat_{name}_{max_tokens}", name, rendered(),
-                      max_tokens - 1)
+                      {"counts": counts})
+
+def counts_of(store):
+    """What tokenize_conversations has counted, of all together -> Counter. Of a store of an earlier
+    version what can be told from it: there what teaches nothing was not left out."""
+    facts = store.facts
+    if "counts" in facts:
+        return conversations.total(facts["counts"])
+    marks = np.concatenate([[0], np.cumsum(store.mask, dtype=np.int64)])
+    ends = np.cumsum(store.lengths)
+    none = int((marks[ends] == marks[ends - store.lengths]).sum())
+    return Counter({"conversations": facts["documents"], "cut": facts["cut"],
+                    conversations.NO_TOKEN: none})
+
+def check_lessons(setting, store, length):
+    """Failure where the conversations of a setting teach nothing in rows of `length` tokens, or
+    those of a user's own file among them."""
+    of_all = {f"--{setting}": counts_of(store)}
+    for name, count in store.facts.get("counts", {}).items():
+        if "." in name:  # a file, no task
+            of_all[name] = Counter(count)
+    for name, count in of_all.items():
+        common.check(conversations.teaches(count), f"there is nothing to learn in {name}: "
+                     f"{conversations.in_words(count, length)}; what is learned are answers of the "
+                     "assistant, as far as they fit into a row")
 
 def fingerprint(stores):
     """Identifies tokenised data: 16 hex digits."""
@@ -232,6 +260,24 @@ def check_enough(data, train, val, row_length):
         common.check(most >= needed, f"too little text: the {split} split of {data} has "
                      f"{most:,} tokens and needs {needed:,}: add text"
                      + (", or give a smaller --max_seq_len" if split == "training" else ""))
+def rows_to_measure(plan, tokens):
+    """How many rows, the first ones, are measured: as many as hold so many tokens, at least one."""
+    return min(n_rows(plan), max(1, tokens // (plan.length - 1)))
+
+def check_measurable(setting, store, plan, tokens, tokenizer):
+    """Failure where in the rows to measure, for so many tokens, no text is counted."""
+    token_bytes = tokenizer.token_bytes()
+    for r in range(rows_to_measure(plan, tokens)):
+        row, counted = read_rows(plan, [r])
+        if (token_bytes[row] * counted).any():
+            return
+    common.fail(f"there is nothing to measure in --{setting}: "
+                f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
+                "are answers of the assistant, as far as they fit into a row")
+
+def fills_a_row(stores, row_length):
+    """Whether the documents of any store, each with its bos, fill a row."""
+    return any(s.tokens.size + s.lengths.size >= row_length for s in stores)
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may

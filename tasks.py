@@ -6,19 +6,22 @@ format of its data set.
     tasks.correct(items[0], "... #### 12")      # -> True or False
     tasks.mixture(["smoltalk", "gsm8k*2", "spellingbee:3000"], "toy", seed=1)  # a shuffled list
 
-An item is a conversation (see tokenizer.messages_of) whose last message, the assistant's, is the
-answer. It also carries its "task", the "row" of the file it was made of, and, in multiple choice,
-its "letters".
+An item is a conversation (see tokenizer.messages_of); where its task can be judged the last
+message, the assistant's, is the answer. It also carries its "task" (or file), the "row" of the file
+it was made of, and, in multiple choice, its "letters".
 """
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
+import shlex
 import string
 from pathlib import Path
 
 import common
+import conversations
 import execution
 import pipeline
 import texts
@@ -49,11 +52,14 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files
 MEASURED = [name for name, facts in TASKS.items() if facts["test"] and facts["kind"] != "chat"]
 PRACTISED = [name for name, facts in TASKS.items()  # whose answers RL can check
              if facts["kind"] == "generative" and facts["train"]]
+OWN_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of a user's files of conversations
+MOST_ITEMS = 10_000_000
+MOST_EPOCHS = 1000
 GENERATED = ("spellingbee", "simplespelling")  # tasks made from a list of words,
 GENERATED_ITEMS = 500                          # so many items where no number is given
 
 # fields of a row that only correct() looks at, hours later
-JUDGED_BY = {"humaneval": ["test", "entry_point"], "facts": ["candidates"]}
+JUDGED_BY = {"humaneval": {"test": str, "entry_point": str}, "facts": {"candidates": list}}
 
 # --------------------------------------------------------------------------------------------------
 # files
@@ -62,16 +68,19 @@ def parse(spec):
     """-> (task or file of conversations, how many items or None for all, how often).
     examples: "gsm8k" -> ("gsm8k", None, 1);  "gsm8k*2" -> ("gsm8k", None, 2);
     "spellingbee:300" -> ("spellingbee", 300, 1)"""
-    numbers = r"(?::(\d{1,9}))?(?:\*(\d{1,4}))?"  # more examples or epochs are a slip
-    name, limit, epochs = re.fullmatch(f"(.*?){numbers}", spec, re.DOTALL).groups()
+    common.check(isinstance(spec, str), f"{spec!r} is no name of a task or a file")
+    found = re.fullmatch(r"(.*?)(?::([0-9]{1,20}))?(?:\*([0-9]{1,20}))?", spec, re.DOTALL)
+    name, limit, epochs = found.groups()
     limit = int(limit) if limit else None
     epochs = int(epochs or 1)
-    known = name in TASKS or name.endswith((".jsonl", ".jsonl.gz"))
+    known = name in TASKS or name.endswith(OWN_ENDINGS)
     common.check(known or not {":", "*"} & {*name}, f"cannot read {spec!r}: write name, name:300 "
                  "(examples) or name*2 (epochs)")
     common.check(known, f"there is no task {name!r}; the tasks are {', '.join(TASKS)}; a file of "
-                 "conversations must end in .jsonl or .jsonl.gz")
+                 f"conversations ends in {', '.join(OWN_ENDINGS)}")
     common.check(limit != 0 and epochs, f"{spec!r} asks for 0 examples: remove it")
+    common.check((limit or 0) <= MOST_ITEMS and epochs <= MOST_EPOCHS, f"{spec!r} asks for too "
+                 f"much: at most {MOST_ITEMS:,} examples and {MOST_EPOCHS:,} epochs")
     return name, limit, epochs
 
 def check_names(settings):
@@ -111,8 +120,9 @@ def find(name, split, data):
     """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
     stem = stem_of(name, split)
     if stem == name:
-        common.check(os.path.isfile(name), f"there is no file of conversations {name}")
-        return [Path(name)]
+        path = Path(os.path.expanduser(name))
+        common.check(path.is_file(), f"there is no file of conversations {path}")
+        return [path]
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
     common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing, which the task {name} "
@@ -127,6 +137,34 @@ def fingerprint(specs, split, data):
         for path in find(parse(spec)[0], split, data):
             parts.append(f"{spec} {common.sha256_file(path)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+TO_LINES = ("import json, sys; rows = json.load(sys.stdin); rows = rows if isinstance(rows, list) "
+            "else [rows]; [print(json.dumps(row)) for row in rows]")
+
+def parsed(text):
+    """A JSON value, None where it is none"""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+def form_problem(path):
+    """None, or how to convert a file that does not hold a JSON value a line but is one as a whole:
+    an array, as many have their conversations, or an object written over several lines."""
+    if path.suffix not in (".jsonl", ".json"):
+        return None
+    with contextlib.suppress(ValueError):  # it is damaged, which is said where it is read
+        lines = (line for _, line in texts.read_lines(path))
+        first = next(lines, b"")
+        row = parsed(first)
+        if row is None and first.lstrip()[:1] in (b"[", b"{"):
+            whole = parsed(first + b"".join(lines)) is not None
+        else:
+            whole = isinstance(row, list) and not conversations.is_one(row) and not next(lines, b"")
+        old, new = shlex.quote(str(path)), shlex.quote(f"{path.with_suffix('')}.lines.jsonl")
+        if whole:
+            return (f"{path} is JSON as a whole, expected a JSON value on each line; to convert it "
+                    f"run: python -c {shlex.quote(TO_LINES)} < {old} > {new}")
+    return None
 
 # --------------------------------------------------------------------------------------------------
 # rows into conversations
@@ -196,19 +234,22 @@ def convert(name, row):
         made = multiple_choice(name, row, choices["text"], choices["label"], row["answerKey"])
     elif name == "gsm8k":
         made = item(name, row, row["question"], word_problem_parts(row["answer"]))
+        if final_number(row["answer"]) is None:
+            raise ValueError("its answer has no number, expected one as in #### 12")
     elif name == "humaneval":
         asked = f"Complete this Python function.\n{row['prompt']}"
         made = item(name, row, asked, row["canonical_solution"])
     elif name == "facts":
         made = item(name, row, row["question"], row["answer"])
     else:
-        messages = row["messages"] if isinstance(row, dict) else row
-        made = {"messages": messages, "task": name, "row": None}
-    if tok.messages_of(made)[-1][0] != "assistant":  # an error where it is no conversation
-        raise ValueError("the last message is not the assistant's")
-    for field in JUDGED_BY.get(name, []):
-        if field not in row:
-            raise KeyError(field)
+        made = {"messages": conversations.read(row), "task": name, "row": None}
+    tok.messages_of(made)  # an error where it is no conversation
+    for field, kind in JUDGED_BY.get(name, {}).items():
+        if not isinstance(row[field], kind):
+            raise TypeError(f"{field} is {conversations.shown(row[field])}, expected a "
+                            f"{kind.__name__}")
+    if name == "facts" and row["answer"] not in row["candidates"]:
+        raise ValueError("its answer is not among its candidates")
     return made
 
 SPELLING_QUESTIONS = [
@@ -255,6 +296,8 @@ def load(name, split, data, limit=None):
     test = split == "test"
     items = []
     for path in paths:
+        why = form_problem(path)
+        common.check(why is None, why)
         items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
     if name in GENERATED:  # one word in ten, by its hash, is a test word
         items = [word for word in items if word and one_in(10, word) == test]

@@ -155,7 +155,7 @@ def reason_of(error):
         return f"not UTF-8 at its byte {error.start + 1}"
     if isinstance(error, KeyError):
         return f"no field {error.args[0]}"
-    return str(error)[:80]
+    return str(error)[:240]
 
 # letters that are frequent in a language, to tell from what a text without mark was encoded
 FREQUENT = {

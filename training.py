@@ -193,7 +193,7 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     tokens stand for none. -> float (nan where no target stands for a byte), or None if asked to
     stop. Collective.
     """
-    wanted = min(dataset.n_rows(plan), max(1, tokens // (plan.length - 1)))
+    wanted = dataset.rows_to_measure(plan, tokens)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     nats = torch.zeros((), dtype=precise, device=device)

@@ -225,13 +225,14 @@ def test_chat_rows_count_the_mask_and_pad(state):
     answer = {"role": "assistant", "content": "answer"}
     items = [{"messages": [{"role": "user", "content": "q" * n}, answer]} for n in lengths]
     store = data.tokenize_conversations(alone(), "x", "toy", lambda: items, BYTES, 40)
-    assert store.facts["cut"] == 1 and store.facts["documents"] == 3
+    counts = data.counts_of(store)
+    assert counts["cut"] == 1 and counts["conversations"] == 3 and store.facts["documents"] == 2
     plan = data.make_plan([store], 40, BYTES.bos, split=False)
     _, counted = data.read_rows(plan, range(data.n_rows(plan)))
-    assert counted.sum() == 2 * (len("answer") + 1), "the third was cut before its answer began"
+    assert counted.sum() == 2 * (len("answer") + 1), "the third's answer is behind the cut"
     plan = data.make_plan([store._replace(mask=None)], 40, BYTES.bos, split=False)
     _, counted = data.read_rows(plan, range(data.n_rows(plan)))
-    assert counted.sum() == sum(min(n + 11, 40) for n in lengths), "all but the padding"
+    assert counted.sum() == sum(n + 11 for n in lengths[:2]), "all but the padding"
 
 # ---- batches
 

@@ -1,13 +1,15 @@
 """tasks.py: rendering, mixtures, judging."""
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 
 import execution
 import pipeline
 import tasks
-from conftest import SHARED, ends
+from conftest import BYTES, SHARED, ends
 
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
@@ -136,13 +138,149 @@ def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
     assert len(tasks.load(str(own), "train", "toy")) == 2
     said = capsys.readouterr().out
     assert all(f"{own}:{number} skipped: " in said for number in (3, 4, 5, 6, 7))
-    own.write_text(jsonl([talk, talk[:1]]))
-    assert len(tasks.load(str(own), "train", "toy")) == 1
-    assert f"{own}:2 skipped: the last message is not the assistant's" in capsys.readouterr().out
-    own.write_text(jsonl([talk[:1]]))
+    own.write_text(jsonl([talk[::-1]]))
     with ends():
         tasks.load(str(own), "train", "toy")
     assert "own.jsonl has no usable conversation" in capsys.readouterr().err
+
+# ---- conversations as people have them: each as the text of its tokens, and what is trained on
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+def rendered(row):
+    """-> (the text of its tokens, of which what the assistant says stands in brackets)"""
+    own = tasks.convert("own.jsonl", json.dumps(row).encode())
+    ids, mask = BYTES.render_conversation(own)
+    text = ""
+    for token, mine, before in zip(ids, mask, [0, *mask]):
+        text += "]" * (before > mine) + "[" * (mine > before) + BYTES.decode([token])
+    return (text + "]" * mask[-1]).replace("<|", "<").replace("|>", ">")
+
+PLAIN = ("<bos><user_start>Hi<user_end><assistant_start>[Hello<assistant_end>]"
+         "<user_start>And?<user_end><assistant_start>[Bye<assistant_end>]")
+TURNS = [said("user", "Hi"), said("assistant", "Hello"), said("user", "And?"),
+         said("assistant", "Bye")]
+SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": turn["content"]}
+            for i, turn in enumerate(TURNS)]
+
+@pytest.mark.parametrize("row", [
+    TURNS,
+    {"messages": TURNS, "tools": [], "id": 3},
+    {"messages": [said("user", [{"type": "text", "text": "Hi"}], name="Ann"),
+                  said("assistant", "Hello", weight=1, tool_calls=None, refusal=None), *TURNS[2:]]},
+    {"messages": None, "conversations": SHAREGPT},
+    {"id": "x_0", "system": "", "conversations": SHAREGPT},
+    {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"},
+                       *TURNS[2:]]},
+    {"instruction": "And?", "input": "", "output": "Bye", "history": [["Hi", "Hello"]]},
+    {"instruction": "And?", "input": None, "output": "Bye", "history": [["Hi", "Hello"]]}])
+def test_a_conversation_is_the_same_in_every_form(row):
+    assert rendered(row) == PLAIN
+
+@pytest.mark.parametrize("first", [
+    [said("system", "Be brief.\n\nIn French.")],
+    [said("system", [{"type": "text", "text": text} for text in ("Be brief.", "In French.")])],
+    [said("system", "Be brief."), said("developer", "In French.")],
+    [{"from": "system", "value": "Be brief.\n\nIn French."}]])
+def test_a_system_message_stands_in_front_of_what_the_user_says(first):
+    expected = PLAIN.replace("Hi", "Be brief.\n\nIn French.\n\nHi")
+    assert rendered({"messages": first + TURNS}) == expected
+    assert rendered({"system": "Be brief.\n\nIn French.", "conversations": SHAREGPT}) == expected
+
+def test_the_instruction_of_alpaca_and_its_input_are_what_the_user_says():
+    row = {"instruction": "Add them.", "input": "1 and 2", "output": "3", "system": "Be brief."}
+    assert rendered(row) == ("<bos><user_start>Be brief.\n\nAdd them.\n\n1 and 2<user_end>"
+                             "<assistant_start>[3<assistant_end>]")
+    del row["input"], row["system"]
+    assert "<user_start>Add them.<user_end>" in rendered(row)
+
+def test_messages_of_one_side_in_a_row_are_one():
+    row = [said("user", "Hi"), said("user", "there"), said("assistant", "Hello"),
+           said("assistant", [{"type": "text", "text": "you"}]), said("user", "Bye")]
+    assert rendered(row) == ("<bos><user_start>Hi\n\nthere<user_end><assistant_start>"
+                             "[Hello\n\nyou<assistant_end>]<user_start>Bye<user_end>")
+
+def call(name, arguments, key=None):
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    return {"id": key, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+def test_calls_of_a_calculator_and_their_answers_are_calls_of_ours():
+    first = said("assistant", None, tool_calls=[call("calculator", {"expression": "1+2"}, "a"),
+                                                call("python", {"code": "3*4"}, "b")])
+    row = [said("user", "Hi"), first, said("tool", "12", tool_call_id="b"),
+           said("tool", [{"type": "text", "text": "3"}], tool_call_id="a"),
+           said("assistant", "3 and 12.")]
+    answer = ("<assistant_start>[<python_start>1+2<python_end>]<output_start>3<output_end>"
+              "[<python_start>3*4<python_end>]<output_start>12<output_end>"
+              "[3 and 12.<assistant_end>]")
+    assert rendered({"messages": row}).endswith(answer)
+    older = {"name": "python", "arguments": '{"code": "1+2"}'}
+    row = [said("user", "Hi"), said("assistant", "So: ", function_call=older),
+           said("function", "3", name="python"), said("assistant", "3.")]
+    assert rendered(row).endswith("<assistant_start>[So: <python_start>1+2<python_end>]"
+                                  "<output_start>3<output_end>[3.<assistant_end>]")
+
+@pytest.mark.parametrize("row,says", [
+    (5, "found 5, expected a conversation"),
+    ({"prompt": "a", "chosen": "b"}, "found the fields prompt, chosen, expected messages, conv"),
+    ({"messages": "Hi"}, 'messages is "Hi", expected a list of messages'),
+    (["Hi", "Hello"], 'message 1 is "Hi", expected one with role and content'),
+    ([said("user", "Hi"), said("bard", "Hello")], 'message 2 has the role "bard", expected user, '),
+    ([{"text": "Hi"}], "message 1 has the role null, expected user, human"),
+    ([said("user", "Hi"), said("assistant", None)], "message 2 has the content null, expected"),
+    ([said("user", 5)], "message 1 has the content 5, expected text"),
+    ([said("user", [{"type": "image_url", "image_url": {}}])],
+     'message 1 has the part {"type": "image_url", "image_url": {}}, expected {"type": "text"'),
+    ([said("assistant", "Hello")], "the user does not speak first"),
+    ([said("system", "Hi")], "the user does not speak first"),
+    ([*TURNS, said("system", "Hi")], "message 5 is a system message, expected before all others"),
+    ([*TURNS, said("tool", "3")], "message 5 is a tool's answer, expected a call"),
+    ([said("user", "Hi"), said("assistant", "", tool_calls=[call("weather", {"code": "1"})])],
+     'message 2 calls the tool "weather" with'),
+    ([said("user", "Hi"), said("assistant", "", tool_calls=[call("python", {"a": 1, "b": 2})])],
+     'expected python or calculator with code or expression alone'),
+    ([said("user", "Hi"), said("assistant", "", tool_calls=[call("python", "1+2")])],
+     'with "1+2", expected python or calculator'),
+    ({"instruction": "a"}, "no field output"),
+    ({"instruction": "a", "input": 5, "output": "b"}, "input is 5, expected text"),
+    ({"instruction": "a", "output": "b", "history": ["Hi"]}, 'history is ["Hi"], expected [['),
+    ({"system": 5, "messages": TURNS}, "system has the content 5, expected text")])
+def test_what_is_no_conversation_is_named_with_line_what_was_found_and_what_is_expected(
+        folder, capsys, row, says):
+    own = folder / "own.jsonl"
+    own.write_text(jsonl([TURNS, row]))
+    assert len(tasks.load(str(own), "train", "toy")) == 1
+    out = capsys.readouterr().out
+    assert f"{own}:2 skipped: " in out and says in out and out.count("\n") == 1
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_line_ends_of_windows_and_byte_order_marks_are_no_part_of_a_conversation(folder, encoding):
+    own = folder / "own.jsonl"
+    own.write_bytes(jsonl([TURNS, TURNS]).replace("\n", "\r\n").encode(encoding))
+    items = tasks.load(str(own), "train", "toy")
+    assert len(items) == 2 and items == tasks.load(str(own), "train", "toy", 5)
+    assert BYTES.decode(BYTES.render_conversation(items[0])[0]).count("\r") == 0
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own's.json"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("rows", [[{"messages": TURNS}] * 2, [TURNS, TURNS], {"messages": TURNS}])
+def test_a_file_that_is_json_as_a_whole_is_refused_with_the_command_that_converts_it(
+        folder, capsys, name, indent, rows):
+    own = folder / name
+    own.write_text(json.dumps(rows, indent=indent))
+    if isinstance(rows, dict) and indent is None:
+        assert len(tasks.load(str(own), "train", "toy")) == 1
+        return
+    with ends() as stopped:
+        tasks.load(str(own), "train", "toy")
+    error = capsys.readouterr().err
+    assert stopped.code == 2 and error.count("\n") == 1 and str(own) in error
+    command = error.partition("to convert it run: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", command], check=True)
+    converted = folder / f"{own.stem}.lines.jsonl"
+    assert len(tasks.load(str(converted), "train", "toy")) == (1 if isinstance(rows, dict) else 2)
 
 def test_a_set_in_parts_is_whole_or_missing_and_parquet_reads_as_jsonl(folder):
     import pyarrow
