@@ -46,6 +46,9 @@ settings = configurator.configure(globals())
 if data == "toy" and "facts" not in tasks:
     tasks = [*tasks, "facts"]
 task_list.check_names(settings)
+items_of = {}
+for name in tasks:
+    items_of[name] = task_list.load(name, "test", data, None if max_items == -1 else max_items)
 run.ranks.join()
 folder, step = run.ranks.on_rank0(models.find_parent, source, data, tag, try_out)
 tokenizer = models.load_tokenizer_of(folder, step, data)
@@ -130,8 +133,7 @@ def outcomes_of(items):
 
 results = {}
 for name in tasks:
-    items = task_list.load(name, "test", data, None if max_items == -1 else max_items)
-    outcomes = measured.outcomes(name, items, outcomes_of)
+    outcomes = measured.outcomes(name, items_of[name], outcomes_of)
     results[name] = evaluation.score(outcomes, task_list.TASKS[name]["chance"])
     title = evaluation.name_of(name, data, results[name])
     evaluation.print_score(evaluation.called(title, data), results[name])

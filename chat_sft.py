@@ -8,6 +8,11 @@ The loop is mid_train.py's; what differs: only what the assistant says is traine
 the conversations are kept), the rates are a tenth, and the mixture is smaller and of answers. Needs
 the midtrained model (mid_train.py) and the task files (prepare_data.py). Kill it at any moment and
 run it again.
+
+A mixture may name files of your own, .jsonl (or .jsonl.gz, .parquet), a conversation a line:
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+or the list of messages alone, or as ShareGPT and Alpaca have it: {"conversations": [{"from": ...}]}
+and {"instruction": "...", "input": "...", "output": "..."}; see conversations.py.
 """
 from run import Run
 
@@ -27,7 +32,7 @@ tag = ""                     # the midtrained model to go on from; empty: the ne
 mixture = ["smoltalk:10000", "arc_easy", "arc_challenge",  # what it learns from: "name",
            "gsm8k", "identity", "simplespelling:300",      # "name*epochs", "name:examples"
            "spellingbee:300"]
-extra_conversations = ""     # a .jsonl file of your own conversations, added to the mixture
+extra_conversations = ""     # a file of your own conversations, added to the mixture
 max_steps = -1               # number of steps, at most; -1: one pass through the mixture
 total_batch_size = -1        # tokens a step, on all ranks; -1: as in pretraining
 matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)

@@ -112,7 +112,7 @@ def convert(name, value, default):
     if isinstance(value, str) and not isinstance(default, str):
         found = python_value(value)
     if isinstance(default, list) and isinstance(found, str):
-        found = found.split(",") if found else []
+        found = split_list(found) if found else []
     if isinstance(found, tuple):
         found = list(found)
     number = isinstance(default, (float, type(None))) and type(found) in (int, float)
@@ -140,6 +140,25 @@ def shown(value):
     except ValueError:  # Python prints no number of more than 4300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+def split_list(text):
+    """A text at its commas, but for those in the name of a file of conversations that is there
+    (behind which :300 or *2 may stand: see tasks.parse).
+    examples: "b, c*2" -> ["b", "c*2"];  "my chats, v2.jsonl*2,c" -> ["my chats, v2.jsonl*2", "c"]
+    """
+    pieces = text.split(",")
+    entries = []
+    while pieces:
+        taken = 1
+        for n in range(1, len(pieces) + 1):
+            path = ",".join(pieces[:n]).strip()
+            named = re.fullmatch(r"(.+\.(?:jsonl|gz|json|parquet))(:\d+)?(\*\d+)?", path)
+            if named and os.path.isfile(os.path.expanduser(named[1])):
+                taken = n
+                break
+        entries.append(",".join(pieces[:taken]).strip())
+        del pieces[:taken]
+    return entries
 
 def check_value(name, value, default):
     """Failure where a value of the right type makes no sense."""

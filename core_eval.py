@@ -97,6 +97,9 @@ def read_bundle(bundle, command=None):
             continue
         common.check(label in baselines, f"{bundle}/eval_meta_data.csv has no {label}")
         task["items"] = read_items(path, task["kind"])
+        shots, there = task["shots"], len(task["items"])
+        common.check(there > shots, f"{path} has {there} items, expected more than the {shots} "
+                     "that are shown before each: restore the file")
         task["baseline"] = float(baselines[label])
         facts = [task[key] for key in ("label", "kind", "shots", "delimiter", "baseline")]
         digest.update(json.dumps([*facts, common.sha256_file(path)]).encode())

@@ -77,7 +77,7 @@ def write_store(run, prefix, source, documents, vocab_size, more):
             np.save(content, np.asarray(values))
             common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
         facts = {"source": source, "arrays": list(arrays), "tokens": len(tokens),
-                 "documents": len(lengths), "sha256": digest.hexdigest(), **more}
+                 "documents": len(lengths), "sha256": digest.hexdigest(), **(more or {})}
         common.atomic_write(f"{prefix}.json", json.dumps(facts))
 
 def make_store(run, data, tokenizer, name, source, documents, more=None):
@@ -85,7 +85,7 @@ def make_store(run, data, tokenizer, name, source, documents, more=None):
     rank 0, where it is not there yet. more: facts, which may be filled meanwhile. Collective."""
     prefix = pipeline.token_dir(data) / tokenizer.fingerprint / name
     run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size,
-                       more or {})
+                       more)
     return open_store(prefix, source)
 
 def tokenize_files(run, data, files, split, tokenizer):

@@ -8,6 +8,11 @@ calculator from a mixture of tasks.
 The loop is base_train.py's on rows of whole conversations, padded and not cut. As in pretraining
 every token is trained on, the user's too; chat_sft.py differs in that. Needs the base model
 (base_train.py) and the task files (prepare_data.py). Kill it at any moment and run it again.
+
+A mixture may name files of your own, .jsonl (or .jsonl.gz, .parquet), a conversation a line:
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+or the list of messages alone, or as ShareGPT and Alpaca have it: {"conversations": [{"from": ...}]}
+and {"instruction": "...", "input": "...", "output": "..."}; see conversations.py.
 """
 from run import Run
 
@@ -26,7 +31,7 @@ data = "fineweb_edu"         # the data set the base model was trained on
 tag = ""                     # the base model to go on from; empty: the newest
 mixture = ["smoltalk", "mmlu_aux", "gsm8k", "identity*2",  # what it learns from: "name",
            "simplespelling:200000", "spellingbee:80000"]   # "name*epochs", "name:examples"
-extra_conversations = ""     # a .jsonl file of your own conversations, added to the mixture
+extra_conversations = ""     # a file of your own conversations, added to the mixture
 max_steps = -1               # number of steps, at most; -1: one pass through the mixture
 total_batch_size = -1        # tokens a step, on all ranks; -1: as in pretraining
 matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
