@@ -87,8 +87,8 @@ val_store = dataset.tokenize_conversations(
     run, f"{val_files}-val", data, lambda: tasks.mixture(held_out, data, 1, "test"), tokenizer,
     length + 1)
 val_plan = dataset.make_plan([val_store], length + 1, tokenizer.bos, split=False)
-dataset.check_lessons("mixture", store, length)
-dataset.check_measurable("held_out", val_store, val_plan, eval_tokens, tokenizer)
+dataset.check_lessons(learned, store, length)
+dataset.check_measurable(held_out, val_store, val_plan, eval_tokens, tokenizer)
 
 directory = pipeline.state_path("sft", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
@@ -123,6 +123,9 @@ common.print0(
     f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
     f"({batch_tokens:,} tokens)\n"
     f"  devices: {ranks.world} x {compute}")
+if dataset.n_rows(plan) < rows:
+    common.print0(f"  all rows together are less than one batch of {batch_tokens:,} tokens: some "
+                  "are trained on more than once; a smaller --total_batch_size makes more steps")
 
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step

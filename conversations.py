@@ -216,12 +216,13 @@ def render(item, tokenizer, longest, counts):
     return kept, mask
 
 def nothing(count):
-    """{reason: how many conversations of this Counter teach nothing}"""
-    return {why: count[why] for why in (NO_ANSWER, EMPTY, BEHIND, NO_TOKEN) if count[why]}
+    """{reason: how many of the conversations counted (see render) teach nothing}"""
+    return {why: count[why] for why in (NO_ANSWER, EMPTY, BEHIND, NO_TOKEN) if count.get(why)}
 
 def in_words(count, length=None):
     """example: "40 conversations; 3 longer than a row of 256 tokens and cut (2 answers lost, 1 cut
     short); 5 teach nothing: 4 without an answer of the assistant, 1 with empty answers only" """
+    count = Counter(count)
     said = [f"{count['conversations']:,} conversations"]
     if count["cut"]:
         said.append(f"{count['cut']:,} longer than a row of {length:,} tokens and cut")
@@ -238,4 +239,4 @@ def total(counts):
 
 def teaches(count):
     """Whether any of these conversations does."""
-    return count["conversations"] > sum(nothing(count).values())
+    return count.get("conversations", 0) > sum(nothing(count).values())

@@ -163,14 +163,12 @@ def counts_of(store):
     return Counter({"conversations": facts["documents"], "cut": facts["cut"],
                     conversations.NO_TOKEN: none})
 
-def check_lessons(setting, store, length):
-    """Failure where the conversations of a setting teach nothing in rows of `length` tokens, or
-    those of a user's own file among them."""
-    of_all = {f"--{setting}": counts_of(store)}
-    for name, count in store.facts.get("counts", {}).items():
-        if "." in name:  # a file, no task
-            of_all[name] = Counter(count)
-    for name, count in of_all.items():
+def check_lessons(entries, store, length):
+    """Failure where the conversations of a mixture teach nothing in rows of `length` tokens, or
+    those of a user's own file in it. entries: the mixture, see tasks.parse"""
+    of = {name: count for name, count in store.facts.get("counts", {}).items() if "." in name}
+    of[f"--mixture={','.join(entries)}"] = counts_of(store)
+    for name, count in of.items():
         common.check(conversations.teaches(count), f"there is nothing to learn in {name}: "
                      f"{conversations.in_words(count, length)}; what is learned are answers of the "
                      "assistant, as far as they fit into a row")
@@ -264,14 +262,15 @@ def rows_to_measure(plan, tokens):
     """How many rows, the first ones, are measured: as many as hold so many tokens, at least one."""
     return min(n_rows(plan), max(1, tokens // (plan.length - 1)))
 
-def check_measurable(setting, store, plan, tokens, tokenizer):
-    """Failure where in the rows to measure, for so many tokens, no text is counted."""
+def check_measurable(entries, store, plan, tokens, tokenizer):
+    """Failure where in the rows to measure, for so many tokens, no text is counted. entries: what
+    is held out, see tasks.parse"""
     token_bytes = tokenizer.token_bytes()
     for r in range(rows_to_measure(plan, tokens)):
         row, counted = read_rows(plan, [r])
         if (token_bytes[row] * counted).any():
             return
-    common.fail(f"there is nothing to measure in --{setting}: "
+    common.fail(f"there is nothing to measure in --held_out={','.join(entries)}: "
                 f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
                 "are answers of the assistant, as far as they fit into a row")
 

@@ -25,14 +25,18 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import checkpoint
 import common
 import configurator
+import conversations
 import corpus
 import download
+import models
 import pipeline
 import records
 import tasks as task_list
 import texts
+import tokenizer as tok
 
 data = "toy"                 # toy, fineweb_edu, climbmix, or a folder of texts
 seed = 1337                  # seed of the toy world
@@ -50,7 +54,7 @@ mixture = []                 # as given to mid_train.py and chat_sft.py; empty: 
 held_out = []                # as given to mid_train.py and chat_sft.py; empty: their defaults
 tasks = []                   # as given to chat_eval.py; empty: its default
 task = ""                    # as given to chat_rl.py; empty: its default
-extra_conversations = ""     # a .jsonl file of your own conversations, for mid and sft
+extra_conversations = ""     # a file of your own conversations, for mid and sft
 core_items = -1              # as given to base_eval.py; 0: without CORE; -1: its default
 start_over = False           # put the old data aside and make or download it again
 settings = configurator.configure(globals(), of_phases=True)
@@ -89,7 +93,8 @@ def setting_of(name, key):
     given = settings.of_phases.get(f"{name}.{key}")
     if given is not None:
         return configurator.convert(key, given, usual)
-    return settings[key] if settings[key] not in ([], "", -1) else usual
+    value = settings.get(key, "")
+    return value if value not in ([], "", -1) else usual
 
 def needed():
     """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
@@ -131,6 +136,7 @@ class File:
     url: str = ""     # where it comes from, "here" where it is made; "": the user's own
     size: int = 0     # bytes, roughly
     wrong: str | None = None
+    said: str = ""    # of a user's conversations: what they teach
 
 def text_files():
     if pipeline.is_folder_data(data):
@@ -203,7 +209,25 @@ def problem(what, path):
         return bundle_problem(path)
     convert = functools.partial(task_list.convert, task_list.TASK_OF.get(what, what))
     enough = 100 if path.suffix == ".parquet" else None
-    return texts.problem(path, texts.read_rows(path), convert, enough)
+    wrong = task_list.form_problem(path)
+    return wrong or texts.problem(path, texts.read_rows(path), convert, enough)
+
+@functools.cache
+def lessons(path):
+    """What a user's conversations teach -> (whether anything, in words). What is cut is counted
+    where there is a tokenizer, for rows of the newest base model, or of one to come."""
+    folder = pipeline.tokenizer_dir(data)
+    tokenizer = None if tok.damage(folder) else tok.read_tokenizer(folder)
+    length = setting_of("base", "max_seq_len")
+    for model in models.trained(data, "base")[-1:]:
+        state = pipeline.state_path("base", data, model.tag)
+        meta = checkpoint.load_meta(state, max(checkpoint.steps(state), default=0))
+        length = meta.get("model", {}).get("sequence_len", length)
+    counts = {}
+    for item in task_list.load(str(path), "train", data):
+        conversations.render(item, tokenizer, length + 1, counts)
+    count = conversations.total(counts)
+    return conversations.teaches(count), conversations.in_words(count, length)
 
 def look():
     """Opens everything that the phases read. -> list of File"""
@@ -212,6 +236,10 @@ def look():
         if file.path.is_symlink():
             file.url = ""  # the user's own
         file.wrong = problem(file.what, file.path)
+        if file.what not in PLACES and not file.wrong:
+            useful, file.said = lessons(file.path)
+            if not useful:
+                file.wrong = f"there is nothing to learn in {file.path}: {file.said}"
     return files
 
 def show(files):
@@ -226,7 +254,7 @@ def show(files):
             state = "damaged"
         there = f"{len(rows) - len(wrong)} of {len(rows)}"
         common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
-        for why in damaged[:5]:
+        for why in damaged[:5] or [file.said for file in rows if file.said]:
             common.print0(f"{'':9}{why}")
     if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
         common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
