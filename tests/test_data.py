@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 import common
+import conversations
 import corpus
 import data
 import pipeline
@@ -233,6 +234,30 @@ def test_chat_rows_count_the_mask_and_pad(state):
     plan = data.make_plan([store._replace(mask=None)], 40, BYTES.bos, split=False)
     _, counted = data.read_rows(plan, range(data.n_rows(plan)))
     assert counted.sum() == sum(n + 11 for n in lengths[:2]), "all but the padding"
+
+def test_a_store_of_an_earlier_version_is_used_as_it_is(state):
+    """It has no counts, and what teaches nothing is in it."""
+    answer = {"role": "assistant", "content": "answer"}
+    items = [{"messages": [{"role": "user", "content": "q" * n}, answer]} for n in (3, 99, 5, 99)]
+    documents = []
+    for item in items:
+        ids, mask = BYTES.render_conversation(item, 40)
+        documents.append((ids[1:], mask[1:]))
+    data.make_store(alone(), "toy", BYTES, "chat_x_40", "x", documents, {"cut": 2})
+    store = data.tokenize_conversations(alone(), "x", "toy", None, BYTES, 40)
+    assert store.facts["documents"] == 4 and data.n_rows(data.make_plan([store], 40, 0, False)) == 3
+    assert conversations.in_words(data.counts_of(store), 39) == (
+        "4 conversations; 2 longer than a row of 39 tokens and cut; 2 teach nothing: 2 without a "
+        "token to train on")
+    data.check_lessons(["x"], store, 39)
+    with pytest.raises(common.Failure, match="there is nothing to learn in --mixture=x"):
+        data.check_lessons(["x"], store._replace(mask=np.zeros_like(store.mask)), 39)
+    plan = data.make_plan([store], 40, BYTES.bos, split=False)
+    rows = [int(data.read_rows(plan, [r])[1].sum()) for r in range(data.n_rows(plan))]
+    assert sorted(rows) == [0, 0, 14]
+    data.check_measurable(["x"], store, plan, 10_000, BYTES)
+    with pytest.raises(common.Failure, match="there is nothing to measure in --held_out=x"):
+        data.check_measurable(["x"], store, plan, 39 * (rows + [9]).index(14), BYTES)
 
 # ---- batches
 

@@ -6,10 +6,14 @@ import sys
 
 import pytest
 
+import common
+import configurator
+import conversations
 import execution
 import pipeline
 import tasks
-from conftest import BYTES, SHARED, ends
+from conftest import BYTES, SHARED, ends, script
+from test_cli import make
 
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
@@ -85,10 +89,28 @@ def test_mixtures(folder):
     own.write_text(jsonl([talk]))
     assert len(tasks.mixture([f"{own}*3"], "toy", 1)) == 3
 
+def test_any_path_may_stand_in_a_mixture(folder, monkeypatch):
+    """With blanks, commas, colons, stars and equals signs in it, as text or as a list."""
+    monkeypatch.chdir(folder)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    names = ["my chats, v2.jsonl", "a:3=b*2.jsonl", ",.json", "a,b, c.jsonl"]
+    for name in names:
+        (folder / name).write_text(jsonl([talk]))
+    for name in names:
+        for given in (f"{name}*2,gsm8k:3", f"gsm8k:3, {name}*2", f"['{name}*2', 'gsm8k:3']",
+                      f"{folder}/{name}:1*2,gsm8k:3"):
+            specs = configurator.convert("mixture", given, [])
+            assert len(specs) == 2 and len(tasks.mixture(specs, "toy", 1)) == 5, given
+    assert configurator.convert("mixture", "a,b*2, c.jsonl,,x", []) == ["a", "b*2", "c.jsonl", "",
+                                                                         "x"]
+
 @pytest.mark.parametrize("spec,says", [
     ("nothing", "there is no task"), ("smoltalk", "prepare_data.py"), ("mmlu", "no train split"),
     ("absent.jsonl", "there is no file"), ("gsm8k:0", "0 examples"),
-    ("gsm8k*0", "0 examples"), ("gsm8k:x", "cannot read 'gsm8k:x'")])
+    ("gsm8k*0", "0 examples"), ("gsm8k:x", "cannot read 'gsm8k:x'"),
+    ("gsm8k:-1", "cannot read 'gsm8k:-1'"), ("gsm8k*99999999999", "at most 10,000,000 examples"),
+    ("gsm8k:" + "9" * 5000, "cannot read"), ("spellingbee:99999999", "asks for too much"),
+    (7, "7 is no name of a task"), ("a\nb", "there is no task"), ("", "there is no task")])
 def test_what_is_missing_is_named(folder, capsys, spec, says):
     with ends() as stopped:
         tasks.mixture([spec], "toy", 1)
@@ -117,10 +139,12 @@ CHOICE = {"question": "q", "choices": TWO, "answerKey": "B"}
     ("arc_easy", CHOICE, [{"answerKey": "C"}, {"choices": {**TWO, "label": ["A"]}}]),
     ("mmlu", {"question": "q", "subject": "s", "choices": list("abcd"), "answer": 3},
      [{"answer": -1}, {"answer": 4}, {"choices": list("abc")}]),
-    ("gsm8k", {"question": "q", "answer": "#### 1"}, [{"question": 5}, {"answer": None}]),
+    ("gsm8k", {"question": "q", "answer": "#### 1"},
+     [{"question": 5}, {"answer": None}, {"answer": "12"}]),
     ("humaneval", {"prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "f"},
-     [{"canonical_solution": None}, {"test": ...}]),
-    ("facts", {"question": "q", "answer": "a", "candidates": ["a"]}, [{"candidates": ...}])])
+     [{"canonical_solution": None}, {"test": ...}, {"test": 5}, {"entry_point": None}]),
+    ("facts", {"question": "q", "answer": "a", "candidates": ["a"]},
+     [{"candidates": ...}, {"candidates": "ab"}, {"candidates": ["b"]}])])
 def test_what_could_not_be_judged_is_a_broken_line(folder, capsys, name, good, bad):
     """`...` stands for a field that is not there."""
     rows = [good]
@@ -142,6 +166,126 @@ def test_a_conversation_in_the_wrong_form_is_a_broken_line(folder, capsys):
     with ends():
         tasks.load(str(own), "train", "toy")
     assert "own.jsonl has no usable conversation" in capsys.readouterr().err
+
+def talk_of(*said):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text}
+                         for i, text in enumerate(said)]}
+
+def test_what_teaches_nothing_is_counted_by_reason_and_so_are_the_answers_that_a_cut_loses():
+    counts = {}
+    talks = [talk_of("a", "b"), talk_of("a", "b", "c"), talk_of("a"), talk_of("a", ""),
+             talk_of("a", " \n", "b", ""), talk_of("a" * 40, "b"), talk_of("a", "b" * 40),
+             talk_of("a", "b", "c" * 40, "d", "e", "f"), talk_of("a", "", "c" * 40, "d")]
+    kept = [conversations.render(talk, BYTES, 20, counts) for talk in talks]
+    assert [ids is not None for ids in kept] == [1, 1, 0, 0, 0, 0, 1, 1, 0]
+    assert all(len(ids) == len(mask) <= 20 for ids, mask in filter(None, kept))
+    count = conversations.total(counts)
+    assert conversations.in_words(count, 19) == (
+        "9 conversations; 4 longer than a row of 19 tokens and cut (4 answers lost, 1 cut short); "
+        "5 teach nothing: 1 without an answer of the assistant, 2 with empty answers only, "
+        "2 with all answers behind the cut")
+    assert conversations.teaches(count) and not conversations.teaches({})
+    counts = {}
+    for talk in talks:
+        conversations.render(talk, None, None, counts)
+    assert conversations.in_words(conversations.total(counts)) == (
+        "9 conversations; 3 teach nothing: 1 without an answer of the assistant, 2 with empty "
+        "answers only")
+
+# the scripts, all in one process: importing takes longest
+REFUSED = """
+import json, runpy, sys
+sys.path.insert(0, ".")
+import common
+for argv in json.loads(sys.argv[1]):
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except common.Failure as e:
+        print(e.code, "torch" in sys.modules, e)
+"""
+
+def test_mid_and_sft_on_conversations_that_teach_nothing_end_before_anything_changes(state):
+    def unlike_tokens():
+        return {path: path.read_bytes() for path in state.rglob("*")
+                if path.is_file() and "tokens" not in path.parts}
+    for stage in ("base", "mid", "sft"):
+        make(stage)
+    own = {"good": [talk_of("a", "b")], "users": [talk_of("a")] * 3, "empty": [talk_of("a", "")],
+           "behind": [talk_of("a" * 100, "b")] * 7}
+    for name, talks in own.items():
+        own[name] = state / f"{name}.jsonl"
+        own[name].write_text(jsonl(talks))
+    before = unlike_tokens()
+    good = own["good"]
+    calls, expected = [], []
+    for script_name in ("mid_train.py", "chat_sft.py"):
+        for action in ("--seed=3", "--start_over=True", "--try_out=True"):
+            for mixture, held_out, says in [
+                    (own["users"], good, "users.jsonl: 3 conversations; 3 teach nothing: 3 with"),
+                    (own["empty"], good, "empty.jsonl: 1 conversations; 1 teach nothing: 1 with"),
+                    (own["behind"], good, "7 teach nothing: 7 with all answers behind the cut"),
+                    (f"{good},{own['users']}", good, f"nothing to learn in {own['users']}: 3 conv"),
+                    (good, own["users"], f"to measure in --held_out={own['users']}: 3 conv"),
+                    (good, own["empty"], "1 with empty answers only"),
+                    (good, f"{own['users']},{own['behind']}", "(7 answers lost, 0 cut short)")]:
+                calls.append([script_name, "--data=toy", "--tag=d1", action,
+                              f"--mixture={mixture}", f"--held_out={held_out}"])
+                expected.append(says)
+    out = script(state, "-c", REFUSED, json.dumps(calls))
+    lines = [line for line in out.stdout.split("\n") if line[:1].isdigit()]
+    for line, says in zip(lines, expected, strict=True):
+        assert line.startswith("2 False ") and says in line, line
+    assert unlike_tokens() == before
+
+def test_a_few_conversations_of_ones_own_are_enough_to_finetune_on(state):
+    make("base")
+    make("mid")
+    own = state / "my own, chats.jsonl"
+    own.write_text(jsonl([talk_of("a", "b")] * 2 + [talk_of("a"), talk_of("c" * 99, "d"),
+                                                    talk_of("a", "b" * 99)]))
+    args = ["--data=toy", f"--mixture={own}", f"--held_out={own}", "--device=cpu", "--threads=1",
+            "--dtype=float32", "--compile=False", "--total_batch_size=256"]
+    out = script(state, "chat_sft.py", *args)
+    assert out.returncode == 0, out.stdout + out.stderr
+    counted = ("5 conversations; 2 longer than a row of 64 tokens and cut (1 answers lost, 1 cut "
+               "short); 2 teach nothing: 1 without an answer of the assistant, 1 with all answers "
+               "behind the cut\n")
+    assert f"sft d1: {counted}  held out: {counted}" in out.stdout
+    assert out.stdout.count("teach nothing") == 2 and "less than one batch of 256" in out.stdout
+
+def test_prepare_data_says_what_ones_own_conversations_teach(state):
+    own = state / "own.jsonl"
+    state.mkdir()
+
+    def check(*talks):
+        own.write_text(jsonl(talks))
+        return script(state, "prepare_data.py", f"--data={state}", "--check=True", "--phases=sft",
+                      f"--mixture={own}", f"--held_out={own}")
+    common.atomic_write(state / "a.txt", "Once upon a time.\n\n" * 50)
+    talks = [talk_of("a", "b"), talk_of("a"), talk_of("c" * 99, "d")]
+    out = check(*talks)
+    assert out.returncode == 0, out.stdout + out.stderr
+    said = "3 conversations; 1 teach nothing: 1 without an answer of the assistant"
+    assert out.stdout.count(said) == 1
+    assert not list(state.glob("*/*")), "it only looks"
+    make("base", data=str(state))  # a tokenizer, and rows of 64 tokens
+    out = check(*talks)
+    assert out.returncode == 0 and (
+        "3 conversations; 1 longer than a row of 64 tokens and cut (1 answers lost, 0 cut short); "
+        "2 teach nothing: 1 without an answer of the assistant, 1 with all answers behind the cut"
+    ) in out.stdout, out.stdout
+    out = check(*talks[1:])
+    assert out.returncode == 2 and out.stderr.count("\n") == 1
+    assert f"there is nothing to learn in {own}: 2 conversations; " in out.stderr
+    out = check(talks)  # one line, an array of conversations
+    assert out.returncode == 2 and "is JSON as a whole" in out.stderr
+
+@pytest.mark.parametrize("name", ["mid_train.py", "chat_sft.py"])
+def test_help_shows_how_a_conversation_is_written(name):
+    doc = (pipeline.REPO / name).read_text().split('"""')[1]
+    line, = [line for line in doc.split("\n") if line.startswith('    {"messages"')]
+    assert rendered(json.loads(line)) in PLAIN
 
 # ---- conversations as people have them: each as the text of its tokens, and what is trained on
 
