@@ -122,11 +122,13 @@ def find(name, split, data):
     if stem == name:
         path = Path(os.path.expanduser(name))
         common.check(path.is_file(), f"there is no file of conversations {path}")
+        common.check(os.access(path, os.R_OK), f"{path} cannot be read: you have no permission to")
         return [path]
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
     common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing, which the task {name} "
-                 "reads", texts.prepare_command(data))
+                 "reads (or take it out of --mixture, --held_out or --tasks)",
+                 texts.prepare_command(data))
     return found
 
 def fingerprint(specs, split, data):

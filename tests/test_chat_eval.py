@@ -26,6 +26,7 @@ def ready(prepared, monkeypatch):
         save_model("base", "toy", "d2", model, tokenizer)
     path = pipeline.report_dir("toy") / "chat_base_d2.json"
     path.unlink(missing_ok=True)
+    path.with_suffix(".partial.jsonl").unlink(missing_ok=True)
 
     def run(*more, launcher=(), env=None):
         return script(prepared, *launcher, *ARGS, *more, env=env)
@@ -88,6 +89,19 @@ def test_what_has_no_right_answers_is_no_task_to_measure(ready):
         out = run(f"--tasks=gsm8k,{name}")
         assert out.returncode == 2 and f"--tasks={name}: the tasks with" in out.stderr, out.stderr
         assert out.stderr.count("\n") == 1 and "arc_easy" in out.stderr
+
+def test_a_task_whose_items_lack_answers_ends_it_before_the_first_is_measured(ready):
+    run, path = ready
+    broken = pipeline.task_dir("toy") / "gsm8k_test.jsonl"
+    whole = broken.read_bytes()
+    broken.write_text('{"question": "1+1?", "answer": "two"}\n' * 9)
+    for more in ([], ["--try_out=True"]):
+        out = run("--tasks=arc_easy,gsm8k", "--max_items=3", *more)
+        assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+        assert "gsm8k_test.jsonl: 9 of 9 lines are broken" in out.stderr
+        assert "its answer has no number, expected one as in #### 12" in out.stderr
+        assert not path.exists() and not path.with_suffix(".partial.jsonl").exists()
+    broken.write_bytes(whole)
 
 def test_without_a_sandbox_humaneval_is_left_out_unless_asked_for_and_measured_where_there_is_one(
         ready):

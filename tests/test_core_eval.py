@@ -116,6 +116,17 @@ def write_bundle(folder, tasks):
 
 LM = [{"context": f"say {i} ", "continuation": f"{i}"} for i in range(5)]
 
+@pytest.mark.parametrize("items,shots", [([], 0), (LM[:3], 3), (LM, 10)])
+def test_a_task_with_fewer_items_than_are_shown_is_refused(tmp_path, capsys, items, shots):
+    write_bundle(tmp_path, {"say": ("language_modeling", shots, items)})
+    with ends() as e:
+        core_eval.read_bundle(tmp_path)
+    error = capsys.readouterr().err
+    assert e.code == 2 and f"say.jsonl has {len(items)} items, expected more than" in error
+    write_bundle(tmp_path, {"say": ("language_modeling", len(LM) - 1, LM)})
+    core_eval.read_items.cache_clear()
+    assert len(core_eval.read_bundle(tmp_path)[0][0]["items"]) == len(LM)
+
 def test_a_missing_task_is_named_and_there_is_no_core(tmp_path):
     write_bundle(tmp_path, {"here": ("language_modeling", 2, LM),
                             "gone": ("language_modeling", 0, None)})

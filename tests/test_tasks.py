@@ -9,10 +9,11 @@ import pytest
 import common
 import configurator
 import conversations
+import data
 import execution
 import pipeline
 import tasks
-from conftest import BYTES, SHARED, ends, script
+from conftest import BYTES, SHARED, alone, ends, script
 from test_cli import make
 
 def jsonl(rows):
@@ -253,6 +254,19 @@ def test_a_few_conversations_of_ones_own_are_enough_to_finetune_on(state):
                "behind the cut\n")
     assert f"sft d1: {counted}  held out: {counted}" in out.stdout
     assert out.stdout.count("teach nothing") == 2 and "less than one batch of 256" in out.stdout
+    assert "no token" not in out.stdout
+    # half done with rows of an earlier version, which left nothing out: the same rows are gone on
+    # with, and a step without a token to train on is said
+    files = tasks.fingerprint([str(own)], "train", "toy")
+    documents = [BYTES.render_conversation(talk_of("a", "b")), ([*b"c" * 64], [0] * 64)]
+    name = f"{files}-7"
+    data.make_store(alone(), "toy", BYTES, f"chat_{name}_65", name, documents, {"cut": 1})
+    out = script(state, "chat_sft.py", *args, "--seed=7", "--start_over=True",
+                 "--total_batch_size=64")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "1 teach nothing: 1 without a token to train on" in out.stdout
+    assert out.stdout.count(": no token of its batch is trained on") == 1
+    assert "2 steps of 1 of the 2 rows" in out.stdout
 
 def test_prepare_data_says_what_ones_own_conversations_teach(state):
     own = state / "own.jsonl"
