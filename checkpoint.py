@@ -10,8 +10,9 @@ Each is written under a temporary name, flushed to disk, read back, then renamed
 manifest there is no checkpoint, so a death at any moment leaves the old one or the new one. While
 it is being saved, or removed, there is a file .partial_000400 beside it: so what a death in the
 middle has left is told from files that have lost their manifest otherwise, which nobody removes.
-Older ones go only after the new one is whole, later ones never. Nothing random has to be saved:
-every draw is a function of (seed, step, item), see common.rng.
+Older ones of the same run go only after the new one is whole; later ones, and those of other runs
+that somebody has copied there, never. Nothing random has to be saved: every draw is a function of
+(seed, step, item), see common.rng.
 """
 import contextlib
 import hashlib
@@ -48,6 +49,18 @@ def load_meta(directory, step):
     directory = Path(directory)
     adopted = common.read_json(directory / manifest_name(step)).get("meta")
     return adopted or common.read_json(directory / names(step)[2])
+
+def same_run(meta, other):
+    """Whether the metas of two checkpoints are of one run: settings and inputs are the same, as
+    Run.save has put them there. Those of earlier versions, which do not say, count as of the run in
+    whose folder they are; one that cannot be read is of none."""
+    if not (meta and other):
+        return False
+    one, two = [m.get("record", {}) for m in (meta, other)]
+    if not (one and two):
+        return True
+    plain = [{**r.get("settings", {}), "tag": ""} for r in (one, two)]  # a folder may be renamed
+    return plain[0] == plain[1] and one.get("inputs") == two.get("inputs")
 
 def fingerprint(directory, step):
     """Identifies the weights of a checkpoint: the start of the model file's SHA-256, "" where the
@@ -145,7 +158,8 @@ def write_file(path, write, still_mine):
 
 def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lambda: True):
     """
-    Writes the three files, then their manifest; then earlier ones go, until `keep` are left.
+    Writes the three files, then their manifest; then earlier ones of the same run go, until `keep`
+    are left.
     in: model_state {name: tensor}, optim_state {name: {name: tensor or number}} or {}, meta
     JSON-able. still_mine() is asked before each rename and removal. OSError or RuntimeError
     (torch's) where it cannot be written, FloatingPointError where a weight is nan or inf; what was
@@ -174,7 +188,7 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
 
     whole = 1  # it has just been read back; others are worth keeping where they are whole
     for other in steps(directory):
-        if other >= step:
+        if other >= step or not same_run(json.loads(meta_text), load_meta(directory, other)):
             continue
         if whole < keep and problem(directory, other) is None:
             whole += 1

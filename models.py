@@ -11,7 +11,7 @@ import common
 import pipeline
 import tokenizer as tok
 from lock import holder_name, living_holder
-from records import load_record
+from records import finished_step, load_record
 
 class Model(NamedTuple):
     """One that holds a checkpoint, ours or nanochat's."""
@@ -36,14 +36,8 @@ def saved_at(folder):
         saved = folder.glob("model_*.pt")
     return max((path.stat().st_mtime for path in saved), default=None)
 
-def is_finished(folder, step=None):
-    """Whether the checkpoint of `step`, by default the newest, is that of a finished training."""
-    if step is None:
-        step = max(checkpoint.steps(folder), default=-1)
-    record = load_record(folder)
-    if record:
-        return record["status"] == "done" and record.get("step", step) == step
-    return step >= checkpoint.load_meta(folder, step).get("num_steps", 0)
+def is_finished(folder):
+    return finished_step(folder) is not None
 
 def trained(data, stage=""):
     """All models of a data set (and stage), the one saved last at the end."""
@@ -63,8 +57,8 @@ def command_for(stage, data, tag):
     if parent in pipeline.STAGES and not is_finished(pipeline.state_path(parent, data, tag)):
         return command_for(parent, data, tag)
     record = load_record(pipeline.state_path(stage, data, tag))
-    if record and record.get("next"):
-        return record["next"]
+    if record and (record.get("next") or record.get("command")):
+        return record.get("next") or record["command"]
     words = pipeline.command_of(stage, data)
     if stage == "base" and tag[:1] == "d" and tag[1:].isdigit():
         words.append(f"--depth={tag[1:]}")  # from which base_train.py makes its tag
@@ -89,16 +83,23 @@ def find_model(stage, data, tag=""):
     if checkpoint.made_by_nanochat(folder) not in (None, *checkpoint.steps(folder)):
         common.fail(f"{folder} holds a model that nanochat has made; to use it, adopt it first",
                     next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
-    step = checkpoint.newest(folder, optimizer=False)
-    common.check(step is not None, f"{folder} holds no whole checkpoint: put the damaged or "
-                 f"missing file back, or train it anew ({over} puts the old one aside)",
+    step = finished_step(folder)
+    why = step is not None and checkpoint.problem(folder, step, optimizer=False)
+    if step is not None and why is None:
+        return folder, step
+    reasons = []
+    half_way = checkpoint.newest(folder, optimizer=False, say=reasons.append)
+    common.check(half_way is not None, f"{folder} holds no whole checkpoint "
+                 f"({'; '.join(reasons) or 'no manifest'}): put the damaged or missing file back, "
+                 f"or train it anew ({over} puts the old one aside)",
                  f"{command} {over}" if over.startswith("--start") else None)
-    if not is_finished(folder, step):
-        half = f"the {stage} model {tag} of {data} is only half trained (step {step})"
-        if holder := living_holder(folder):
-            common.fail(f"{half} and is being trained now by {holder_name(holder)}: wait for it")
-        common.fail(f"{half}: finish it first", next_command=command)
-    return folder, step
+    half = f"the {stage} model {tag} of {data} is only half trained (step {half_way})"
+    if why:
+        half = f"the {stage} model {tag} of {data} is damaged in {folder}: {why}"
+    if holder := living_holder(folder):
+        common.fail(f"{half} and is being trained now by {holder_name(holder)}: wait for it")
+    advice = f"train it again from step {half_way} on" if why else "finish it first"
+    common.fail(f"{half}: {advice}", next_command=command)
 
 def choose_tag(stage, data, command):
     """The tag of a training of `stage` whose command names none: that of the half-done one which

@@ -51,6 +51,20 @@ def find_record(directory, settings, inputs=None, damage=None):
     begun_so = old["free"].get("start_over")
     return old if begun_so and not changes(old, directory, settings, inputs) else {}
 
+def finished_step(directory):
+    """The step of the checkpoint of a training that is done, whole or damaged; None where it is
+    not done, or that checkpoint is gone. A model of another run that lies beside it does not count,
+    whatever its step."""
+    record, steps = load_record(directory), checkpoint.steps(directory)
+    if record:
+        step = record.get("step", max(steps, default=None))
+        return step if record["status"] == "done" and step in steps else None
+    for step in steps:
+        meta = checkpoint.load_meta(directory, step)
+        if meta and step >= meta.get("num_steps", 0):
+            return step
+    return None
+
 def source_version():
     """(commit, hash of the uncommitted difference); ("unknown", "") outside of git."""
     def git(*args):
@@ -134,6 +148,13 @@ def judge(name, directory, settings, inputs, damage=None):
         return None
     if damage:
         return old, None
+    for other in checkpoint.steps(directory):
+        kept = checkpoint.load_meta(directory, other).get("record")
+        strange = kept and changes(kept, directory, settings, inputs)
+        if strange and checkpoint.problem(directory, other, optimizer=False) is None:
+            common.fail(f"{directory / checkpoint.names(other)[0]} is of another run than "
+                        f"{directory / 'phase.json'} ({', '.join(strange)}): move the files of its "
+                        "step out of the folder")
     reasons = []
     step = checkpoint.newest(directory, say=reasons.append)
     if step is None and checkpoint.holds_any(directory):
@@ -150,4 +171,4 @@ def is_whole(directory, record, damage):
     """Whether what the record calls done is there. Nobody needs the optimizer any more."""
     if damage:
         return damage() is None
-    return checkpoint.newest(directory, optimizer=False) == record.get("step", -1)
+    return checkpoint.problem(directory, record.get("step", -1), optimizer=False) is None

@@ -16,15 +16,18 @@ import common
 import configurator
 import pipeline
 from lock import holder_name, living_holder
+from records import finished_step
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: all that have a state
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 def saved(directory):
-    """(step, meta) of the newest checkpoint in `directory`; (None, {}) where there is none"""
-    for step in checkpoint.steps(directory)[:1]:
-        return step, checkpoint.load_meta(directory, step)
-    return None, {}
+    """(step, meta) of the checkpoint of a training that is done, else of the newest in
+    `directory`; (None, {}) where there is none"""
+    step = finished_step(directory)
+    if step is None:
+        step = max(checkpoint.steps(directory), default=None)
+    return step, {} if step is None else checkpoint.load_meta(directory, step)
 
 def written(path):
     """When a file or folder was written to, in seconds since the epoch; 0.0 where there is none."""
@@ -94,9 +97,10 @@ def describe_eval(path, directory):
     result = common.read_json(path)
     if not result:
         return "failed", f"its result, {path.name}, cannot be read"
-    for step in checkpoint.steps(directory)[:1]:
-        if result.get("inputs", {}).get("weights") != checkpoint.fingerprint(directory, step):
-            return "stale", "outdated: the model was trained again since"
+    step, _ = saved(directory)
+    weights = "" if step is None else checkpoint.fingerprint(directory, step)
+    if directory.exists() and result.get("inputs", {}).get("weights") != weights:
+        return "stale", "outdated: the model was trained again since"
     return "done", f"done, {ago(written(path))}"
 
 def tags(name):

@@ -130,6 +130,17 @@ def test_later_steps_and_files_that_have_lost_their_manifest_are_never_removed(t
     assert (tmp_path / "model_000008.pt").exists() and (tmp_path / "model_000009.pt").exists()
     assert not (tmp_path / "model_000003.pt").exists()
 
+def test_those_of_other_runs_are_never_removed(tmp_path):
+    def save_of(depth, step):
+        record = {"settings": {"depth": depth, "tag": f"d{step}"}, "inputs": {"data": "x"}}
+        checkpoint.save(tmp_path, step, tensors(step), {}, {"record": record})
+    for step in (500, 2, 9):
+        save_of(5, step)
+    (tmp_path / "manifest_000003.json").write_text((tmp_path / "manifest_000009.json").read_text())
+    for step in (7, 8, 10):
+        save_of(4, step)
+    assert checkpoint.steps(tmp_path) == [500, 10, 9, 3], "8 goes for 10, 9 is another's"
+
 def test_an_old_attempt_that_wakes_up_after_its_last_rename_removes_nothing(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".model_000003.pt.tmp-new").write_text("the new attempt's save in flight")

@@ -271,6 +271,30 @@ def test_an_older_whole_checkpoint_is_gone_on_from(folder, capsys):
     assert "skipping the damaged checkpoint of step 9" in capsys.readouterr().out
     run.close(75, "stopped")
 
+def put_another_runs_checkpoint_into(folder, step):
+    """Somebody copies there what a run with other settings has saved."""
+    other = folder.with_name("d5")
+    run = start(other, settings(depth=5), damage=None)
+    save(run, step)
+    run.close(75, "stopped")
+    for path in other.glob("m*_0*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("step", [2, 500])
+def test_another_runs_checkpoint_in_the_folder_costs_nothing(folder, capsys, step, finished):
+    trained(folder, finished=finished)
+    put_another_runs_checkpoint_into(folder, step)
+    before = contents(folder)
+    assert exit_code(start, folder, damage=None) == (0 if finished else 2)
+    said = capsys.readouterr().err
+    assert finished or f"model_{step:06d}.pt is of another run" in said
+    assert contents(folder) == before
+    assert records.finished_step(folder) == (9 if finished else None)
+    assert status.describe(folder)[0] == ("done" if finished else "half")
+    if finished:
+        assert models.find_model("base", "toy", "d4") == (folder, 9)
+
 def test_a_run_begun_with_start_over_whose_checkpoint_is_damaged_is_put_aside_too(folder):
     asked = settings(start_over=True)
     run = start(folder, asked, damage=None)
