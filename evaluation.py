@@ -6,10 +6,13 @@ Beside the result file, say report/chat_sft_d4.json, there is until it is writte
                                        last why the evaluation ended
 
 so that an interrupted evaluation continues with the next piece, and status.py and report.py can
-name one that failed.
+name one that failed. They show what was measured last; results and pieces of other weights or
+settings are kept beside it, under the same name with a date.
 """
+import glob
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +90,7 @@ class Evaluation:
         if self.run.partial:
             whole = {**self.start, **result, "seconds": round(seconds, 1)}
             with common.writing(self.path):
+                put_aside(self.path)
                 common.atomic_write(self.path, json.dumps(whole, indent=1))
                 self.run.partial.unlink(missing_ok=True)
         common.print0(f"done in {common.duration(seconds)} ({self.path})")
@@ -109,22 +113,28 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     result = run.ranks.on_rank0(common.read_json, path)
     if fits(result) and {*needed} <= {*result.get("results", ())}:
         if run.ranks.rank == 0:
-            partial.unlink(missing_ok=True)  # of an attempt at something else
+            with common.writing(partial):
+                put_aside(partial)  # an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
-    lines = run.ranks.on_rank0(common.read_json_lines, partial)
-    begun = lines[0] if lines else {}
-    kept = [line for line in lines if "piece" in line]
-    if lines and not fits(begun):
+    unfinished = run.ranks.on_rank0(attempts, partial)
+    mine = [(found, lines) for found, lines in unfinished if fits(lines[0])]
+    found, lines = mine[0] if mine else (partial, [{}])
+    begun, kept = lines[0], [line for line in lines if "piece" in line]
+    if unfinished and not mine:
+        changed = what_changed(unfinished[0][1][0].get("inputs", {}), inputs)
         common.print0("starting this evaluation anew, since the unfinished one had other settings "
-                      f"or inputs: {what_changed(begun.get('inputs', {}), inputs)}")
-        begun, kept = {}, []
+                      f"or inputs: {changed}")
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
     start = {"inputs": inputs, "chosen": compute.recorded()}
     if run.ranks.rank == 0:  # without a line torn by a death
         text = "".join(json.dumps(line) + "\n" for line in [start, *kept])
         with common.writing(partial):
+            if found != partial or not mine:
+                put_aside(partial)
             common.atomic_write(partial, text)
+            if found != partial:
+                found.unlink()
         run.partial = partial
     if kept:
         common.print0(f"resuming, parts measured already: {len(kept)}")
@@ -132,6 +142,25 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     pieces = {line["piece"]: line["value"] for line in kept}
     earlier = max((line["seconds"] for line in kept), default=0.0)
     return Evaluation(run, path, start, compute, pieces, time.monotonic() - earlier)
+
+def attempts(partial):
+    """[(file, its lines)] of the unfinished evaluations, the last one first, then those that were
+    put aside."""
+    aside = sorted(partial.parent.glob(f"{glob.escape(partial.name)}.old-*"), reverse=True)
+    found = [(path, common.read_json_lines(path)) for path in [partial, *aside]]
+    return [(path, lines) for path, lines in found if lines]
+
+def put_aside(path):
+    """Renames a result, or the pieces of an unfinished evaluation, so that it is kept where another
+    takes its place; OSError where it cannot be. A file of no pieces is removed."""
+    lines = common.read_json_lines(path) if path.suffix == ".jsonl" else [{"piece": path}]
+    if not any("piece" in line for line in lines):
+        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10 ** 9:09}"
+        aside = path.with_name(f"{path.name}.old-{unique}")
+        path.rename(aside)
+        common.print0(f"what was measured of other weights or settings is kept in {aside}")
 
 def what_changed(old, new):
     """The inputs of two evaluations -> what differs, in words. They are the same but for dtype

@@ -78,6 +78,42 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     code, out = run("float32", "finish")
     assert code == 0 and "settings or inputs: dtype" in out and "kept {}" in out
 
+def test_nothing_measured_is_lost_where_another_evaluation_takes_its_place(state, capsys):
+    path = state / "report/chat_sft_d4.json"
+
+    def measure(items, until=3):
+        run = alone()
+        settings = {"device": "cpu", "dtype": "float32", "threads": 1, "time_limit": None}
+        measured = evaluation.open_or_exit(run, path, {"items": items}, settings)
+        for piece in range(until):
+            if piece not in measured.pieces:
+                measured.keep(piece, items)
+        run.stop = "signal SIGTERM"
+        measured.keep(0, None) if until < 3 else measured.exit_done(results={"n": items})
+
+    assert exit_code(measure, 100) == 0
+    assert exit_code(measure, 5) == 0, "a quick look"
+    aside, = path.parent.glob(f"{path.name}.old-*")
+    assert common.read_json(aside)["inputs"] == {"items": 100}
+    assert common.read_json(path)["results"] == {"n": 5}
+    assert "is kept in" in capsys.readouterr().out
+
+    assert exit_code(measure, 300, until=2) == 75
+    assert exit_code(measure, 5) == 0 and "done already" in capsys.readouterr().out
+    assert exit_code(measure, 300, until=1) == 75
+    assert "parts measured already: 2" in capsys.readouterr().out, "it was put aside"
+    assert exit_code(measure, 7, until=1) == 75, "another one in between"
+    assert exit_code(measure, 300) == 0
+    assert "parts measured already: 2" in capsys.readouterr().out
+    assert status.describe_eval(path, state / "none")[0] == "done"
+
+def test_a_result_of_weights_that_are_gone_is_not_shown_as_current(state):
+    path, folder = state / "report/chat_sft_d4.json", state / "chatsft_checkpoints/d4"
+    common.atomic_write(path, json.dumps({"inputs": {"weights": "x"}, "results": {}}))
+    assert status.describe_eval(path, folder)[0] == "done"
+    folder.mkdir(parents=True)
+    assert status.describe_eval(path, folder)[0] == "stale"
+
 def test_progress_is_of_what_is_left_to_measure(monkeypatch, capsys):
     monkeypatch.setattr(common, "progress", functools.partial(common.progress, every=0.0))
     measured = evaluation.Evaluation(alone(), None, {}, None, {"task 0 to 64": [True] * 64}, 0.0)
