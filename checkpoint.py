@@ -80,7 +80,7 @@ def problem(directory, step, optimizer=True):
         path = Path(directory) / name
         if name == names(step)[1] and not optimizer:
             continue
-        if not path.exists():
+        if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"

@@ -201,11 +201,17 @@ def aside_name(path):
         number += 1
         found = path.with_name(f"{name}-{number}")
     return found
+def content_of(path):
+    """The bytes of a regular file; FileNotFoundError where there is none: to open a FIFO, which may
+    lie there as well, would take for ever."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    return Path(path).read_bytes()
 
 def read_json(path):
     """The JSON object in `path`, a dict; {} where there is no file or no object in it."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(Path(path).read_text())
+        found = json.loads(content_of(path))
         if isinstance(found, dict):
             return found
     return {}
@@ -214,7 +220,7 @@ def read_json_lines(path):
     """All whole lines (dicts) of a file like metrics.jsonl; one torn by a death is left out."""
     records = []
     with contextlib.suppress(OSError):
-        for line in Path(path).read_text(errors="replace").split("\n"):
+        for line in content_of(path).decode(errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]

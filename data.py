@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from array import array
 from collections import Counter, namedtuple
@@ -37,21 +38,35 @@ Store = namedtuple("Store", "tokens mask lengths facts")
 def open_store(prefix, source):
     """The Store at `prefix`, or None where there is none, or it is damaged or of another source."""
     facts = common.read_json(f"{prefix}.json")
-    if not facts or facts["source"] != source:
+    if facts.get("source") != source:
         return None
     arrays = {"mask": None}
     try:
         for name in facts["arrays"]:
-            arrays[name] = np.load(f"{prefix}.{name}.npy", mmap_mode="r")
-    except (OSError, ValueError):
+            path = f"{prefix}.{name}.npy"
+            if not os.path.isfile(path):  # to open a FIFO would take for ever
+                return None
+            arrays[name] = np.load(path, mmap_mode="r")
+        return Store(**arrays, facts=facts)
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return Store(**arrays, facts=facts)
+
+def is_whole(store):
+    """Whether a store holds what was once written, as its checksum says."""
+    facts = store.facts
+    digest = hashlib.sha256()
+    for name in facts["arrays"]:
+        digest.update(getattr(store, name))
+    counted = [facts.get("tokens"), facts.get("documents")]
+    return digest.hexdigest() == facts.get("sha256") and \
+        counted == [store.tokens.size, store.lengths.size]
 
 def write_store(run, prefix, source, documents, vocab_size, more):
     """Writes a store where there is none of this source yet, the arrays first, the facts last.
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
     tokenised again, the others stay; with 1 where it cannot be written."""
-    if open_store(prefix, source) is not None:
+    there = open_store(prefix, source)
+    if there is not None and is_whole(there):
         return
     common.print0(f"tokenizing {texts.shown(prefix.name)}")
     show = common.progress("documents tokenized")

@@ -110,7 +110,7 @@ def located(stem, data):
     folder = pipeline.task_dir(data)
     for ending in ENDINGS:
         path = folder / (stem + ending)
-        if path.exists():
+        if path.is_file():
             return [path]
     parts = sorted(folder.glob(f"{stem}-*-of-*.parquet"))
     whole = parts and parts[0].stem.endswith(f"-of-{len(parts):05d}")

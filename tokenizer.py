@@ -194,8 +194,8 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what a missing or broken 
 
 def read_tokenizer(directory):
     """The Tokenizer in `directory`; one of DAMAGE where it is missing or broken"""
-    settings = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    text = (directory / "ranks.txt").read_bytes()
+    settings = json.loads(common.content_of(directory / "tokenizer.json"))
+    text = common.content_of(directory / "ranks.txt")
     if hashlib.sha256(text).hexdigest() != settings["ranks_sha256"]:
         raise ValueError("ranks.txt is not the one that tokenizer.json was written for")
     lines = [line.split() for line in text.splitlines()]
