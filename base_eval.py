@@ -77,6 +77,10 @@ if eval_tokens:
                  "more: put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
+    gone = sorted({*(begun_with or [])} - {*dataset.file_names(splits["train"])})
+    if gone:
+        common.print0(f"not measured on, though the model was trained on it: {', '.join(gone)}, "
+                      "which is no file any more")
 stores = [store for part in splits.values() for store in part]
 inputs = {
     "weights": checkpoint.fingerprint(folder, step),
