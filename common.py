@@ -201,6 +201,7 @@ def aside_name(path):
         number += 1
         found = path.with_name(f"{name}-{number}")
     return found
+
 def content_of(path):
     """The bytes of a regular file; FileNotFoundError where there is none: to open a FIFO, which may
     lie there as well, would take for ever."""

@@ -157,10 +157,9 @@ def put_aside(path):
     if not any("piece" in line for line in lines):
         path.unlink(missing_ok=True)
     elif os.path.lexists(path):
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10 ** 9:09}"
-        aside = path.with_name(f"{path.name}.old-{unique}")
-        path.rename(aside)
-        common.print0(f"what was measured of other weights or settings is kept in {aside}")
+        kept = common.aside_name(path)
+        path.rename(kept)
+        common.print0(f"what was measured of other weights or settings is kept in {kept}")
 
 def what_changed(old, new):
     """The inputs of two evaluations -> what differs, in words. They are the same but for dtype
