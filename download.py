@@ -25,7 +25,7 @@ import pipeline
 
 # what: [address of file i, its name here, number of files, bytes of each, roughly]; the address
 # "here" stands for what prepare_data.py makes
-ADDRESSES = json.loads((pipeline.REPO / "assets" / "addresses.json").read_text())
+ADDRESSES = json.loads((pipeline.REPO / "assets" / "addresses.json").read_text("utf-8"))
 HUB = "https://huggingface.co"  # $HF_ENDPOINT takes its place
 RETRIES = 8      # attempts in a row that bring nothing new before a file is given up
 BACKOFF = 1.0    # seconds before the next attempt, doubled for each further one

@@ -57,7 +57,8 @@ class Evaluation:
         if self.run.partial:
             seconds = round(time.monotonic() - self.began, 3)
             line = {"piece": piece, "value": value, "seconds": seconds}
-            with common.writing(self.run.partial), open(self.run.partial, "a") as f:
+            with common.writing(self.run.partial), \
+                    open(self.run.partial, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
     def outcomes(self, task, items, measure):

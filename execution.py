@@ -158,4 +158,4 @@ def can_become_nobody():
     uid_map = Path("/proc/self/uid_map")
     if not uid_map.exists():  # no Linux
         return True
-    return sum(map(int, uid_map.read_text().split()[2::3])) > 65534
+    return sum(map(int, uid_map.read_text("utf-8").split()[2::3])) > 65534

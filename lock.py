@@ -57,7 +57,7 @@ class Lock:
 
 def boot_id():
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return ""
 
 def held_in_kernel(path):
@@ -142,7 +142,7 @@ def take_lock(directory):
     """-> the Lock of `directory`, over from a dead holder if need be. Failure with code 2 and the
     holder's name where it lives; OSError where the folder cannot be written."""
     path = Path(directory) / "lock.json"
-    with open(path.with_name(".lock-guard"), "w") as guard:
+    with open(path.with_name(".lock-guard"), "wb") as guard:
         # two that start at once look and take one after the other
         common.flock(guard, fcntl.LOCK_EX)
         check_free(path.parent)
@@ -153,7 +153,8 @@ def take_lock(directory):
         common.remove_abandoned(path)
         token = uuid.uuid4().hex
         temporary = path.with_name(f".lock.json.tmp-{token}")
-        file = open(temporary, "w")  # noqa: SIM115  (open as long as the lock is held)
+        # open as long as the lock is held
+        file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115
         in_kernel = common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         json.dump({"token": token, "host": socket.gethostname(), "boot": boot_id(),
                    "pid": os.getpid(), "kernel": bool(in_kernel),

@@ -97,7 +97,7 @@ def data_root(data):
     if data == "toy":
         return base_dir() / "toy"
     folder = Path(whole_path(data))
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
     return base_dir() / f"{folder.name}-{digest[:8]}"
 
 def state_path(name, data, tag="", try_out=False):

@@ -267,7 +267,7 @@ def resident_bytes():
     pages = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         # it may have just ended
-        with contextlib.suppress(OSError), open(f"/proc/{name}/statm") as f:
+        with contextlib.suppress(OSError), open(f"/proc/{name}/statm", "rb") as f:
             pages += int(f.read().split()[1])
     return pages * resource.getpagesize()
 
@@ -279,7 +279,7 @@ def end_descendants(program):
         os.killpg(program, signal.SIGKILL)
     with contextlib.suppress(OSError):  # none is left; or there is no such list, as on macOS
         while True:
-            with open("/proc/thread-self/children") as f:
+            with open("/proc/thread-self/children", "rb") as f:
                 children = f.read().split()
             for pid in children:
                 os.kill(int(pid), signal.SIGKILL)

@@ -28,8 +28,8 @@ SBATCH = pipeline.REPO / "slurm_speedrun.sbatch"
 def ask(*command, env=None):
     """-> what a command of Slurm's answers, a CompletedProcess; None where it cannot be run"""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False,
-                              env=env)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace",
+                              timeout=30, check=False, env=env)
     return None
 
 def attempt():
@@ -89,7 +89,7 @@ def nodes():
 def sbatch_command(flags):
     """What to type to submit this job again: sbatch's own flags where they differ from the
     directives in the file, then speedrun.sh's."""
-    usual = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text(), re.MULTILINE))
+    usual = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text("utf-8"), re.MULTILINE))
     names = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
              "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
              "cpus-per-task": "CPUS_PER_TASK", "mem": "MEM_PER_NODE"}

@@ -444,5 +444,5 @@ def generate(root, seed=1337, size=1.0):
         common.atomic_write(root / f"base_data/shard_{i:05d}.parquet", sink.getvalue())
     common.atomic_write(root / "task_data/words_alpha.txt", "\n".join(world.words) + "\n")
     for name in ("core.yaml", "eval_meta_data.csv"):
-        common.atomic_write(root / "eval_bundle" / name, (ASSETS / f"toy_{name}").read_text())
+        common.atomic_write(root / "eval_bundle" / name, (ASSETS / f"toy_{name}").read_bytes())
     return {"documents": len(documents), **{name: len(rows) for name, rows in files.items()}}

@@ -20,7 +20,8 @@ import slurm
 def gpu_names():
     """The names of this machine's GPUs, without asking torch."""
     try:
-        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
+                               errors="replace", check=False)
     except OSError:
         return []
     return re.findall(r"^GPU \d+: (.*?) \(", asked.stdout, re.MULTILINE)
