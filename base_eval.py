@@ -71,13 +71,13 @@ if eval_tokens:
     # files that were added since are not what the model was trained on
     begun = load_record(folder) or {}
     files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
-    held_out = corpus.facts_to_record(files, data)["val_files"]
-    common.check(begun.get("val_files") in (None, held_out), f"{folder.name} was trained with "
+    known = corpus.facts_to_record(files, data)
+    common.check(begun.get("val_files") in (None, known["val_files"]), f"{folder.name} was trained with "
                  f"{', '.join(begun.get('val_files', []))} held out, which is not all there any "
                  "more: put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
-    gone = sorted({*(begun_with or [])} - {*dataset.file_names(splits["train"])})
+    gone = sorted({*begun.get("train_files", [])} - {*known["train_files"]})
     if gone:
         common.print0(f"not measured on, though the model was trained on it: {', '.join(gone)}, "
                       "which is no file any more")

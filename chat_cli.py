@@ -10,6 +10,7 @@ leaves.
 """
 import codecs
 import contextlib
+import os
 import secrets
 import shlex
 import signal
@@ -79,7 +80,6 @@ def on_interrupt(signum, frame):
     now.interrupted = True
 
 signal.signal(signal.SIGINT, on_interrupt)  # before torch is imported, which takes seconds
-sys.stdout.reconfigure(errors="replace")    # a terminal that lacks a character shows ? instead
 
 import gpt
 from compute import choose_compute
@@ -90,8 +90,14 @@ model = models.load_model(folder, step, compute.device, compute.dtype)[0]
 context = model.config.sequence_len
 longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
 COMMANDS = "(/new: new conversation, /quit: leave)"
-say(f"{source} model {tag} of {data}, step {step:,}", *([] if prompt else [COMMANDS]))
 seed = secrets.randbits(32) if seed is None else seed
+drawn = "always the likeliest token"
+if temperature > 0:
+    drawn = f"temperature {temperature:g}, top_k {top_k or 'off'}, seed {seed}"
+say(f"{source} model {tag} of {data}, step {step:,}; {drawn}, max_new_tokens {max_new_tokens}, "
+    f"context of {context:,} tokens; {compute}")
+if not prompt:
+    say(COMMANDS)
 
 # -------------------------------------------------------------------------------------------------
 # answers
@@ -117,6 +123,9 @@ def prompt_of(turns):
         say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
     return [tokenizer.bos, *ids[too_many:]]
 
+def keep_going():
+    return not now.interrupted and not common.reader_is_gone()
+
 def answer(ids, number):
     """Streams the answer to the prompt `ids` to the terminal. -> its token ids"""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be cut in tokens
@@ -132,8 +141,7 @@ def answer(ids, number):
     now.interrupted = False
     now.answering = True
     tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
-                             execution.calculate, on_token=show,
-                             keep_going=lambda: not now.interrupted)[0]
+                             execution.calculate, on_token=show, keep_going=keep_going)[0]
     now.answering = False
     print(decoder.decode(b"", True), flush=True)
     if len(tokens) == most:
@@ -146,10 +154,12 @@ def answer(ids, number):
 if prompt:
     answer(prompt_of([asked(prompt)]), 0)
     raise SystemExit(130 if now.interrupted else 0)
-with contextlib.suppress(ImportError):
-    import readline  # noqa: F401  (the arrow keys in input())
+# the arrow keys in input(); a dumb terminal would show their codes
+if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
 turns, number, said = [], 0, ""
-while said != "/quit":
+while said != "/quit" and not common.reader_is_gone():
     try:
         said = input("\n> ").strip()
     except EOFError:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,6 +21,63 @@ if sys.version_info < (3, 11):  # noqa: UP036  (every script imports this file b
     print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}: bash "
           "speedrun.sh makes .venv with one; then .venv/bin/python", file=sys.stderr)
     raise SystemExit(2)
+
+# -------------------------------------------------------------------------------------------------
+# names of files and standard streams: the same on disk whatever the locale, and nothing ends
+# because of what a terminal cannot show, or of who no longer reads
+
+def take_names_as_utf8():
+    """Where Python would read names of files as something else (LC_ALL=C with PYTHONUTF8=0, a
+    latin-1 locale) it is started again in its UTF-8 mode: else a run that was begun elsewhere would
+    find other names in its record."""
+    if sys.getfilesystemencoding() == "utf-8" or sys.flags.ignore_environment:
+        return
+    if sys.stdout:
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+class Output(io.FileIO):
+    """Standard output or error as a raw file. What cannot be written is dropped: who has read it
+    may have gone (`python status.py | head`), the disk of a log may be full."""
+    reader_gone = False
+    failed = False
+
+    def write(self, part):
+        try:
+            return super().write(part) or len(part)
+        except BrokenPipeError:
+            self.reader_gone = True
+        except OSError as e:
+            if self.fileno() == 1 and not self.failed:
+                print(f"warning: standard output cannot be written ({e.strerror}): what it loses "
+                      "is not said again", file=sys.stderr)
+            self.failed = True
+        return len(part)
+
+def set_up_streams():
+    """For every script, as each imports this file. A character that standard output or error lack
+    is shown as an escape (\\u4f60), a byte of standard input that is no text is read as U+FFFD."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue  # a test's, or set up already
+        if stream is None:
+            os.open(os.devnull, os.O_RDWR)  # it was closed: no file may get its number
+        encoding = getattr(stream, "encoding", "utf-8")
+        if name == "stdin":
+            sys.stdin = open(number, encoding=encoding, errors="replace", closefd=False)  # noqa: SIM115
+            continue
+        buffer = io.BufferedWriter(Output(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace",
+                                            line_buffering=True))
+
+def reader_is_gone():
+    """Whether who has read standard output has gone."""
+    return getattr(getattr(sys.stdout.buffer, "raw", None), "reader_gone", False)
+
+take_names_as_utf8()
+set_up_streams()
 
 # -------------------------------------------------------------------------------------------------
 # errors: where nobody catches a Failure the process ends with one line and its exit code
@@ -67,7 +125,7 @@ def leave_outcome(code, reason, next_command=None, **facts):
     if not path:
         return True
     try:
-        with open(path, "x") as f:
+        with open(path, "x", encoding="utf-8") as f:
             json.dump({"code": code, "reason": reason, "next": next_command, **facts}, f)
     except FileExistsError:
         return True
@@ -182,7 +240,9 @@ def atomic_write(path, content):
     try:
         with open(temporary, "wb") as f:
             flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            f.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, str):  # a file's name may hold what is no UTF-8
+                content = content.encode(errors="backslashreplace")
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
             os.replace(temporary, path)

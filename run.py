@@ -320,7 +320,7 @@ class Run:
             kept = [r for r in common.read_json_lines(path) if r["step"] < step]
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
-                self.metrics = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
+                self.metrics = open(path, "a", 1, encoding="utf-8")  # noqa: SIM115
 
     def log(self, **line):
         """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""
@@ -394,7 +394,8 @@ class Run:
             self.saving.join()
         try:
             if self.partial and code != 0:
-                with open(self.partial, "a") as f:  # whose last line a full disk may have torn
+                with open(self.partial, "a", encoding="utf-8") as f:
+                    # a full disk may have torn its last line
                     f.write("\n" + json.dumps({"code": code, "reason": reason}) + "\n")
             if self.lock and self.lock.mine():
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")

@@ -88,6 +88,16 @@ def script(state, *args, env=None, timeout=300, said=None):
                           env={**environment(state), **(env or {})}, capture_output=True,
                           timeout=timeout, check=False)
 
+def without_reader(*command, **more):
+    """Runs a command whose standard output is a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run([sys.executable, *command], stdout=writing, stderr=subprocess.PIPE,
+                              cwd=REPO, text=True, timeout=100, check=False, **more)
+    finally:
+        os.close(writing)
+
 def wait_for(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():

@@ -1,11 +1,14 @@
 """chat_cli.py: which model it takes, what it says where there is none, and what it shows while an
 answer comes."""
+import contextlib
 import json
 import os
+import pty
 import re
 import runpy
 import shlex
 import signal
+import subprocess
 import sys
 import time
 
@@ -18,7 +21,7 @@ import gpt
 import models
 import pipeline
 import tokenizer as tok
-from conftest import BYTES, REPO, ends, exit_code, save_model, script
+from conftest import BYTES, REPO, ends, environment, exit_code, save_model, script
 
 torch.set_num_threads(1)
 COMPUTE = ["--device=cpu", "--dtype=float32", "--threads=1"]
@@ -133,7 +136,9 @@ def test_one_prompt_from_the_furthest_stage_and_the_same_again_with_a_seed(state
         return chat(state, "-p", "Hällo, --x=1", f"--seed={seed}", "--top_k=0", "--temperature=1.0")
     first = drawn(1)
     assert first.returncode == 0, first.stderr
-    assert "sft model d1 of toy, step 40\n" in first.stderr
+    said = first.stderr.splitlines()[-2]
+    assert said.startswith("sft model d1 of toy, step 40; temperature 1, top_k off, seed 1, ")
+    assert "max_new_tokens 12, context of 64 tokens; cpu, float32, 1 threads" in said
     assert "rl d1 is not finished" in first.stderr and len(first.stdout) > 1
     assert drawn(1).stdout == first.stdout
     assert drawn(2).stdout != first.stdout
@@ -152,6 +157,38 @@ def test_a_conversation_longer_than_the_context_forgets_its_oldest_turn_aloud(st
     assert out.stdout.count("\n> ") == 7 and "(a new conversation)" in out.stdout
     assert "oldest turn is forgotten" in out.stderr and out.stderr.count("are not read") == 1
     assert chat(state, said="hello").returncode == 0, "the end of the input is a way to leave"
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(state):
+    make("sft")
+    command = [sys.executable, "chat_cli.py", *COMPUTE, "--max_new_tokens=3"]
+    out = subprocess.run(command, cwd=REPO, capture_output=True, check=False,
+                         input=b"a\xffb\nthe next\n",
+                         env={**environment(state), "PYTHONIOENCODING": "ascii"})
+    assert out.returncode == 0 and out.stdout.count(b"\n> ") == 3, out.stderr
+    as_argument = b"a\xffb".decode(errors="surrogateescape")
+    assert BYTES.decode(BYTES.encode(as_argument)) == "a\ufffdb"
+
+def test_a_conversation_whose_answers_nobody_reads_ends(state):
+    make("sft")
+    shell = f"yes | {sys.executable} chat_cli.py {' '.join(COMPUTE)} | head -n 3"
+    out = subprocess.run(["bash", "-c", f"{shell}; exit ${{PIPESTATUS[1]}}"], cwd=REPO, text=True,
+                         env=environment(state), capture_output=True, check=False, timeout=60)
+    assert out.returncode == 0 and "Broken" not in out.stderr and "Traceback" not in out.stderr
+
+def test_no_escape_codes_where_the_terminal_is_dumb(state):
+    make("sft")
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "chat_cli.py", *COMPUTE], cwd=REPO,
+                               stdin=terminal, stdout=terminal, stderr=terminal,
+                               env={**environment(state), "TERM": "dumb", "NO_COLOR": "1"})
+    os.close(terminal)
+    os.write(screen, b"/new\n/quit\n")
+    said = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while part := os.read(screen, 4096):
+            said += part
+    assert process.wait(60) == 0 and b"(a new conversation)" in said
+    assert b"\x1b" not in said
 
 @pytest.fixture
 def in_process(state, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import common
 import training
-from conftest import alone, script
+from conftest import alone, environment, script, without_reader
 from records import load_record
 
 BASE = ["--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--threads=1",
@@ -174,6 +174,16 @@ def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepar
     assert checkpoint.newest(folder) >= 2
     again = script(prepared, "base_train.py", *BASE, "--num_steps=6", "--device_batch_size=4")
     assert again.returncode == 0
+
+def test_a_terminal_ends_no_training(prepared, folder):
+    lacking = "import tokenizer\ntokenizer.Tokenizer.decode = lambda self, ids: '\\u4f60\\udcff'"
+    out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=2"], "loss", lacking,
+                 env={"PYTHONIOENCODING": "latin-1:strict", "LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert out.returncode == 0 and "sample: 'The\\u4f60\\udcff'" in out.stdout, out.stderr
+    shutil.rmtree(folder)
+    out = without_reader("base_train.py", *BASE, "--num_steps=2", env=environment(prepared))
+    assert out.returncode == 0 and out.stderr == "", "printing is not worth a run"
+    assert load_record(folder)["status"] == "done" and checkpoint.newest(folder) == 2
 
 def finite(state):
     return all(torch.isfinite(tensor).all() for tensor in state.values() if torch.is_tensor(tensor))

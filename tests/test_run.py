@@ -1,4 +1,5 @@
 """run.py and common.py: records, starting over, stopping, deadlines, metrics, the end."""
+import ast
 import fcntl
 import json
 import math
@@ -20,7 +21,7 @@ import records
 import report
 import status
 from configurator import Settings
-from conftest import REPO, alone, ends, exit_code, script
+from conftest import REPO, alone, ends, environment, exit_code, script, without_reader
 from ranks import Ranks
 from records import load_record
 from run import Run
@@ -556,6 +557,75 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys):
     asked = {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}
     assert exit_code(choose_compute, alone().ranks, asked) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
+
+# ---- standard streams and names
+
+@pytest.mark.parametrize("command,code", [
+    (["status.py"], 0), (["base_train.py", "--help"], 0), (["report.py"], 2),
+    (["prepare_data.py", "--data=toy", "--check=True"], 2)])
+def test_who_stops_reading_ends_no_script(state, command, code):
+    out = without_reader(*command, env=environment(state))
+    assert out.returncode == code, "that of a script whose output is read"
+    assert "Broken" not in out.stderr and "Traceback" not in out.stderr
+    assert out.stderr.count("\n") == (code == 2) and not state.exists()
+
+@pytest.mark.parametrize("setting", ["ascii", "ascii:strict", "latin-1"])
+def test_what_a_terminal_lacks_is_shown_as_an_escape(setting):
+    code = ("import common; name = b'f\\xff'.decode(errors='surrogateescape'); "
+            "common.print0('h\\xe9 \\u4f60', name); print('\\u4f60', file=sys.stderr); "
+            "print(repr(input()))")
+    out = subprocess.run([sys.executable, "-c", START + code], capture_output=True, check=False,
+                         input=b"a\xffb\n", env={**os.environ, "PYTHONIOENCODING": setting})
+    said = out.stdout.decode("latin-1").splitlines()
+    assert said[0] in ("h\\xe9 \\u4f60 f\\udcff", "h\xe9 \\u4f60 f\\udcff")
+    assert out.returncode == 0 and out.stderr == b"\\u4f60\n", out.stderr
+    if setting != "latin-1":  # in which every byte is a character
+        assert said[1] == "'a\\ufffdb'"
+
+def test_streams_that_are_closed_or_full(tmp_path):
+    file = tmp_path / "file"
+    code = f"open({str(file)!r}, 'w').close(); print('x'); sys.stdout.flush(); run.end(5)"
+    shell = f"exec {sys.executable} -c \"$CODE\""
+    for closed in ("<&- >&- 2>&-", ">&-", "2>&-"):
+        out = subprocess.run(["bash", "-c", f"{shell} {closed}"], capture_output=True, check=False,
+                             env={**os.environ, "CODE": START + code})
+        assert out.returncode == 5 and out.stderr == b""
+        assert file.read_bytes() == b"", "no print goes to another file"
+    out = subprocess.run(["bash", "-c", f"{shell} > /dev/full"], capture_output=True, check=False,
+                         text=True, env={**os.environ, "CODE": START + "print(1)\n" * 9 + code})
+    assert out.returncode == 5 and out.stderr.count("\n") == 1
+    assert "No space left on device" in out.stderr
+
+def test_names_of_files_are_read_alike_in_every_locale(tmp_path):
+    (tmp_path / "n\xe9\u4f60.txt").write_text("x")
+    code = START + f"print(ascii(os.listdir({str(tmp_path)!r})), sys.argv[1:])"
+    for setting in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0"}):
+        out = subprocess.run([sys.executable, "-c", code, "a b"], capture_output=True, text=True,
+                             check=False, env={**os.environ, **setting})
+        assert out.stdout == "['n\\xe9\\u4f60.txt'] ['a b']\n", out.stderr
+
+def text_calls_without(module):
+    """The lines of a module that open a text file, or read a command, in the locale's encoding."""
+    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).split(".")[-1]
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        texts = [word.value for word in node.args if isinstance(word, ast.Constant)]
+        if ast.unparse(node.func) in ("open", "io.open"):
+            mode = given.get("mode", str(texts[-1:]))
+            bad = "b" not in mode and "encoding" not in given
+        elif name == "read_text":
+            bad = not node.args and "encoding" not in given
+        elif name == "write_text":
+            bad = len(node.args) < 2 and "encoding" not in given
+        else:
+            bad = given.get("text") == "True" and "errors" not in given
+        if bad:
+            yield f"{module.name}:{node.lineno}"
+
+def test_text_is_utf8_on_every_disk_and_no_command_says_what_cannot_be_read():
+    assert [line for module in REPO.glob("*.py") for line in text_calls_without(module)] == []
 
 # ---- the clock
 
