@@ -72,9 +72,9 @@ if eval_tokens:
     begun = load_record(folder) or {}
     files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
     known = corpus.facts_to_record(files, data)
-    common.check(begun.get("val_files") in (None, known["val_files"]), f"{folder.name} was trained with "
-                 f"{', '.join(begun.get('val_files', []))} held out, which is not all there any "
-                 "more: put it back, or give --eval_tokens=0")
+    common.check(begun.get("val_files") in (None, known["val_files"]), f"{folder.name} was trained "
+                 f"with {', '.join(begun.get('val_files', []))} held out, which is not all there "
+                 "any more: put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
     gone = sorted({*begun.get("train_files", [])} - {*known["train_files"]})

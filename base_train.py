@@ -53,6 +53,7 @@ dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which 
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # whether to use torch.compile: auto, True or False
 start_over = False           # put the old run of this tag aside and start from nothing
+rewind = -1                  # go back to the checkpoint of this step, skip what came since; -1: no
 try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
@@ -178,9 +179,11 @@ while True:
     optimizer.set(lr_scale=lr_scale, muon_momentum=0.85 + 0.10 * min(1.0, step / 300),
                   muon_weight_decay=weight_decay * (1 - (step + 1) / num_steps))
     total = torch.zeros((), device=compute.device)
-    # The rows of step s follow from (data, seed, s) alone: nothing about the order has to be saved,
-    # and whatever the ranks and micro-batches, the same rows are trained on.
-    for x, y in dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world):
+    # The rows follow from (data, seed, number) alone: nothing about the order has to be saved, and
+    # whatever the ranks and micro-batches, the same rows are trained on. The number is the step,
+    # further by what --rewind has skipped.
+    number = training.batch_number(run, step)
+    for x, y in dataset.batch(plan, seed, number, rows, micro_rows, ranks.rank, ranks.world):
         x, y = to_device(x, compute.device), to_device(y, compute.device)
         # The sum over a micro-batch is divided by the tokens of the whole batch, not by its own:
         # so the gradients of all micro-batches and ranks add up to that of the batch.
@@ -198,7 +201,7 @@ while True:
     # computed for hours in vain.
     loss_guard.check_or_exit(step, loss, norm)
     run.log_step(step, f"loss {loss:.4f} | lr x{lr_scale:.2f}", batch_tokens, loss=loss, norm=norm,
-                 lr_scale=lr_scale, epoch=(step - 1) * rows // epoch_rows)
+                 lr_scale=lr_scale, epoch=number * rows // epoch_rows)
 
 training.exit_done(run, f"{val_bpb:.4f} bits per byte", val_bpb=val_bpb, parameters=parameters,
                    tokens=total_tokens)

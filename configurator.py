@@ -28,7 +28,7 @@ from typing import NamedTuple
 import common
 import pipeline
 
-ACTIONS = ("start_over", "try_out", "check")  # for one call, they are no settings of a run
+ACTIONS = ("start_over", "rewind", "try_out", "check")  # for one call, no settings of a run
 MARKER = "# ---- settings below may change at every resume"
 KINDS = {type(None): "a number or None", int: "a whole number", float: "a number",
          bool: "True or False", str: "a text", list: "a list"}
@@ -41,7 +41,8 @@ RANGES = {
     # the model: a vocabulary is 256 bytes, 9 special tokens and a merge or more
     "depth": (1, 99), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
     # how much
-    "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "total_batch_size": (1, 2 ** 31),
+    "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "rewind": (1, 10 ** 9),
+    "total_batch_size": (1, 2 ** 31),
     "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e26), "size": (0.001, 1000),
     "shards": (1, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
     "problems_per_step": (1, 10 ** 6), "samples": (2, 10 ** 4), "eval_samples": (1, 10 ** 4),

@@ -10,6 +10,7 @@ from pathlib import Path
 import checkpoint
 import common
 import pipeline
+import rewind
 
 # inputs that are not those of the last start, in words
 INPUTS = {"data": "other data", "tasks": "other files of tasks", "base": "another base model",
@@ -18,7 +19,7 @@ INPUTS = {"data": "other data", "tasks": "other files of tasks", "base": "anothe
           "weights": "other weights of the model", "missing": "other missing files"}
 
 # what a run that has saved nothing yet need not keep to
-OF_A_SAVE = ("chosen", "train_files", "val_files", "texts")
+OF_A_SAVE = ("chosen", "train_files", "val_files", "texts", "skipped")
 
 # -------------------------------------------------------------------------------------------------
 # reading
@@ -145,6 +146,8 @@ def judge(name, directory, settings, inputs, damage=None):
                       f"had saved nothing: {changed}")
         return {}, None
     if old.get("status") == "done" and is_whole(directory, old, damage):
+        common.check(rewind.asked_for(settings, directory, old) is None, f"{name} in {directory} "
+                     "is done, so it does not go back: leave --rewind out")
         return None
     if damage:
         return old, None

@@ -234,6 +234,8 @@ def started(script, record):
     }
     lines = [f"- attempts: {len(record['starts'])}, the last on {record['host']}{job}",
              f"- commit {record['commit'][:12]}{changes}; computed with {chosen}"]
+    for step, batches in record.get("skipped", []):
+        lines.append(f"- went back to step {step:,} (--rewind) and skipped {batches:,} batches")
     return lines + [f"- {words}: `{'`, `'.join(found)}`" for words, found in facts.items() if found]
 
 def core_section(core):

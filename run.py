@@ -31,6 +31,7 @@ from pathlib import Path
 import checkpoint
 import common
 import records
+import rewind
 import slurm
 import trial
 from clock import Clock
@@ -93,7 +94,8 @@ class Run:
         if under_torchrun():  # the launcher does the same for the process that it starts
             common.end_with_parent()
         sys.excepthook = run.end_process
-        kept = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__start_over=")]
+        once = ("__start_over=", "__rewind=")  # what goes on with the run does neither again
+        kept = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith(once)]
         start = "python"
         nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
         if nproc == os.environ.get("WORLD_SIZE") != "1":  # several ranks on one machine
@@ -133,6 +135,9 @@ class Run:
             common.print0(f"{self.name}: done already ({directory})")
             return None
         old, saved_step = judged
+        back = rewind.asked_for(settings, directory, old)
+        if back is not None:
+            old, saved_step = rewind.went_back(directory, old, back), back
         with common.writing(directory, code=2):
             if settings["start_over"] and not old and directory.exists():
                 put_aside(directory)
@@ -147,6 +152,9 @@ class Run:
         if old.get("free"):  # else it is a new run, or its record was lost
             self.say_what_changed(old, commit, difference)
         self.lock = lock
+        if back is not None:
+            with common.writing(directory):
+                rewind.put_aside_later(directory, back)
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
             "command": self.command,
@@ -165,7 +173,7 @@ class Run:
             if "device_batch_size" in self.settings:
                 said += " (if so, use a smaller --device_batch_size)"
             common.print0(said)
-        of_one_call = ("start_over", "try_out", "time_limit")
+        of_one_call = ("start_over", "rewind", "try_out", "time_limit")
         keys = [k for k in self.settings.free if k in old["free"] and k not in of_one_call]
         before = {k: old["free"][k] for k in keys} | {"commit": old.get("commit")}
         now = {k: self.settings.free[k] for k in keys} | {"commit": commit}
@@ -285,9 +293,8 @@ class Run:
         self.check_lock()
         checkpoint.sweep(self.directory, self.lock.mine)
         if isinstance(error, FloatingPointError):
-            common.fail(f"the weights were not finite at step {self.saved_step}, so they were not "
-                        f"saved ({error}); {self.last_good()}: lower the learning rates or check "
-                        "the data", code=1)
+            rewind.give_up(self, f"the weights were not finite at step {self.saved_step}, so they "
+                           f"were not saved ({error})", self.saved_step)
         free = shutil.disk_usage(self.directory).free / 1e9
         common.fail(f"could not save step {self.saved_step} in {self.directory}: {error}; "
                     f"{self.last_good()}; {free:.1f} GB are free: free some space or make it "

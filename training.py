@@ -13,6 +13,7 @@ import common
 import data as dataset
 import gpt
 import models
+import rewind
 from compute import to_device
 from run import TRY_OUT_STEPS
 
@@ -31,6 +32,11 @@ def resume(run, model, optimizer):
     optimizer.load_state_dict(optim_state)
     common.print0(f"continuing at step {step:,} of {meta['num_steps']:,}")
     return step, meta["seconds"]
+
+def batch_number(run, step):
+    """The number of the batch that `step` trains on: its own, and further by what --rewind has
+    skipped."""
+    return rewind.batch_number(run.record.get("skipped", []), step)
 
 def in_words(tokens):
     """examples: 12_288 -> "12,288", 1_600_000_000 -> "1,600.0M" """
@@ -146,7 +152,8 @@ class LossGuard:
                           "checkpoints until it falls")
         at_most = EXPLODED_AT_END if step == self.run.clock.num_steps else EXPLODED
         if self.steps_above >= at_most:
-            self.give_up(f"the loss has exploded: for {self.steps_above} steps in a row {above}")
+            self.give_up(f"the loss has exploded: for {self.steps_above} steps in a row {above}",
+                         step)
 
     def check_finite_or_exit(self, step, loss, norm):
         """-> whether both are finite; if not the optimizer has left the step out. Failure (code 1)
@@ -160,14 +167,13 @@ class LossGuard:
                       f"({self.skipped} in a row)")
         last = TRY_OUT_STEPS if self.run.try_out else self.run.clock.num_steps
         if self.skipped > self.max_skipped or step == last:
-            self.give_up(f"the last steps had no finite gradient ({self.skipped} in a row)")
+            self.give_up(f"the last steps had no finite gradient ({self.skipped} in a row)", step)
         return False
 
-    def give_up(self, why):
-        """Failure (code 1) that names the last good checkpoint."""
+    def give_up(self, why, step):
+        """Failure (code 1) that names the last good checkpoint and how to go back to it."""
         self.run.finish_save()
-        common.fail(f"{why}; {self.run.last_good()}: lower the learning rates, or look at the data",
-                    code=1)
+        rewind.give_up(self.run, why, step)
 
 def finite_losses(directory):
     """The losses of the steps in metrics.jsonl, without those that were skipped."""

@@ -19,6 +19,7 @@ import common
 import models
 import records
 import report
+import rewind
 import status
 from configurator import Settings
 from conftest import REPO, alone, ends, environment, exit_code, script, without_reader
@@ -92,7 +93,8 @@ def test_what_starts_it_over_is_named_as_it_is_typed(folder, monkeypatch, capsys
         assert words in capsys.readouterr().err
 
 def test_what_goes_on_with_several_ranks_starts_as_many(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/mid_train.py", "--data=my texts", "--start_over=True"])
+    monkeypatch.setattr(sys, "argv", ["/x/mid_train.py", "--data=my texts", "--start_over=True",
+                                      "--rewind=3"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *call: None)
     assert Run.start("mid_train").command == "python mid_train.py '--data=my texts'"
@@ -557,6 +559,92 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys):
     asked = {"device": "cuda", "dtype": "float32", "threads": 1, "compile": False}
     assert exit_code(choose_compute, alone().ranks, asked) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
+
+# ---- going back
+
+def rewound(folder, step, kill=False):
+    """A start with --rewind=step, which ends at once."""
+    asked = settings()
+    asked["rewind"] = step
+    run = start(folder, asked, damage=None)
+    if kill:
+        run.lock.release()
+    else:
+        run.close(75, "stopped")
+    return run
+
+@pytest.fixture
+def half(folder):
+    """A run with checkpoints of the steps 3, 6 and 9, that has trained on the batches 0 to 10."""
+    run = start(folder, damage=None)
+    for step in range(11):
+        if step in (3, 6, 9):
+            save(run, step, keep=9)
+        if run.clock is None:
+            run.begin_loop(0, 20, 0.0)
+        run.log(kind="train", step=step, loss=1.0)
+    run.close(75, "stopped")
+    return folder
+
+def test_going_back_keeps_later_checkpoints_aside_and_counts_the_batches(half, capsys):
+    run = rewound(half, 3)
+    assert run.saved_step == 3 and run.record["skipped"] == [[3, 8]]
+    assert load_record(half)["skipped"] == [[3, 8]] and checkpoint.steps(half) == [3]
+    aside, = half.parent.glob("d4.old-*")
+    assert [checkpoint.problem(aside, step) for step in checkpoint.steps(aside)] == [None, None]
+    assert checkpoint.steps(aside) == [9, 6]
+    assert "- went back to step 3 (--rewind) and skipped 8 batches" in report.started(
+        "base_train.py", {**run.record, "commit": "?"})
+    said = capsys.readouterr().out
+    assert "going back from step 11 to step 3, skipping 8 batches" in said and str(aside) in said
+    assert [rewind.batch_number([[3, 8], [9, 2]], step) for step in (2, 3, 9)] == [2, 11, 19]
+
+def test_the_same_command_goes_back_once_for_each_explosion(half):
+    assert rewound(half, 3, kill=True).record["skipped"] == [[3, 8]]
+    assert rewound(half, 3).record["skipped"] == [[3, 8]]
+    run = start(half, damage=None)
+    run.begin_loop(3, 20, 0.0)
+    for step in range(3, 7):
+        run.log(kind="train", step=step, loss=1.0)
+    with pytest.raises(common.Failure):
+        rewind.give_up(run, "it exploded", 8)
+    run.close(1, "it exploded")
+    assert start(half, damage=None).close(75, "stopped")
+    assert rewound(half, 3).record["skipped"] == [[3, 8], [3, 5]], "batches 11 to 15, too"
+    assert rewound(half, 3).record["skipped"] == [[3, 8], [3, 5]]
+    run = start(half, damage=None)
+    save(run, 9, keep=9)
+    run.close(75, "stopped")
+    assert rewound(half, 3).saved_step == 9, "it got on"
+
+def test_going_back_further_forgets_what_was_skipped_later(half):
+    rewound(half, 6)
+    run = start(half, damage=None)
+    run.begin_loop(6, 20, 0.0)
+    run.log(kind="train", step=6, loss=1.0)
+    run.close(75, "stopped")
+    # steps 0 to 5, the batches 6 to 10 that were skipped, and batch 11
+    assert rewound(half, 3).record["skipped"] == [[3, 9]]
+
+@pytest.mark.parametrize("step,says", [(4, "there is 9, 6"), (3, "there is 9, 6")])
+def test_a_step_without_a_whole_checkpoint_is_not_gone_back_to(half, capsys, step, says):
+    damage_file(half / "model_000003.pt")
+    before = contents(half)
+    assert exit_code(rewound, half, step) == 2
+    said = capsys.readouterr().err
+    assert f"no whole checkpoint of step {step}; {says}" in said and said.count("\n") == 1
+    assert contents(half) == before
+
+def test_what_is_done_does_not_go_back(half, capsys):
+    run = start(half, damage=None)
+    save(run, 20, keep=9)
+    assert exit_code(run.exit_done, step=20) == 0
+    assert exit_code(rewound, half, 9) == 2 and "is done" in capsys.readouterr().err
+
+def test_nor_does_what_has_trained_on_nothing_since(folder, capsys):
+    trained(folder, finished=False)
+    assert exit_code(rewound, folder, 9) == 2
+    assert "no batch was trained on since step 9" in capsys.readouterr().err
 
 # ---- standard streams and names
 

@@ -144,6 +144,18 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(run, capsys):
     assert checkpoint.newest(run.directory) == 1
     assert not list(run.directory.glob("*_000002*"))
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_however_many_are_kept_the_newest_finite_one_survives(run, capsys, keep):
+    for step in (1, 2, 3):
+        save(run, step, keep)
+    for step in (4, 5):
+        in_background(run, step, Weights(float("inf")))
+        assert exit_code(run.finish_save) == 1
+    assert f"--rewind=3 goes back to step 3 and skips the batches up to step {step}" in \
+        capsys.readouterr().err
+    assert checkpoint.steps(run.directory) == [3, 2, 1][:keep]
+    assert checkpoint.newest(run.directory) == 3
+
 def test_torch_reports_a_failed_write_as_an_error_too(run, monkeypatch, capsys):
     def fails(*args):
         raise RuntimeError("[enforce fail at inline_container.cc] . file write failed")
