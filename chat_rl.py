@@ -57,6 +57,7 @@ device = "auto"              # where it computes: auto, cuda, mps or cpu
 dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 start_over = False           # put the old run of this tag aside and start from nothing
+rewind = -1                  # go back to the checkpoint of this step, skip what came since; -1: no
 try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
@@ -198,9 +199,10 @@ while True:
 
     # Sample: of this step's problems those at places rank, rank + world, ... on this rank. A stop
     # in the middle costs these samples: the same ones are drawn again when the run continues.
-    numbers = dataset.batch_rows(len(train_items), seed, step, problems_per_step)
+    number = training.batch_number(run, step)
+    numbers = dataset.batch_rows(len(train_items), seed, number, problems_per_step)
     mine = numbers[ranks.rank::ranks.world]
-    groups = rollout(train_items, mine, samples, 2, step) if mine else []
+    groups = rollout(train_items, mine, samples, 2, number) if mine else []
     if run.should_stop():
         continue
     sequences = with_advantages(groups)

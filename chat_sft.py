@@ -56,6 +56,7 @@ dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which 
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # whether to use torch.compile: auto, True or False
 start_over = False           # put the old run of this tag aside and start from nothing
+rewind = -1                  # go back to the checkpoint of this step, skip what came since; -1: no
 try_out = False              # a trial run of a few steps: time, memory and disk; changes nothing
 settings = configurator.configure(globals())
 
@@ -165,8 +166,9 @@ while True:
 
     lr_scale = training.lr_scale(step, num_steps, 0.0, warmdown_ratio, 0.0)
     optimizer.set(lr_scale=lr_scale, muon_momentum=0.95, muon_weight_decay=0.0)
-    # The rows follow from (data, seed, step) alone: the same ones on any number of ranks.
-    batches = list(dataset.batch(plan, seed, step, rows, micro_rows, ranks.rank, ranks.world))
+    # The rows follow from (data, seed, number) alone: the same ones on any number of ranks.
+    number = training.batch_number(run, step)
+    batches = list(dataset.batch(plan, seed, number, rows, micro_rows, ranks.rank, ranks.world))
     # Rows have few or many of the assistant's tokens, so a micro-batch's own mean would weigh them
     # differently on each rank: the sum is divided by the tokens that the whole batch trains on.
     counted = ranks.all_reduce_sum(sum((y != -1).sum() for _, y in batches))

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import common
 import training
-from conftest import alone, environment, script, without_reader
+from conftest import REPO, alone, environment, script, without_reader
 from records import load_record
 
 BASE = ["--data=toy", "--depth=1", "--max_seq_len=64", "--total_batch_size=512", "--threads=1",
@@ -244,6 +244,58 @@ def test_a_loss_that_has_exploded_in_the_last_steps_is_not_done(prepared, folder
     assert out.returncode == 1 and "for 14 steps in a row" in out.stderr, out.stdout + out.stderr
     assert "that of step 26 " in out.stderr and checkpoint.newest(folder) == 26
     assert load_record(folder)["status"] == "failed"
+
+POISON = """
+import data
+real_batch, number = data.batch, [0]
+def batch(plan, seed, step, *args):
+    number[0] = step
+    return real_batch(plan, seed, step, *args)
+data.batch = batch
+training.EXPLODED = 8
+"""
+
+def test_a_run_goes_back_to_before_it_exploded_and_skips_what_made_it(prepared, folder, tmp_path):
+    def train(fault="loss * 3 if 10 <= number[0] < 20 else loss", *more, kill=0):
+        stop = f"call == {kill} and os.kill(os.getpid(), 9) or "
+        return faulty(prepared, "base_train.py", [*BASE, "--num_steps=26", *more],
+                      (stop if kill else "") + f"({fault})", POISON)
+
+    def result():
+        lines = common.read_json_lines(folder / "metrics.jsonl")
+        metrics = [{k: v for k, v in line.items() if k != "clock"} for line in lines]
+        step, = checkpoint.steps(folder)
+        files = checkpoint.files(folder, step)
+        return files["model_000026.pt"], files["optim_000026.pt"], metrics
+
+    exploded = train()
+    assert exploded.returncode == 1 and "--rewind=10 goes back to step 10" in exploded.stderr
+    command = exploded.stderr.strip().rpartition("; run: ")[2]
+    assert "skips the batches up to step 18;" in exploded.stderr
+    assert command.startswith("python base_train.py ") and command.endswith(" --rewind=10")
+    assert load_record(folder)["next"] == command
+    shutil.copytree(folder, tmp_path / "exploded")
+
+    assert train("loss * 3 if 10 <= number[0] < 18 else loss", "--rewind=10").returncode == 0
+    assert load_record(folder)["skipped"] == [[10, 8]]
+    expected = result()
+    assert [line["step"] for line in expected[2] if line["kind"] == "train"] == [*range(26)]
+
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "exploded", folder)
+    killed = train("loss", "--rewind=10", kill=8)
+    assert killed.returncode == -9 and "going back from step 18 to step 10" in killed.stdout
+    assert 10 < checkpoint.newest(folder) < 18
+    (folder / "phase.json").unlink()  # the checkpoint knows it, too
+    again = train("loss", "--rewind=10")
+    assert again.returncode == 0 and "going back" not in again.stdout, "not a second time"
+    assert result() == expected
+
+@pytest.mark.parametrize("name", ["base_train", "mid_train", "chat_sft", "chat_rl"])
+def test_every_training_takes_the_batch_that_rewinds_have_left(name):
+    text = (REPO / f"{name}.py").read_text()
+    assert "number = training.batch_number(run, step)" in text
+    assert "seed, number, " in text and "seed, step, " not in text
 
 @pytest.mark.parametrize("fault,code", [("loss * math.nan", 1), ("loss * 9 ** call", 0)])
 def test_a_trial_without_gradients_ends_in_a_line_and_judges_no_loss(prepared, folder, fault, code):
