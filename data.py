@@ -51,9 +51,20 @@ def open_store(prefix, source):
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
-def is_whole(store):
-    """Whether a store holds what was once written, as its checksum says."""
+def stamps(prefix, names):
+    """Size and time of writing of each array of a store: [[bytes, ns], ...]"""
+    found = []
+    for name in names:
+        status = os.stat(f"{prefix}.{name}.npy")
+        found.append([status.st_size, status.st_mtime_ns])
+    return found
+
+def is_whole(store, prefix):
+    """Whether a store holds what was once written. Its checksum says so; files that nobody has
+    touched since are taken as they are: those of a d20 have 20 GB, read at every start else."""
     facts = store.facts
+    if facts.get("stamps") == stamps(prefix, facts["arrays"]):
+        return True
     digest = hashlib.sha256()
     for name in facts["arrays"]:
         digest.update(getattr(store, name))
@@ -66,7 +77,7 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
     tokenised again, the others stay; with 1 where it cannot be written."""
     there = open_store(prefix, source)
-    if there is not None and is_whole(there):
+    if there is not None and is_whole(there, prefix):
         return
     common.print0(f"tokenizing {texts.shown(prefix.name)}")
     show = common.progress("documents tokenized")
@@ -92,7 +103,8 @@ def write_store(run, prefix, source, documents, vocab_size, more):
             np.save(content, np.asarray(values))
             common.atomic_write(f"{prefix}.{name}.npy", content.getbuffer())
         facts = {"source": source, "arrays": list(arrays), "tokens": len(tokens),
-                 "documents": len(lengths), "sha256": digest.hexdigest(), **(more or {})}
+                 "documents": len(lengths), "sha256": digest.hexdigest(),
+                 "stamps": stamps(prefix, arrays), **(more or {})}
         common.atomic_write(f"{prefix}.json", json.dumps(facts))
 
 def make_store(run, data, tokenizer, name, source, documents, more=None):
