@@ -71,13 +71,12 @@ if eval_tokens:
     # files that were added since are not what the model was trained on
     begun = load_record(folder) or {}
     files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
-    known = corpus.facts_to_record(files, data)
-    common.check(begun.get("val_files") in (None, known["val_files"]), f"{folder.name} was trained "
-                 f"with {', '.join(begun.get('val_files', []))} held out, which is not all there "
-                 "any more: put it back, or give --eval_tokens=0")
+    held_out = begun.get("val_files") or list(files["val"])
+    common.check(held_out == list(files["val"]), "what was held out for validation is no longer "
+                 f"all there ({corpus.listed(held_out, 3)}): put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
               for split in ("train", "val")}
-    gone = sorted({*begun.get("train_files", [])} - {*known["train_files"]})
+    gone = sorted({*begun.get("train_files", [])} - {*files["train"]})
     if gone:
         common.print0(f"not measured on, though the model was trained on it: {', '.join(gone)}, "
                       "which is no file any more")

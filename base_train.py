@@ -69,6 +69,10 @@ begun = run.ranks.on_rank0(records.find_record, directory, settings)
 files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
 if others := corpus.not_read(data):
     common.print0(others)
+known_files = corpus.facts_to_record(files)
+if start_over or try_out:
+    begun = {}
+corpus.check_same(begun, known_files)
 tokenizer = tok.load_tokenizer(data)
 val = dataset.tokenize_files(run, data, files, "val", tokenizer)
 if try_out:
@@ -76,10 +80,8 @@ if try_out:
 else:
     train = dataset.tokenize_files(run, data, files, "train", tokenizer)
 dataset.check_enough(data, train, val, 1 if try_out else max_seq_len + 1)
-known_files = corpus.facts_to_record(files, data)
 inputs = {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)}
-if not (start_over or try_out):
-    corpus.check_same(begun, known_files, inputs["data"])
+corpus.check_same(begun, known_files, inputs["data"])
 # takes the lock; ends the process if the run is done, or was begun with other settings or data
 run.open_or_exit(directory, settings, inputs)
 
@@ -128,7 +130,7 @@ common.print0(
 if not try_out:
     epochs = num_steps * rows / epoch_rows
     common.print0(f"  text: {epoch_rows:,} rows, read {epochs:,.2f} times; "
-                  f"{corpus.held_out_in_words(files, data)}")
+                  f"{corpus.held_out_in_words(files)}")
     if epochs > 100:
         common.print0(f"warning: the text will be repeated {epochs:,.0f} times; a smaller --depth "
                       "or --num_steps would fit it")

@@ -17,7 +17,7 @@ VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parq
 def listed(names, most):
     """example: (["a", "b", "c"], 2) -> "a, b and 1 more" """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(shown, names[:most])) + more
 
 def walk(folder, inner, above=()):
     """Yields all that is in a folder, and in its sub-folders if `inner`, but what begins with a dot
@@ -49,36 +49,35 @@ def why_not_read(path):
     return None if status.st_size else "empty"
 
 def look_for_files(data):
-    """-> (the text files, {what is not read: why}), sorted by name; of a user's own folder with
-    those in its sub-folders. Failure (code 2) where one cannot be opened."""
+    """-> (the text files, {name: Path} sorted by name, {the name of what is not read: why}). Those
+    in sub-folders are called as "a/b.txt". Failure (code 2) where one cannot be opened."""
     root = pipeline.base_data_dir(data)
-    files = []
+    files = {}
     others = {}
     try:
         for path in walk(root, pipeline.is_folder_data(data)):
+            name = path.relative_to(root).as_posix()
             why = why_not_read(path)
-            if why is not None:
-                others[name_of(path, data)] = why
-                continue
-            open(path, "rb").close()
-            files.append(path)
+            if why is None:
+                open(path, "rb").close()
+                files[name] = path
+            else:
+                others[name] = why
     except OSError as e:
         common.fail(f"{shown(e.filename)} cannot be read ({e.strerror}): make it readable or move "
                     "it elsewhere")
-    files.sort(key=lambda path: name_of(path, data))
-    return files, others
+    return dict(sorted(files.items())), others
 
 def not_read(data):
     """What of a user's own folder is not read, in one line; "" where all is."""
     others = look_for_files(data)[1] if pipeline.is_folder_data(data) else {}
-    names = [f"{shown(name)} ({why})" if why else shown(name)
-             for name, why in sorted(others.items())]
+    names = [f"{shown(name)} ({why})" if why else name for name, why in sorted(others.items())]
     if not names:
         return ""
     return f"not read: {len(names):,} ({listed(names, 9)}); read are {', '.join(ENDINGS)}"
 
 def text_files(data):
-    """The files of a data set that are not empty, sorted by name. Failure where there is none."""
+    """{name: Path} of the files of a data set, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
     where = shown(folder)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
@@ -87,50 +86,50 @@ def text_files(data):
     common.check(folder.exists(), f"the data folder {where} does not exist", command)
     common.check(folder.is_dir(), f"{where} is a file: --data takes the folder that holds it")
     files, _ = look_for_files(data)
-    common.check(files, f"the data folder {where} holds no text: it has no file of "
-                 f"{', '.join(ENDINGS)} that is not empty {not_read(data)}", command)
+    if not files:
+        common.fail(f"the data folder {where} holds no text: it has no file of "
+                    f"{', '.join(ENDINGS)} that is not empty; {not_read(data)}".rstrip("; "),
+                    next_command=command)
     return files
 
-def name_of(path, data):
-    """A file's name in its data set.  example: ("/my/texts/a/b.txt", "/my/texts") -> "a/b.txt" """
-    return path.relative_to(pipeline.base_data_dir(data)).as_posix()
-
-def facts_to_record(files, data):
-    """What a run keeps of the files that it was begun with, for its record: see dataset_files."""
-    names = {split: [name_of(path, data) for path in files[split]] for split in ("train", "val")}
+def facts_to_record(files):
+    """What a run keeps of the files that it was begun with, for its record: see dataset_files. An
+    old run stays one."""
+    train = list(files["train"])
+    if files["old"]:
+        return {"train_files": train}
     seen = {}
-    for path in {*files["train"], *files["val"]}:
+    for name, path in {**files["train"], **files["val"]}.items():
         status = path.stat()
-        seen[name_of(path, data)] = [status.st_size, status.st_mtime_ns]
-    return {"train_files": names["train"], "val_files": names["val"], "texts": seen}
+        seen[name] = [status.st_size, status.st_mtime_ns]
+    return {"train_files": train, "val_files": list(files["val"]), "texts": seen}
 
 def dataset_files(data, begun=None):
     """
     begun: the record of the run that goes on (see facts_to_record); a new one holds out what its
     tokenizer has not seen
-    -> {"train": files, "val": files}, lists of Path sorted by name; documents() splits a file that
-    is in both. "old": whether the run was begun when nothing said what is held out. Failure where
-    the folder is missing or empty, or a parquet file does not open or has no string column `text`.
+    -> {"train": files, "val": files}, each {name: Path} sorted by name; a file in both is split by
+    its documents. "old": whether the run was begun when nothing said what is held out. Failure
+    where the folder is missing or empty, or a parquet file does not open or has no string column
+    `text`.
     """
     begun = begun or {}
     files = text_files(data)
-    for path in files:
+    for path in files.values():
         if path.suffix == ".parquet":
             why = parquet_problem(path)
             common.check(why is None, why)
     trained = begun.get("train_files")
     if trained and "val_files" not in begun and pipeline.is_folder_data(data):
-        return {**last_held_out(data, files, trained), "old": True}
-    named = {name_of(path, data): path for path in files}
+        return {**last_held_out(files, trained), "old": True}
     before = begun if trained else common.read_json(pipeline.tokenizer_dir(data) / "phase.json")
-    val = [name for name in before.get("val_files", []) if name in named]
-    train = [name for name in trained or () if name in named] or list(named)
+    val = [name for name in before.get("val_files", []) if name in files]
+    train = [name for name in trained or () if name in files] or list(files)
     shared = {*val} & {*before.get("train_files", [])}
     if not val or not {*train} - {*val} | shared:
-        val, shared = held_out_of(data, {name: path.stat().st_size for name, path in named.items()})
-    train = [name for name in train if name in shared or name not in val]
-    return {"train": [named[name] for name in train], "val": [named[name] for name in val],
-            "old": False}
+        val, shared = held_out_of(data, {name: path.stat().st_size for name, path in files.items()})
+    return {"train": {name: files[name] for name in train if name in shared or name not in val},
+            "val": {name: files[name] for name in val}, "old": False}
 
 def held_out_of(data, sizes):
     """
@@ -158,25 +157,29 @@ def held_out_of(data, sizes):
         val.insert(0, names.pop())
     return val, set()
 
-def last_held_out(data, files, trained):
+def last_held_out(files, trained):
     """The files of a run that was begun when the last file by name was held out."""
-    top = [path for path in files if not path.name.endswith(".txt.gz")
-           and path.parent == pipeline.base_data_dir(data)]
-    train = top[:-1] or top
-    return {"train": [path for path in train if path.name in trained] or train, "val": top[-1:]}
+    names = [name for name in files if "/" not in name and not name.endswith(".txt.gz")]
+    train = names[:-1] or names
+    train = [name for name in train if name in trained] or train
+    return {"train": {name: files[name] for name in train},
+            "val": {name: files[name] for name in names[-1:]}}
 
-def held_out_in_words(files, data):
+def held_out_in_words(files):
     """example: "held out for validation: b.txt" """
-    names = [shown(name_of(path, data)) for path in files["val"]]
-    part = "part of " if files["val"][0] in files["train"] else ""
-    return f"held out for validation: {part}{listed(names, 3)}"
+    part = "part of " if files["val"].keys() & files["train"].keys() else ""
+    return f"held out for validation: {part}{listed(list(files['val']), 3)}"
 
-def check_same(begun, now, fingerprint):
+def check_same(begun, now, fingerprint=None):
     """Failure (code 2) that names the files where a run was begun with other texts. begun: its
-    record; now: facts_to_record; fingerprint: of the data"""
-    before = begun.get("texts")
+    record; now: facts_to_record; fingerprint: of the data, None where it is not known yet: then
+    files count as changed only if their size is another"""
+    before = begun.get("texts", {})
     if not before or begun["inputs"].get("data") == fingerprint:
         return
+    if fingerprint is None:
+        before = {name: facts[:1] for name, facts in before.items()}
+        now = {"texts": {name: facts[:1] for name, facts in now["texts"].items()}}
     other = []
     for name in sorted({*before, *now["texts"]}):
         if name not in now["texts"]:
@@ -189,11 +192,9 @@ def check_same(begun, now, fingerprint):
                  f"{listed(other, 5)}; put the old ones back to resume it, or --start_over=True to "
                  "put it aside and start anew")
 
-def parts_of(files, split):
-    """The files of a split of dataset_files, as documents() takes them."""
-    both = {*files["train"]} & {*files["val"]}
-    return [(path, path in both) for path in files[split]]
-
 def iter_texts(data, split="train", begun=None):
     """All documents of a split, file by file. begun: as dataset_files has it"""
-    yield from texts.documents(parts_of(dataset_files(data, begun), split), split)
+    files = dataset_files(data, begun)
+    for name, path in files[split].items():
+        shared = name in files["train"] and name in files["val"]
+        yield from texts.documents(path, split, shared)

@@ -19,13 +19,12 @@ import os
 import re
 from array import array
 from collections import Counter, namedtuple
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
 import common
 import conversations
-import corpus
 import pipeline
 import texts
 
@@ -115,20 +114,25 @@ def make_store(run, data, tokenizer, name, source, documents, more=None):
                        more)
     return open_store(prefix, source)
 
+# a file of a split; shared: it is in both splits
+Part = namedtuple("Part", "name path shared")
+
 def tokenize_files(run, data, files, split, tokenizer):
     """Tokenises the files of a split that are not tokenised yet. files: the same on all ranks, as
     corpus.dataset_files has them. -> list of Store. Collective."""
     def encoded(group):
-        documents = texts.documents(group, split)
+        documents = chain.from_iterable(texts.documents(part.path, split, part.shared)
+                                        for part in group)
         while batch := list(islice(documents, 1024)):
             for ids in tokenizer.encode_batch(batch, common.cores()):
                 yield ids, []
 
-    parts = corpus.parts_of(files, split)
+    shared = files["train"].keys() & files["val"].keys()
+    parts = [Part(name, path, name in shared) for name, path in files[split].items()]
     one_each = files["old"] or not pipeline.is_folder_data(data)
     stores = []
     for group in [[part] for part in parts] if one_each else gathered(parts):
-        name, source = store_of(group, data, split, one_each)
+        name, source = store_of(group, split, one_each)
         stores.append(make_store(run, data, tokenizer, name, source, encoded(group)))
     return stores
 
@@ -137,28 +141,32 @@ GATHER = 20_000_000  # bytes of files to a store: thousands of small ones would 
 def gathered(parts):
     """Yields lists of parts: files of GATHER bytes together, in their order."""
     group = []
+    size = 0
     for part in parts:
         group.append(part)
-        if sum(path.stat().st_size for path, _ in group) >= GATHER:
+        size += part.path.stat().st_size
+        if size >= GATHER:
             yield group
             group = []
+            size = 0
     if group:
         yield group
 
-def store_of(group, data, split, one_each):
+def store_of(group, split, one_each):
     """-> (name of the store of some files, what it is made of). one_each: as it was when each file
     had a store of its own."""
     facts = []
-    for path, shared in group:
-        stat = path.stat()
-        facts.append([corpus.name_of(path, data), stat.st_size, stat.st_mtime_ns, shared])
+    for part in group:
+        stat = part.path.stat()
+        facts.append([part.name, stat.st_size, stat.st_mtime_ns, part.shared])
     name, size, mtime, shared = facts[0]
     if one_each:
         source = {"name": name, "bytes": size, "mtime": mtime, "alone": shared}
         return f"{split}_{name}", source
-    digest = hashlib.sha256(repr([(name, shared) for name, _, _, shared in facts]).encode())
+    which = repr([(part.name, part.shared) for part in group])
+    digest = hashlib.sha256(which.encode()).hexdigest()[:8]
     plain = re.sub(r"[^\w.-]", "_", name)[-40:]  # of any name one that every file system takes
-    return f"{split}_{plain}-{digest.hexdigest()[:8]}", {"files": facts, "documents": 2}
+    return f"{split}_{plain}-{digest}", {"files": facts, "documents": 2}
 
 def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
     """

@@ -140,7 +140,7 @@ class File:
 
 def text_files():
     if pipeline.is_folder_data(data):
-        return [File("text", path) for path in corpus.text_files(data)]
+        return [File("text", path) for path in corpus.text_files(data).values()]
     address, name, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
     # a damaged one that nobody asked for would stop a phase too
@@ -340,16 +340,16 @@ by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
 if check and pipeline.is_folder_data(data):
-    for file in files:
-        if file.what == "text" and not file.wrong:
-            name = texts.shown(corpus.name_of(file.path, data))
-            common.print0(f"{name}: {texts.facts_of(file.path)}")
+    wrong = {file.path for file in bad}
+    for name, path in corpus.text_files(data).items():
+        if path not in wrong:
+            common.print0(f"{texts.shown(name)}: {texts.facts_of(path)}")
 common.check(not by_hand, "fix these files by hand, then run the same command again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):
     split = corpus.dataset_files(data)
     common.print0(f"{len(split['train'])} files for training in {texts.shown(directory)}; "
-                  f"{corpus.held_out_in_words(split, data)}")
+                  f"{corpus.held_out_in_words(split)}")
     if others := corpus.not_read(data):
         common.print0(others)
 if check:

@@ -124,7 +124,7 @@ def good_rows(path, rows, convert, say=common.print0):
     broken = 0
     total = 0
     first = ""
-    hint = "fix or remove them"
+    undecoded = False
     try:
         for number, row in rows:
             total += 1
@@ -134,16 +134,17 @@ def good_rows(path, rows, convert, say=common.print0):
                 broken += 1
                 why = reason_of(e)
                 first = first or f"first: {kind} {number}, {why}"
-                if isinstance(e, UnicodeError) and kind == "line":
-                    hint = to_utf_8(path) or hint
+                undecoded = undecoded or isinstance(e, UnicodeError)
                 if broken <= NAMED:
                     say(f"{shown(path)}:{number} skipped: {why}")
             else:
                 yield value
     except ValueError as e:
         common.fail(f"{e}; replace it or take it away, and prepare the data again")
-    common.check(broken <= max(min(5, total / 2), total / 100), f"{shown(path)}: {broken:,} of "
-                 f"{total:,} {kind}s are broken, more than 1 % ({first}): {hint}")
+    if broken > max(min(5, total / 2), total / 100):
+        hint = to_utf_8(path) if undecoded and kind == "line" else None
+        common.fail(f"{shown(path)}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
+                    f"({first}): {hint or 'fix or remove them'}")
     if broken > NAMED:
         say(f"{shown(path)}: and {broken - NAMED:,} more")
 
@@ -162,7 +163,7 @@ FREQUENT = {
     "оеаинтсрвлкмдпуяы": ("CP1251", "KOI8-R"),
     "的一是不了人我在有他这个们来到时大地为子中你说生国年就": ("GB18030",),
     "這個們來時為說國": ("BIG5",),
-    "のにはをたがでてとしれさいるか": ("SHIFT_JIS", "EUC-JP"),
+    "のにはをたがでてとしれさいるか": ("CP932", "EUC-JP"),
     "이다는에의가을고도를은한": ("EUC-KR",),
 }
 
@@ -222,13 +223,14 @@ LEFT_OVER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 
 def judged(text):
     """The text. ValueError where it was not decoded as it should have been: it holds a NUL, or more
-    than 1 % of what a wrong encoding leaves (an English text has as much in its quotation marks,
-    any other more), and more than two of it, since a page may quote one."""
+    than 2 % of what a wrong encoding leaves, and more than two of it, since a page may quote one.
+    Wrongly decoded German or French has about 2 to 4 %, what is not written in Latin letters 80 %;
+    none of 45,000 documents of a real corpus has so much (LOG.md)."""
     if "\0" in text:
         raise ValueError("a NUL character")
-    if LEFT_OVER.search(text):
+    if LEFT_OVER.search(text):  # mostly not, and fast: a second for 300 million characters
         count = len(LEFT_OVER.findall(text))
-        if count > 2 and 100 * count > len(text):
+        if count > 2 and 50 * count > len(text):
             raise ValueError(f"{count:,} of {len(text):,} characters are U+FFFD or control "
                              "characters")
     return text
@@ -275,28 +277,31 @@ def facts_of(path):
     """What a file of texts holds, in one line.
     example: "1,203 documents, 2,003,001 characters, median 1,200, UTF-8, Latin" """
     lengths = []
+    characters = 0
     left_over = Counter()
     letters = Counter()
     for text in read_documents(path):
         lengths.append(len(text))
+        characters += len(text)
         left_over.update(LEFT_OVER.findall(text))
         letters.update(filter(str.isalpha, text[:1000]))
-        if sum(lengths) > LOOKED_AT:
+        if characters >= LOOKED_AT:
             break
     scripts = Counter()
     for letter, count in letters.items():
         scripts[unicodedata.name(letter, "other").split()[0].capitalize()] += count
     main = [script for script, count in scripts.most_common(3) if 10 * count >= scripts.total()]
-    said = [f"{len(lengths):,} documents", f"{sum(lengths):,} characters",
+    begin = "its beginning has " if characters >= LOOKED_AT else ""
+    said = [f"{begin}{len(lengths):,} documents", f"{characters:,} characters",
             f"median {statistics.median(lengths or [0]):,.0f}",
             "parquet" if path.suffix == ".parquet" else encoding_of(path),
             " and ".join(main).replace("Cjk", "Han") or "no letters"]
-    for name, count in (("U+FFFD", left_over["\ufffd"]),
-                        ("control characters", left_over.total() - left_over["\ufffd"])):
+    replaced = left_over["\ufffd"]
+    for name, count in (("replacement characters", replaced),
+                        ("control characters", left_over.total() - replaced)):
         if count:
-            said.append(f"{100 * count / sum(lengths):.2g} % {name}")
-    begin = "of its beginning: " if sum(lengths) > LOOKED_AT else ""
-    return begin + ", ".join(said)
+            said.append(f"{100 * count / characters:.2g} % {name}")
+    return ", ".join(said)
 
 def read_documents(path):
     """All documents of one file, in order, as str; of broken lines see good_rows."""
@@ -342,12 +347,11 @@ def read_paragraphs(path):
 
 def split_documents(texts, split):
     """The documents of a file that is in both splits: every HOLD_OUT-th is held out; of fewer the
-    end of the last one, a twentieth of all but not more than half of it."""
+    end of the last one, a tenth of all but not more than half of it."""
     first = list(islice(texts, HOLD_OUT))
     if first and len(first) < HOLD_OUT:
         *others, last = first
-        twentieth = max(sum(map(len, first)) // HOLD_OUT, DOCUMENT // 2)
-        at = len(last) - min(len(last) // 2, twentieth)
+        at = len(last) - min(len(last) // 2, sum(map(len, first)) // 10 + 1)
         at = last.rfind(" ", len(last) // 2, at) + 1 or at
         yield from [last[at:]] if split == "val" else [*others, last[:at]]
         return
@@ -356,8 +360,7 @@ def split_documents(texts, split):
         if held_out == (split == "val"):
             yield text
 
-def documents(files, split):
-    """The documents of some files of one split, as a list of (path, whether it is in both)."""
-    for path, shared in files:
-        texts = read_documents(path)
-        yield from split_documents(texts, split) if shared else texts
+def documents(path, split, shared):
+    """The documents of a file of a split; shared: it is in both."""
+    found = read_documents(path)
+    yield from split_documents(found, split) if shared else found

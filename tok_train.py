@@ -258,11 +258,10 @@ def main():
 
     record = records.find_record(directory, settings, damage=damage)
     splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
-    files = splits["train"]
     if others := corpus.not_read(data):
         common.print0(others)
     if start_over:  # a broken file must not cost the old tokenizer
-        for path in dict.fromkeys([*files, *splits["val"]]):
+        for path in {**splits["train"], **splits["val"]}.values():
             why = text_problem(path)
             common.check(why is None, why)
     common.check(any(corpus.iter_texts(data, "train", record)),
@@ -271,8 +270,8 @@ def main():
     common.check(record or start_over or not there,
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
                  f"it ({pipeline.starting_over('tok')} puts it aside and trains a new one)")
-    known_files = corpus.facts_to_record(splits, data)
-    sizes = [(name, known_files["texts"][name][0]) for name in known_files["train_files"]]
+    known_files = corpus.facts_to_record(splits)
+    sizes = [(name, path.stat().st_size) for name, path in splits["train"].items()]
     inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
     if not start_over:
         corpus.check_same(record, known_files, inputs["data"])

@@ -1,5 +1,5 @@
-"""texts.py and data.py: files, packing, batches that are a function of (data, seed, step), and what
-happens to bad input."""
+"""corpus.py, texts.py and data.py: files, documents, packing, batches that are a function of (data,
+seed, step), and what happens to bad input."""
 import errno
 import functools
 import gzip
@@ -21,7 +21,7 @@ import data
 import pipeline
 import texts
 import tokenizer as tok
-from conftest import BYTES, alone, ends
+from conftest import BYTES, alone, ends, script
 
 def some_texts(n, seed=0):
     generator = np.random.default_rng(seed)
@@ -95,20 +95,23 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
 
 WORDS = "Zoë isn't naïve — \u4f60\u597d\n\n\na second paragraph\nof two lines\n"
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32",
+                                      "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_byte_order_mark_is_no_text_and_says_that_it_is_utf_16(tmp_path, name, encoding, newline):
+def test_a_byte_order_mark_is_no_text_and_says_the_encoding(tmp_path, name, encoding, newline):
     content = WORDS
-    if name != "a.txt":
+    if "json" in name:
         content = (json.dumps({"text": WORDS}, ensure_ascii=False) + "\n\n") * 2
     content = content.replace("\n", newline).encode(encoding)
-    if encoding == "utf-16-be":
-        content = b"\xfe\xff" + content
+    if encoding.endswith("-be"):
+        content = "\ufeff".encode(encoding) + content
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert texts.text_problem(path) is None
-    assert list(texts.read_documents(path)) == [WORDS] * (1 if name == "a.txt" else 2)
+    assert list(texts.read_documents(path)) == [WORDS] * (2 if "json" in name else 1)
+    said = {"utf-8-sig": "UTF-8"}.get(encoding, encoding.upper().removesuffix("-BE"))
+    assert f", {said}, Latin" in texts.facts_of(path)
 
 def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_command_that_helps(
         tmp_path, capsys):
@@ -133,13 +136,336 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
         path.write_bytes(content)
         assert texts.text_problem(path), content[:20]
 
-def test_what_is_no_file_is_not_read(state, tmp_path):
+IN_WORDS = {
+    "cp1252": "Où était l'élève? Müde saß er auf der Brücke.\n",
+    "cp1251": "Все счастливые семьи похожи друг на друга.\n",
+    "koi8-r": "Все счастливые семьи похожи друг на друга.\n",
+    "gb18030": "我们在这里说的是中国的历史，他们不知道这个地方有多大。\n",
+    "cp932": "これは日本語の文章です。私は昨日、東京に行きました。\n",
+    "euc-kr": "이것은 한국어 문장입니다. 나는 어제 서울에 갔다.\n",
+    "utf-16-le": "Plain English, but without a mark.\n",
+    "utf-16-be": "Без метки в начале.\n",
+}
+
+@pytest.mark.parametrize("encoding", IN_WORDS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a'  b.txt.gz", "\udcff\n.jsonl.gz"])
+def test_another_encoding_is_broken_and_the_command_that_is_said_mends_it(tmp_path, name, encoding):
+    content = IN_WORDS[encoding] * 60
+    if "json" in name:
+        content = (json.dumps({"text": IN_WORDS[encoding]}, ensure_ascii=False) + "\n") * 60
+    content = content.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    why = texts.text_problem(path)
+    assert why.startswith(" ".join(texts.shown(path).split())) and why.isprintable()
+    assert "first: line 1, " in why
+    assert "not UTF-8 at its byte " in why or "a NUL byte" in why
+    subprocess.run(["bash", "-c", re.search("run: (iconv .*|zcat .*)", why)[1]], check=True)
+    assert texts.text_problem(path) is None and [*tmp_path.iterdir()] == [path]
+    assert "".join(texts.read_documents(path)) == IN_WORDS[encoding] * 60
+
+def parquet_of(path, contents):
+    """Rows of bytes that call themselves text"""
+    column = pyarrow.array(contents, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, row_group_size=16)
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("text, says", [
+    ("caf\udce9", "not UTF-8 at its byte "),
+    ("n\0u\0l\0", "a NUL "),
+    ("na\ufffdve fa\ufffdade d\ufffdj\ufffd", "characters are U+FFFD or control"),
+    ("\x1b[1mred\x1b[0m \x07", "characters are U+FFFD or control"),
+    ("one page says \ufffd", None)])
+def test_what_was_wrongly_decoded_is_broken_in_every_kind_of_file(tmp_path, capsys, name, text,
+                                                                 says):
+    path = tmp_path / name
+
+    def fill(wrong):
+        contents = [f"row {i}, which is fine" for i in range(700)]
+        contents[300:300] = [text] * wrong
+        if name == "a.parquet":
+            return parquet_of(path, [one.encode(errors="surrogateescape") for one in contents])
+        if name == "a.jsonl":
+            contents = [json.dumps({"text": one}, ensure_ascii="\udce9" not in one)
+                        for one in contents]
+        path.write_bytes("".join(one + "\n" for one in contents).encode(errors="surrogateescape"))
+    fill(2)
+    read = "\n".join(texts.read_documents(path))
+    assert read.count("which is fine") == 700 and (text in read) == (says is None)
+    said = capsys.readouterr().out
+    if says is None:
+        fill(700)
+        assert said == "" and texts.text_problem(path) is None
+        assert "% replacement characters" in texts.facts_of(path)
+        return
+    assert f"{path}:301 skipped: " in said and f"{path}:302 skipped: " in said and says in said
+    assert texts.text_problem(path) is None
+    fill(30)
+    with ends() as stopped:
+        list(texts.read_documents(path))
+    assert stopped.code == 2 and "30 of 730 " in capsys.readouterr().err
+    assert "30 of " in texts.text_problem(path)
+
+def test_half_a_pair_is_one_broken_line_of_utf_16_and_no_traceback_in_json(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    lines = [f"line {i}\n".encode("utf-16-le") for i in range(600)]
+    path.write_bytes(b"\xff\xfe" + b"".join([*lines[:9], b"\x00\xd8a\0\n\0", *lines[9:]]))
+    assert "".join(texts.read_documents(path)) == "".join(f"line {i}\n" for i in range(600))
+    assert f"{path}:10 skipped: not UTF-8" in capsys.readouterr().out
+    path = tmp_path / "d/a.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"text": "half a pair: \\ud800 and a whole one: \\ud83d\\ude00"}\n' * 30)
+    store, = tokenize(path.parent)
+    assert "half a pair: \ufffd and a whole one: \U0001f600" in BYTES.decode(store.tokens.tolist())
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_a_small_file_that_is_all_broken_is_not_left_out_in_silence(tmp_path, lines):
+    (tmp_path / "a.txt").write_bytes("Все счастливые семьи.\n".encode("cp1251") * lines)
+    with ends() as stopped:
+        list(texts.read_documents(tmp_path / "a.txt"))
+    assert stopped.code == 2
+
+def test_facts_of_a_large_file_are_those_of_its_beginning(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("Война и мир, Lev\n" * 5000 + "это конец\n" * 900)
+    assert texts.facts_of(path) == ("10 documents, 94,000 characters, median 10,013, UTF-8, "
+                                    "Cyrillic and Latin")
+    monkeypatch.setattr(texts, "LOOKED_AT", 30_000)
+    assert texts.facts_of(path).startswith("its beginning has 3 documents, 30,039 characters")
+
+# ---- what a document is
+
+def plain(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    return list(texts.read_documents(tmp_path / "a.txt"))
+
+def test_paragraphs_are_gathered_as_they_were(tmp_path):
+    """The runs that began before documents were bounded go on with the same ones."""
+    generator = np.random.default_rng(3)
+    paragraphs = ["".join(f"{line * 'word '}\n" for line in generator.integers(1, 30, n))
+                  for n in generator.integers(1, 60, 300)]
+    blanks = ["\n" * n for n in generator.choice([1, 1, 1, 2, 3], 300)]
+    gathered, size, expected = [], 0, []
+    for paragraph in "".join(map("".join, zip(paragraphs, blanks))).split("\n\n"):
+        gathered.append(paragraph)
+        size += len(paragraph)
+        if size >= 10_000:
+            expected.append("\n\n".join(gathered))
+            gathered, size = [], 0
+    found = plain(tmp_path, "".join(map("".join, zip(paragraphs, blanks))))
+    assert found[:-1] == expected and len(expected) > 20
+
+@pytest.mark.parametrize("content", [
+    "One sentence on each line.\n" * 4000,
+    "One paragraph on each line. " * 2000 + "\n" + "x" * 50_000 + "\n" + "Short.\n" * 3000,
+    "No line ends here, ever. " * 4000,
+    "字" * 100_000,
+    "A paragraph.\n\n" + "A long one, of many lines.\n" * 4000 + "\n \t\nAnother.\n" * 800])
+def test_documents_are_bounded_and_hold_all_of_the_text(tmp_path, content):
+    found = plain(tmp_path, content)
+    assert max(map(len, found)) <= 20_000 and len(found) <= len(content) / 8_000
+    assert "".join("".join(found).split()) == "".join(content.split())
+    if "\n\n" not in content:
+        assert "".join(found) == content, "nothing is lost, nothing is put between"
+
+def test_a_line_of_blanks_ends_a_paragraph_and_stays_as_it_is(tmp_path):
+    page = "word " * 1200
+    first, second = plain(tmp_path, f"{page}\n \n{page}\n\t \n{page}\nend")
+    assert first == f"{page}\n \n{page}" and second == f"{page}\nend"
+
+@pytest.mark.parametrize("n", [1, 2, 3, 19, 20, 21, 60])
+def test_of_a_single_file_something_is_held_out_however_few_its_documents(tmp_path, state, n):
+    documents = [f"number {i} " + "of them " * 20 for i in range(n)]
+    write(tmp_path / "d", "a.jsonl", documents)
+    train, val = (list(corpus.iter_texts(str(tmp_path / "d"), split)) for split in ("train", "val"))
+    held_out = sum(map(len, val)) / sum(map(len, documents))
+    assert 0.015 < held_out < 0.2 and sorted("".join(train + val)) == sorted("".join(documents))
+    if n < 20:
+        assert "".join(train + val) == "".join(documents), "the end of the text"
+    else:
+        assert val == documents[19::20]
+
+def stores_of(folder, row):
+    files = corpus.dataset_files(str(folder))
+    train, val = (data.tokenize_files(alone(), str(folder), files, split, BYTES)
+                  for split in ("train", "val"))
+    data.check_enough(str(folder), train, val, row)
+    plans = [data.text_plan(stores, row, BYTES.bos) for stores in (train, val)]
+    assert min(map(data.n_rows, plans)) >= 1
+    return plans
+
+@pytest.mark.parametrize("sizes", [[2], [0.4, 0.4, 1.2], [1.2, 0.8], [0.01] * 200, [0.3, 1.7]])
+def test_text_that_fills_two_rows_is_enough(state, tmp_path, sizes, capsys):
+    row = 1000
+    for i, size in enumerate(sizes):
+        write(tmp_path / "d", f"{i:03}.txt", [("word " * 1000)[:int(size * row) + 1]])
+    _, val = stores_of(tmp_path / "d", row)
+    tokens, counted = data.read_rows(val, [0])
+    assert counted.sum() > 5 and "word" in BYTES.decode(tokens[0, 1:5].tolist())
+    with ends() as stopped:
+        stores_of(tmp_path / "d", 3 * row)
+    err = capsys.readouterr().err
+    assert stopped.code == 2 and re.search(r"too little text: the training split of \S*/d has "
+                                           r"[\d,]+ tokens and needs 3,000: add text, or ", err)
+
+def test_thousands_of_small_files_are_few_stores(state, tmp_path):
+    for i in range(700):
+        write(tmp_path / "d", f"{i}.txt", [f"page {i}"])
+    train, val = stores_of(tmp_path / "d", 100)
+    assert len(train.stores) == len(val.stores) == 1
+    assert train.stores[0].lengths.size + val.stores[0].lengths.size == 700
+
+# ---- folders as people have them
+
+def test_one_line_says_what_is_not_read_and_sub_folders_are(state, tmp_path, monkeypatch):
     folder = tmp_path / "d"
-    write(folder, "a.txt", some_texts(30))
-    (folder / "b.txt").mkdir()
+    for name in ("a.txt", "one/a.txt", "one/two/x y.jsonl", "one/.hidden/b.txt", "one/.c.txt",
+                 "b.txt/inside.txt"):
+        path = folder / name
+        write(path.parent, path.name, some_texts(30))
+    (folder / "one/z.txt.gz").write_bytes(gzip.compress(b"packed text\n"))
+    (folder / "empty.txt").touch()
     (folder / "c.jsonl").symlink_to("nowhere")
+    (folder / "loop.txt").symlink_to("loop.txt")
+    (folder / "one/up").symlink_to(folder)
     os.mkfifo(folder / "d.jsonl")
-    assert [path.name for path in corpus.text_files(str(folder))] == ["a.txt"]
+    (folder / "e.md").write_text("not for training")
+    data_set = str(folder)
+    assert list(corpus.text_files(data_set)) == ["a.txt", "one/a.txt", "one/two/x y.jsonl",
+                                                 "one/z.txt.gz"]
+    assert corpus.not_read(data_set) == (
+        "not read: 7 (b.txt (a folder), c.jsonl (a link to nothing), d.jsonl (no regular file), "
+        "e.md, empty.txt (empty), loop.txt (a link to nothing), one/up (a folder)); "
+        "read are .parquet, .jsonl, .jsonl.gz, .txt, .txt.gz")
+    for i in range(50):
+        (folder / f"{i}.pdf").touch()
+    assert "not read: 57 (" in corpus.not_read(data_set) and "48 more" in corpus.not_read(data_set)
+    assert "packed text" in "".join(corpus.iter_texts(data_set))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder / "one"))
+    assert len(corpus.text_files(data_set)) == 1, "the state folder holds no text of the user's"
+
+def test_a_file_that_may_not_be_read_is_named(state, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "d", "a.txt", some_texts(30))
+    write(tmp_path / "d", "b.txt", some_texts(30))
+
+    def refused(path, mode):
+        if path.name == "b.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, mode)
+    monkeypatch.setattr(corpus, "open", refused, raising=False)  # root may read all
+    with ends() as stopped:
+        corpus.dataset_files(str(tmp_path / "d"))
+    err = capsys.readouterr().err
+    assert stopped.code == 2 and f"{tmp_path}/d/b.txt cannot be read (Permission denied)" in err
+
+@pytest.mark.parametrize("name", ["a b.txt", "a'b\".txt", "\udcff\udcfe.txt", "a\nb.txt",
+                                  "\U0001f600.jsonl", "字" * 80 + ".txt", "-n.txt", "a\u3000b.txt",
+                                  "%s{0}.txt"])
+def test_any_name_of_a_file_works_and_can_be_printed(state, tmp_path, name):
+    write(tmp_path / "d", name, some_texts(200))
+    write(tmp_path / "d", "0.txt", some_texts(200))
+    files = corpus.dataset_files(str(tmp_path / "d"))
+    line = corpus.held_out_in_words(files)
+    assert line.isprintable() and line.encode()
+    record = json.loads(json.dumps(corpus.facts_to_record(files)))
+    assert corpus.dataset_files(str(tmp_path / "d"), record) == files
+    stores_of(tmp_path / "d", 100)
+
+@pytest.mark.parametrize("sizes, val", [
+    ({"a": 500, "b": 600, "readme": 9}, "a"),
+    ({"a": 500, "b": 500, "readme": 9}, "b"),
+    ({"notes": 3, "one": 300, "train": 4000, "two": 300}, "two"),
+    ({"test": 100, "train": 900}, "test"),
+    ({"train": 900, "val": 100}, "val"),
+    ({"book": 9000, "readme": 9}, "part of book"),
+    ({"book": 9000}, "part of book"),
+    ({f"{i:04}": 10 for i in range(1000)}, "0950, 0951, 0952 and 47 more")])
+def test_a_fair_share_is_held_out_and_named(state, tmp_path, sizes, val):
+    (tmp_path / "d").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / "d" / f"{name}.txt").write_text("x" * size)
+    files = corpus.dataset_files(str(tmp_path / "d"))
+    said = corpus.held_out_in_words(files).replace(".txt", "")
+    assert said == f"held out for validation: {val}"
+    shared = files["train"].keys() & files["val"].keys()
+    assert {*files["train"], *files["val"]} == {f"{name}.txt" for name in sizes}
+    assert len(shared) == ("part" in val)
+
+@pytest.mark.parametrize("there", [["a.txt"], ["a.txt", "b.txt"], ["a.txt", "b.txt", "readme.txt"]])
+def test_what_is_held_out_stays_with_the_run_whatever_is_added(state, tmp_path, there, capsys):
+    folder = tmp_path / "d"
+    for name in there:
+        write(folder, name, some_texts(9 if "readme" in name else 900))
+    begun = corpus.dataset_files(str(folder))
+    record = corpus.facts_to_record(begun)
+    common.atomic_write(pipeline.tokenizer_dir(folder) / "phase.json", json.dumps(record))
+    record |= {"phase": "base_train", "inputs": {"data": "old"}}
+    for name in ("0.txt", "a0.txt", "sub/x.txt", "zz.jsonl"):
+        path = folder / name
+        write(path.parent, path.name, some_texts(900, 1))
+    assert corpus.dataset_files(str(folder), record) == begun
+    corpus.check_same(record, corpus.facts_to_record(begun))
+    other = corpus.dataset_files(str(folder), {})
+    assert other["val"] == begun["val"], "a new run holds out what the tokenizer has not seen"
+    assert {*begun["train"]} < {*other["train"]} and len(other["train"]) == len(begun["train"]) + 4
+    # the same size, but not the same
+    (folder / "a.txt").write_bytes((folder / "a.txt").read_bytes()[::-1])
+    now = corpus.facts_to_record(corpus.dataset_files(str(folder), record))
+    corpus.check_same(record, now)
+    corpus.check_same(record, now, "old")  # the same texts in spite of it
+    with ends() as stopped:
+        corpus.check_same(record, now, "new")
+    assert stopped.code == 2 and "other texts: a.txt has changed; " in capsys.readouterr().err
+    (folder / "a.txt").rename(folder / "c.txt")
+    now = corpus.facts_to_record(corpus.dataset_files(str(folder), record))
+    with ends() as stopped:
+        corpus.check_same(record, now)
+    assert stopped.code == 2 and "a.txt is gone" in capsys.readouterr().err
+
+def test_a_half_done_run_keeps_what_is_held_out_and_names_what_has_changed(state, tmp_path):
+    folder = tmp_path / "d"
+    for name in ("a.txt", "b.txt", "readme.txt"):
+        write(folder, name, some_texts(9 if "readme" in name else 900))
+    tok.save_tokenizer(pipeline.tokenizer_dir(folder), {bytes([i]): i for i in range(256)})
+    command = ["base_train.py", f"--data={folder}", "--depth=1", "--max_seq_len=64",
+               "--num_steps=2", "--total_batch_size=128", "--device_batch_size=2",
+               "--compile=False", "--eval_tokens=256"]
+    out = script(state, *command, "--time_limit=0")
+    assert out.returncode == 75 and "held out for validation: b.txt\n" in out.stdout, out.stderr
+    for name in ("0.txt", "z.txt", "sub/x.txt"):
+        path = folder / name
+        write(path.parent, path.name, some_texts(900, 1))
+    write(folder, "a.txt", some_texts(900, 2))
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    out = script(state, *command)
+    assert out.returncode == 2 and "other texts: a.txt has changed; put" in out.stderr, out.stderr
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    write(folder, "a.txt", some_texts(900))
+    out = script(state, *command)
+    assert out.returncode == 0 and "held out for validation: b.txt\n" in out.stdout, out.stderr
+
+def test_an_old_run_goes_on_with_its_own_stores(state, tmp_path):
+    """Whose record says nothing of what is held out, and whose documents were other ones."""
+    folder = tmp_path / "d"
+    for name in ("a.txt", "b.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"a sentence of {name}\n" * 4000)
+    old = {"train_files": ["a.txt"]}
+    made = {}
+    for split, path in ("train", folder / "a.txt"), ("val", folder / "b.txt"):
+        source = {"name": path.name, "bytes": path.stat().st_size,
+                  "mtime": path.stat().st_mtime_ns, "alone": False}
+        made[split] = data.make_store(alone(), str(folder), BYTES, f"{split}_{path.name}", source,
+                                      [(BYTES.encode(path.read_text()), [])])
+    write(folder, "a0.txt", some_texts(30))
+    write(folder / "sub", "z.txt", some_texts(30))
+    assert corpus.dataset_files(str(folder))["old"] is False
+    stores_of(folder, 100)  # a new run beside it
+    files = corpus.dataset_files(str(folder), old)
+    assert corpus.facts_to_record(files) == old, "it stays an old one"
+    for split, store in made.items():
+        found, = data.tokenize_files(alone(), str(folder), files, split, BYTES)
+        assert found.facts == store.facts and found.lengths.size == 1
 
 def test_a_parquet_file_damaged_in_its_middle_is_one_line_that_says_what_to_do(tmp_path, capsys):
     numbers = [np.random.default_rng(i).integers(0, 10 ** 9, 90) for i in range(200)]

@@ -679,13 +679,19 @@ def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state
             "--mixture=identity"]
     out = prepare(hub, state, *args, env={"NANOCHAT_OFFLINE": "1"})
     assert out.returncode == 0 and not hub.seen, out.stdout + out.stderr
-    assert "1 files for training, 1 for validation" in out.stdout and "not read" not in out.stdout
-    assert prepare(hub, state, *args, "--check=True").returncode == 0
+    assert "1 files for training" in out.stdout and "not read" not in out.stdout
+    assert "held out for validation: 1.jsonl.gz\n" in out.stdout and "median" not in out.stdout
+    out = prepare(hub, state, *args, "--check=True")
+    lengths = sorted(map(len, TEXTS[:50]))
+    facts = (f"50 documents, {sum(lengths):,} characters, median "
+             f"{(lengths[24] + lengths[25]) / 2:.0f}, UTF-8, Latin\n")
+    assert out.returncode == 0 and f"0.jsonl.gz: {facts}1.jsonl.gz: {facts}" in out.stdout, out
     assert sorted(p.name for p in own.iterdir()) == ["0.jsonl.gz", "1.jsonl.gz"]
     (own / "more.jsonl").mkdir()
     (own / "notes.md").write_text("not for training")
     out = prepare(hub, state, *args, "--check=True")
-    assert out.returncode == 0 and ": more.jsonl, notes.md\n" in out.stdout, out.stdout
+    assert out.returncode == 0
+    assert "not read: 2 (more.jsonl (a folder), notes.md); read are" in out.stdout, out.stdout
     (own / "1.jsonl.gz").write_bytes((own / "1.jsonl.gz").read_bytes()[:-20])
     talks.write_text("{broken\n" * 30)
     out = prepare(hub, state, *args, "--check=True")

@@ -344,9 +344,16 @@ def test_anothers_tokenizer_is_not_overwritten(state, folder):
 def test_more_data_does_not_make_a_finished_tokenizer_another(state, folder):
     command = ["tok_train.py", f"--data={folder}", "--vocab_size=300"]
     assert script(state, *command).returncode == 0
-    (folder / "a-more.txt").write_text("text that came later")
+    (folder / "sub").mkdir()
+    for name in ("a-more.txt", "0.txt", "zz.txt", "sub/b.txt"):
+        (folder / name).write_text("text that came later")
+    (folder / "notes.md").write_text("no text")
     out = script(state, *command)
     assert out.returncode == 0 and "done already" in out.stdout, out.stderr
+    assert "not read: 1 (notes.md); read are" in out.stdout
+    (folder / "a.jsonl.gz").write_bytes((folder / "b.jsonl.gz").read_bytes())
+    out = script(state, *command)
+    assert out.returncode == 2 and "other texts: a.jsonl.gz has changed;" in out.stderr
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
