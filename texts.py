@@ -28,7 +28,7 @@ def prepare_command(data):
     return shlex.join(["python", "prepare_data.py", f"--data={data}"])
 
 def shown(name):
-    """A file's name or path in one line that can be printed, with escapes where it needs them."""
+    """A file's name, or a text, as one line that can be printed, with escapes where it needs."""
     name = str(name)
     return name if name.isprintable() else ascii(name)
 
@@ -40,10 +40,11 @@ def parquet_problem(path):
     import pyarrow.parquet
     try:
         schema = pyarrow.parquet.ParquetFile(path).schema_arrow
-    except (pyarrow.ArrowException, OSError) as e:
-        return f"{shown(path)} is no readable parquet file: {e}"
-    if "text" not in schema.names:
-        return f"{shown(path)} has no column `text` (it has {', '.join(schema.names)})"
+        names = schema.names
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
+        return f"{shown(path)} is no readable parquet file: {shown(e)}"
+    if "text" not in names:
+        return f"{shown(path)} has no column `text` (it has {shown(', '.join(names))})"
     kind = str(schema.field("text").type)
     if "string" not in kind:
         return f"{shown(path)}: its column `text` is no text but {kind}"
@@ -64,7 +65,7 @@ def read_rows(path, columns=None):
             yield from enumerate(rows, number + 1)
             number += len(rows)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{shown(path)} is damaged in row group {group}: {e}") from e
+        raise ValueError(f"{shown(path)} is damaged in row group {group}: {shown(e)}") from e
 
 def rows_of(table):
     """The rows of a table as dicts; where a text is not UTF-8 all come as bytes."""
@@ -112,7 +113,7 @@ def all_lines(path, newline="\n"):
             for number, line in enumerate(f, 1):
                 yield number, line.encode(errors="surrogateescape")
     except (OSError, EOFError, UnicodeError, zlib.error) as e:
-        raise ValueError(f"{shown(path)} is damaged behind line {number}: {e}") from e
+        raise ValueError(f"{shown(path)} is damaged behind line {number}: {shown(e)}") from e
 
 def good_rows(path, rows, convert, say=common.print0):
     """
