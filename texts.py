@@ -118,8 +118,8 @@ def all_lines(path, newline="\n"):
 def good_rows(path, rows, convert, say=common.print0):
     """
     convert(row) for each (number, row) of `rows`. What convert refuses is skipped, the first NAMED
-    with a message. Failure where that is more than 1 % (and more than 5, or half), or the file is
-    damaged.
+    with a message. Failure where that is more than 1 % (and more than 5, or in another encoding
+    more than half), or the file is damaged.
     """
     kind = "row" if path.suffix == ".parquet" else "line"
     broken = 0
@@ -142,7 +142,8 @@ def good_rows(path, rows, convert, say=common.print0):
                 yield value
     except ValueError as e:
         common.fail(f"{e}; replace it or take it away, and prepare the data again")
-    if broken > max(min(5, total / 2), total / 100):
+    few = min(5, total / 2) if undecoded else 5  # five lines may be all of a text
+    if broken > max(few, total / 100):
         hint = to_utf_8(path) if undecoded and kind == "line" else None
         common.fail(f"{shown(path)}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
                     f"({first}): {hint or 'fix or remove them'}")
