@@ -67,9 +67,9 @@ run.ranks.join()
 # looks for all, since on a shared disk another node may see an older state of the folders.
 begun = run.ranks.on_rank0(records.find_record, directory, settings)
 files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
-if others := corpus.not_read(data):
+if others := run.ranks.on_rank0(corpus.not_read, data):
     common.print0(others)
-known_files = corpus.facts_to_record(files)
+known_files = run.ranks.on_rank0(corpus.facts_to_record, files)
 if start_over or try_out:
     begun = {}
 corpus.check_same(begun, known_files)

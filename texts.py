@@ -315,12 +315,13 @@ def read_documents(path):
 def pieces(line):
     """A line cut behind blanks, where it has some, to pieces of at most DOCUMENT characters."""
     start = 0
+    found = []
     while len(line) - start > DOCUMENT:
         end = start + DOCUMENT
         end = line.rfind(" ", start + DOCUMENT // 2, end) + 1 or end
-        yield line[start:end]
+        found.append(line[start:end])
         start = end
-    yield line[start:]
+    return [*found, line[start:]]
 
 def read_paragraphs(path):
     """Paragraphs of a plain text, which end at a blank line, gathered to documents of about

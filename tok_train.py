@@ -260,7 +260,7 @@ def main():
     splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
     if others := corpus.not_read(data):
         common.print0(others)
-    if start_over:  # a broken file must not cost the old tokenizer
+    if record.get("status") != "done":  # before anything on disk changes
         for path in {**splits["train"], **splits["val"]}.values():
             why = text_problem(path)
             common.check(why is None, why)

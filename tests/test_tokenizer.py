@@ -315,6 +315,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
     empty.mkdir()
     broken.mkdir()
     (broken / "x.parquet").write_bytes(b"PAR1 this is none")
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "a.txt").write_text("good " * 100)
+    (second / "b.txt").write_bytes("größer".encode("cp1252"))
     blank = tmp_path / "blank"
     blank.mkdir()
     (blank / "x.jsonl").write_text('{"text": ""}\n')
@@ -326,7 +330,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(state, folder, tmp_path):
                        ([f"--data={tmp_path}/nowhere"], "nowhere"),
                        ([f"--data={empty}"], "empty"),
                        ([f"--data={blank}"], "blank"),
-                       ([f"--data={broken}"], "x.parquet")):
+                       ([f"--data={broken}"], "x.parquet"),
+                       ([f"--data={second}"], "b.txt: 1 of 1 lines are broken")):
         out = script(state, "tok_train.py", *args)
         assert out.returncode == 2 and said in out.stderr, (args, out.stderr)
         assert out.stderr.count("\n") == 1, (args, out.stderr)
