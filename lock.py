@@ -61,10 +61,12 @@ def boot_id():
     return ""
 
 def held_in_kernel(path):
-    """Whether a living process that this kernel can see, or asks the file server about, has it."""
+    """Whether a living process that this kernel can see, or asks the file server about, has it;
+    None where it does not say."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
-        return common.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB) is False
-    return False
+        free = common.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None if free is None else not free
+    return None
 
 def is_here(holder):
     return holder["host"] == socket.gethostname() and holder.get("boot") == boot_id()
@@ -98,10 +100,11 @@ def living_holder(directory, now=time.time):
     holder = common.read_json(path)
     if "host" not in holder or is_earlier_attempt(holder):
         return None
-    if held_in_kernel(path):
+    held = held_in_kernel(path)
+    if held:
         return holder
     with contextlib.suppress(OSError):  # it may have been given back just now
-        if seen_by_kernel(path, holder):
+        if held is False and seen_by_kernel(path, holder):
             return None  # it frees the lock when a process dies
         if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
             return None

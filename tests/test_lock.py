@@ -201,6 +201,10 @@ def test_where_the_file_system_has_no_flock_the_heartbeat_counts_on_this_host_to
     assert alive(tmp_path, after=lock.PATIENCE_HERE - 1)
     assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)
     mine.release()
+    here = {"host": lock.socket.gethostname(), "boot": lock.boot_id()}
+    write_lock(tmp_path, **here, kernel=True)  # taken where it has it, or when it still had it
+    assert alive(tmp_path, after=lock.PATIENCE_HERE - 1)
+    assert not alive(tmp_path, after=lock.PATIENCE_HERE + 1)
 
 def test_the_heart_beats_and_notices_that_the_lock_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
