@@ -9,10 +9,12 @@ so that an interrupted evaluation continues with the next piece, and status.py a
 name one that failed. They show what was measured last; results and pieces of other weights or
 settings are kept beside it, under the same name with a date.
 """
+import fcntl
 import glob
 import json
 import math
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +120,7 @@ def open_or_exit(run, path, inputs, settings, needed=()):
                 put_aside(partial)  # an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
+    run.ranks.on_rank0(hold, run, partial)
     unfinished = run.ranks.on_rank0(attempts, partial)
     mine = [(found, lines) for found, lines in unfinished if fits(lines[0])]
     found, lines = mine[0] if mine else (partial, [{}])
@@ -161,6 +164,20 @@ def put_aside(path):
         kept = common.aside_name(path)
         path.rename(kept)
         common.print0(f"what was measured of other weights or settings is kept in {kept}")
+
+def hold(run, partial):
+    """Keeps the file of pieces for this process until it ends. Failure (code 2) with the other's
+    name where another process measures the same."""
+    with common.writing(partial, code=2):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = open(partial.with_name(f".{partial.name}.lock"), "a+")  # noqa: SIM115
+    if common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+        file.seek(0)
+        common.fail(f"{partial} is being written by {file.read()}: wait for it or stop it first")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    run.partial_lock = file
 
 def what_changed(old, new):
     """The inputs of two evaluations -> what differs, in words. They are the same but for dtype

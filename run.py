@@ -53,7 +53,8 @@ class Run:
     record: dict = field(default_factory=dict)
     lock: Lock | None = None       # rank 0's
     metrics: object = None         # rank 0's open metrics.jsonl
-    partial: Path | None = None    # of an evaluation, instead: the file of its pieces
+    partial: Path | None = None    # of an evaluation, instead: the file of its pieces,
+    partial_lock: object = None    # and rank 0's lock on it: open, for closing it gives it back
 
     # the wish to stop; times in seconds since the epoch
     stop: str | None = None        # why, once something has asked for it

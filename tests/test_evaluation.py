@@ -2,6 +2,8 @@
 against Wilson's by hand."""
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 import common
 import evaluation
 import status
-from conftest import alone, exit_code, script
+from conftest import REPO, alone, environment, exit_code, script
 
 SCRIPT = """
 import os, signal, sys
@@ -24,6 +26,9 @@ if "a" not in measured.pieces:
     measured.keep("a", [True, False])
 if sys.argv[3] == "raise":
     raise ValueError("the reason why")
+if sys.argv[3] == "wait":
+    print("waits", flush=True)
+    sys.stdin.read()
 if sys.argv[3] == "stop":
     os.kill(os.getpid(), signal.SIGTERM)
     measured.keep("b", None)
@@ -39,6 +44,22 @@ def test_a_damaged_result_is_measured_again(state):
         out = script(state, "-c", SCRIPT, path, "float32", "finish")
         assert out.returncode == 0 and "done already" not in out.stdout, out.stderr
         assert json.loads(path.read_text())["results"] == {"a": [True, False], "b": 2}
+
+def test_of_two_at_once_the_second_is_refused_and_the_first_goes_on(state):
+    path = state / "report/chat_sft_d4.json"
+    command = [sys.executable, "-c", SCRIPT, path, "float32", "wait"]
+    first = subprocess.Popen(command, cwd=REPO, env=environment(state), stdin=-1, stdout=-1,
+                             text=True)
+    while (line := first.stdout.readline()) != "waits\n":
+        assert line, "it has ended"
+    before = path.with_suffix(".partial.jsonl").read_bytes()
+    second = script(state, "-c", SCRIPT, path, "float32", "finish")
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f".partial.jsonl is being written by process {first.pid} on " in second.stderr
+    assert path.with_suffix(".partial.jsonl").read_bytes() == before
+    first.communicate("")
+    assert first.returncode == 0
+    assert json.loads(path.read_text())["results"] == {"a": [True, False], "b": 2}
 
 def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_anew(state):
     path = state / "report/chat_sft_d4.json"
