@@ -115,9 +115,6 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     partial = path.with_suffix(".partial.jsonl")
     result = run.ranks.on_rank0(common.read_json, path)
     if fits(result) and {*needed} <= {*result.get("results", ())}:
-        if run.ranks.rank == 0:
-            with common.writing(partial):
-                put_aside(partial)  # an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
     run.ranks.on_rank0(hold, run, partial)
