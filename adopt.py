@@ -7,18 +7,22 @@ version of November 2025.
 
 nanochat's own files are not changed. Beside tokenizer.pkl it writes ranks.txt and tokenizer.json,
 which hold no code; beside a model a record (phase.json) and a manifest with checksums and the
-settings that nanochat's own file lacks. Then go on with
+settings that nanochat's own file lacks. What cannot be written has to be copied first; the line
+that says so has the command. Then go on with
 
     bash speedrun.sh --data=fineweb_edu --from=mid
 """
 import io
 import json
 import pickle
+import shlex
+import sys
 import time
 
 import checkpoint
 import common
 import configurator
+import models
 import pipeline
 import status
 import tokenizer as tok
@@ -41,6 +45,11 @@ class OnlyAnEncoding(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tokenizer needs; "
                                      "nothing of it was run")
 
+def refuse(directory, error):
+    common.fail(f"cannot write in {directory}, which nanochat has left ({error.strerror}): copy it "
+                "and adopt the copy",
+                next_command=models.copy_first(shlex.join(["python", "adopt.py", *sys.argv[1:]])))
+
 def adopt_tokenizer(directory):
     """Keeps nanochat's tokenizer.pkl, read without trust, as plain data beside it. Failure where it
     is none."""
@@ -50,7 +59,7 @@ def adopt_tokenizer(directory):
         parts = [fields[name] for name in ("mergeable_ranks", "pat_str", "special_tokens")]
         tok.save_tokenizer(directory, *parts)
     except OSError as e:
-        common.fail(f"cannot keep {path} as plain data: {e}; make the folder writable or copy it")
+        refuse(directory, e)
     except Exception as e:  # noqa: BLE001  (a broken pickle can raise nearly anything)
         common.fail(f"{path} is not a tokenizer that can be used: {e}; move it away and train one "
                     "(tok_train.py)")
@@ -62,7 +71,6 @@ def adopt_model(directory, step):
     import torch
 
     import gpt
-    import models
     model_name, _, meta_name = checkpoint.names(step)
     meta = common.read_json(directory / meta_name)
     try:
@@ -87,8 +95,7 @@ def adopt_model(directory, step):
                             json.dumps({"step": step, "files": listed, "meta": meta}))
         lock.release()
     except OSError as e:
-        common.fail(f"cannot write in {directory}, which nanochat has left: {e}; make it writable "
-                    "or copy it")
+        refuse(directory, e)
     print(f"adopted nanochat's checkpoint of step {step:,} in {directory}")
 
 def main():

@@ -2,6 +2,7 @@
 Finding and loading trained models, by stage (base, mid, sft, rl), data set and tag (d4, ...).
 Everything here only reads.
 """
+import os
 import shlex
 import time
 from typing import NamedTuple
@@ -81,8 +82,12 @@ def find_model(stage, data, tag=""):
         common.fail(f"there is no {name} of the data set {data} in {pipeline.data_root(data)} "
                     f"(trained so far: {exists})", next_command=command)
     if checkpoint.made_by_nanochat(folder) not in (None, *checkpoint.steps(folder)):
-        common.fail(f"{folder} holds a model that nanochat has made; to use it, adopt it first",
-                    next_command=shlex.join(["python", "adopt.py", f"--data={data}"]))
+        adopt = shlex.join(["python", "adopt.py", f"--data={data}"])
+        made = f"{folder} holds a model that nanochat has made"
+        if not os.access(folder, os.W_OK):
+            common.fail(f"{made} and cannot be written: copy it and adopt the copy",
+                        next_command=copy_first(adopt))
+        common.fail(f"{made}; to use it, adopt it first", next_command=adopt)
     step = finished_step(folder)
     why = step is not None and checkpoint.problem(folder, step, optimizer=False)
     if step is not None and why is None:
@@ -100,6 +105,13 @@ def find_model(stage, data, tag=""):
         common.fail(f"{half} and is being trained now by {holder_name(holder)}: wait for it")
     advice = f"train it again from step {half_way} on" if why else "finish it first"
     common.fail(f"{half}: {advice}", next_command=command)
+
+def copy_first(command):
+    """A command line for a state folder that cannot be written: copies it to where it can, and runs
+    the command there."""
+    here, there = shlex.quote(str(pipeline.base_dir())), "~/nanochat-copy"
+    return (f"cp -r {here} {there} && chmod -R u+w {there} && export NANOCHAT_BASE_DIR={there} && "
+            f"{command}")
 
 def choose_tag(stage, data, command):
     """The tag of a training of `stage` whose command names none: that of the half-done one which

@@ -3,6 +3,8 @@ on from it, and nothing that would overwrite it starts."""
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import tiktoken
@@ -14,7 +16,17 @@ import gpt
 import models
 import pipeline
 import tokenizer as tok
-from conftest import BYTES, SHARED, alone, ends, exit_code, needs_nanochat, script
+from conftest import (
+    BYTES,
+    REPO,
+    SHARED,
+    alone,
+    ends,
+    environment,
+    exit_code,
+    needs_nanochat,
+    script,
+)
 from records import load_record
 from test_data import write
 from test_run import settings
@@ -150,6 +162,67 @@ def test_one_that_nanochat_made_itself(state):
     tokenizer = models.load_tokenizer_of(folder, 400, "fineweb_edu")
     model, meta = models.load_model(folder, 400, "cpu", torch.float32)
     assert meta["step"] == 400 and tokenizer.vocab_size == 4096 == model.config.vocab_size
+
+READ_ONLY = """
+set -e
+mount --bind "$1" "$1"
+mount -o remount,bind,ro "$1"
+export NANOCHAT_BASE_DIR="$1"
+shift
+exec "$@"
+"""
+
+@pytest.fixture
+def on_read_only_disk(state):
+    """run(*args): `python ARGS`, for which the state folder is on a disk that is read-only"""
+    mounts = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+    if subprocess.run([*mounts, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+
+    def run(*args):
+        command = [*mounts, "bash", "-c", READ_ONLY, "bash", state, sys.executable, *args]
+        return subprocess.run(command, cwd=REPO, env=environment(state), capture_output=True,
+                              text=True, check=False)
+    return run
+
+def everything(folder):
+    return {p: (p.read_bytes(), p.stat().st_mtime) for p in folder.rglob("*") if p.is_file()}
+
+EVALUATION = ["chat_eval.py", "--source=base", "--tasks=spellingbee", "--max_items=1",
+              "--max_new_tokens=2"]
+
+def test_on_a_read_only_disk_it_is_talked_to_or_the_line_says_copy_it(
+        left, on_read_only_disk, tmp_path):
+    state = left.parents[1]
+    (state / "task_data").mkdir()
+    words = "\n".join(f"{a}{b}word" for a in "abcdefgh" for b in "abcdefgh")
+    (state / "task_data/words_alpha.txt").write_text(words)
+    copied = tmp_path / "nanochat-copy"
+    copy = f"copy it and adopt the copy; run: cp -r {state} ~/nanochat-copy && "
+    before = everything(state)
+    for args in (["chat_cli.py", "-p", "hello"], ["adopt.py"], EVALUATION):
+        out = on_read_only_disk(*args)
+        assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+        assert copy in out.stderr and "python adopt.py" in out.stderr, out.stderr
+    assert everything(state) == before
+    told = out.stderr.strip().rpartition("; run: ")[2].replace("python ", f"{sys.executable} ")
+    home = {**environment(state), "HOME": str(tmp_path)}
+    copying = subprocess.run(["bash", "-c", told], cwd=REPO, env=home, capture_output=True,
+                             text=True, check=False)
+    assert "adopted nanochat's checkpoint of step 20" in copying.stdout, copying.stderr
+    assert everything(state) == before and checkpoint.problem(copied / left.relative_to(state),
+                                                              20) is None
+    adopt.adopt_model(left, 20)
+    before = everything(state)
+    out = on_read_only_disk("chat_cli.py", "-p", "hello", "--max_new_tokens=2")
+    assert out.returncode == 0 and "base model d1 of fineweb_edu" in out.stderr
+    out = on_read_only_disk(*EVALUATION)  # whose result has no place there
+    assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+    assert "Read-only" in out.stderr and "or copy the folder" in out.stderr
+    assert script(state, *EVALUATION).returncode == 0
+    assert "done already" in on_read_only_disk(*EVALUATION).stdout, "reading it needs no writing"
+    theirs = {path: what for path, what in everything(state).items() if path in before}
+    assert theirs == before
 
 # ---- its pickled tokenizer
 
