@@ -227,8 +227,8 @@ def writing(path, code=1):
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "free some space and run the same command again"
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = ("make it writable and run the same command again, or copy the folder and set "
-                      "$NANOCHAT_BASE_DIR to the copy")
+            advice = ("make it writable, or copy it and set $NANOCHAT_BASE_DIR to the copy, and "
+                      "run the same command again")
         fail(f"could not write to {path}: {e}; what is saved is untouched: {advice}", code)
 
 def atomic_write(path, content):
