@@ -56,6 +56,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # <sys/mount.h>
 MS_REMOUNT, MS_BIND, MNT_DETACH = 32, 4096, 2
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 36, 38  # <sys/prctl.h>
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+KEYCTL = {"x86_64": 250, "aarch64": 219}  # number of the system call, <asm/unistd.h>
+KEYCTL_JOIN_SESSION_KEYRING = 1  # <linux/keyctl.h>
 NOT_CONFINED = 3  # exit code of a process that could not give up its rights
 
 settings = types.SimpleNamespace(**json.loads(sys.argv[1]))  # see execution.supervise
@@ -65,6 +67,7 @@ def main():
         importlib.import_module(name)
     if settings.namespaces:
         leave_the_disk()
+        leave_the_keys()
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for_program, for_checker = socket.socketpair()
@@ -105,6 +108,12 @@ def leave_the_disk():
     if libc.pivot_root(b".", b".") or libc.umount2(b".", MNT_DETACH):  # see pivot_root(2)
         sys.exit(f"cannot leave the disk: {os.strerror(ctypes.get_errno())}")
     os.chdir("/")
+
+def leave_the_keys():
+    """Changes to an empty session keyring: the user's may hold tickets and passwords."""
+    number = KEYCTL.get(os.uname().machine)
+    if number:
+        libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None)
 
 def show(path, place):
     """Makes a file or folder of the disk visible at `place`, read-only."""

@@ -4,6 +4,7 @@ as others, beside copies of what it imports:
 
     python ways_out.py FOLDER     # makes a user's files, pipes and sockets in it; prints JSON
 """
+import ctypes
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ def connect(address): return socket.socket(socket.AF_UNIX).connect(address) is N
 def send(address):
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'x', address) == 1
 def internet(port): return socket.socket().connect(('127.0.0.1', port)) is None
+def key(serial): return libc.syscall(250, 11, serial, ctypes.create_string_buffer(8), 8) > 0
 def signal(pid): return os.kill(pid, 0) is None
 
 def create(path): return open(path, 'x') is not None
@@ -90,6 +92,11 @@ def main(folder):
             ("folder", str(folder)), ("folder", "/proc"), ("folder", "/sys"), ("folder", "/etc"),
             ("read", "/proc/self/cmdline"), ("folder", "/proc/self/root/etc"),
             ("execute", "/bin/true")]
+    if os.uname().machine == "x86_64":
+        session = -3
+        key = ctypes.CDLL(None).syscall(248, b"user", str(folder).encode(), b"secret", 6, session)
+        if key > 0:  # else there are no keyrings here
+            ways.append(("key", key))
     users, mounts, remount = 0x10000000, 0x20000, 32 | 4096
     library = os.path.dirname(os.__file__)
     rights = [("unshare", users), ("unshare", users | mounts), ("unshare", mounts),
