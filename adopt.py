@@ -14,6 +14,7 @@ that says so has the command. Then go on with
 """
 import io
 import json
+import os
 import pickle
 import shlex
 import sys
@@ -45,6 +46,10 @@ class OnlyAnEncoding(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tokenizer needs; "
                                      "nothing of it was run")
 
+def check_readable(path):
+    common.check(os.access(path, os.R_OK), f"{path}, which nanochat has left, cannot be read: make "
+                 "it readable (chmod u+r)")
+
 def refuse(directory, error):
     common.fail(f"cannot write in {directory}, which nanochat has left ({error.strerror}): copy it "
                 "and adopt the copy",
@@ -54,6 +59,7 @@ def adopt_tokenizer(directory):
     """Keeps nanochat's tokenizer.pkl, read without trust, as plain data beside it. Failure where it
     is none."""
     path = directory / "tokenizer.pkl"
+    check_readable(path)
     try:
         fields = vars(OnlyAnEncoding(io.BytesIO(path.read_bytes())).load())
         parts = [fields[name] for name in ("mergeable_ranks", "pat_str", "special_tokens")]
@@ -72,6 +78,7 @@ def adopt_model(directory, step):
 
     import gpt
     model_name, _, meta_name = checkpoint.names(step)
+    check_readable(directory / model_name)
     meta = common.read_json(directory / meta_name)
     try:
         config = gpt.GPTConfig(**meta["model_config"], arch="nanochat_2025")

@@ -218,11 +218,18 @@ def test_on_a_read_only_disk_it_is_talked_to_or_the_line_says_copy_it(
     assert out.returncode == 0 and "base model d1 of fineweb_edu" in out.stderr
     out = on_read_only_disk(*EVALUATION)  # whose result has no place there
     assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
-    assert "Read-only" in out.stderr and "or copy the folder" in out.stderr
+    assert "Read-only" in out.stderr and "or copy it" in out.stderr
     assert script(state, *EVALUATION).returncode == 0
     assert "done already" in on_read_only_disk(*EVALUATION).stdout, "reading it needs no writing"
     theirs = {path: what for path, what in everything(state).items() if path in before}
     assert theirs == before
+
+def test_what_cannot_be_read_is_not_to_be_moved_away(left, monkeypatch, capsys):
+    monkeypatch.setattr(adopt.os, "access", lambda *args: False)  # root may read everything
+    for function, args in ((adopt.adopt_model, (left, 20)), (adopt.adopt_tokenizer, (left,))):
+        assert exit_code(function, *args) == 2
+        said = capsys.readouterr().err
+        assert "cannot be read: make it readable" in said and "move" not in said
 
 # ---- its pickled tokenizer
 
