@@ -44,7 +44,7 @@ RANGES = {
     "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "rewind": (1, 10 ** 9),
     "total_batch_size": (1, 2 ** 31),
     "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e26), "size": (0.001, 1000),
-    "shards": (1, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
+    "shards": (0, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
     "problems_per_step": (1, 10 ** 6), "samples": (2, 10 ** 4), "eval_samples": (1, 10 ** 4),
     "eval_problems": (1, 10 ** 9), "max_items": (1, 10 ** 9), "core_items": STEPS,
     "eval_tokens": WHOLE, "max_prompt": (2, 2 ** 20), "max_new_tokens": ROWS,

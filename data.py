@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from array import array
 from collections import Counter, namedtuple
 from itertools import chain, islice
@@ -78,6 +79,9 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     there = open_store(prefix, source)
     if there is not None and is_whole(there, prefix):
         return
+    with common.writing(prefix, code=2):  # known before minutes are spent
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=prefix.parent).close()
     common.print0(f"tokenizing {texts.shown(prefix.name)}")
     show = common.progress("documents tokenized")
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")

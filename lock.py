@@ -178,5 +178,5 @@ def put_aside(directory):
     common.print0(f"starting over; the old state is kept in {aside}")
     copies = sorted(directory.parent.glob(f"{glob.escape(directory.name)}.old-*"))
     sizes = [path.lstat().st_size for copy in copies for path in copy.rglob("*")]
-    common.print0(f"put aside so far: {len(copies)} copies, {sum(sizes) / 1e6:,.1f} MB; once you "
+    common.print0(f"copies put aside so far: {len(copies)}, {sum(sizes) / 1e6:,.1f} MB; once you "
                   f"need none of them: {shlex.join(['rm', '-r', *map(str, copies)])}")

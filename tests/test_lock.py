@@ -288,7 +288,7 @@ def test_what_is_put_aside_is_kept_apart_counted_and_cleared_by_what_is_printed(
     name = "d4.old-20260101-000000"
     assert [path.name for path in copies] == [name, f"{name}-2", f"{name}-3"]
     assert [(path / "model.pt").read_bytes()[0] for path in copies] == [0, 1, 2], "none is lost"
-    assert "3 copies, 3.0 MB" in said[-1]
+    assert "so far: 3, 3.0 MB;" in said[-1]
     (folder.parent / "d40.old-20260101-000000").mkdir()
     subprocess.run(said[-1].partition("none of them: ")[2], shell=True, check=True)
     assert [path.name for path in folder.parent.iterdir()] == ["d40.old-20260101-000000"]

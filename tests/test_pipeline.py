@@ -1,9 +1,11 @@
 """The whole pipeline in small through speedrun.sh; bad input; what is refused before it begins."""
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +13,8 @@ import pyarrow.parquet
 import pytest
 
 import common
-from conftest import REPO, environment, needs_venv, script
+import tokenizer as tok
+from conftest import REPO, environment, needs_venv, random_model, save_model, script
 from test_launch import copy_with_phases
 
 SMALL = ["--size=0.02", "--vocab_size=512", "--max_seq_len=128", "--total_batch_size=1024",
@@ -216,6 +219,89 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(prepared, tmp_path):
         out = script(state, name, "--data=toy", "--tag=v", *args)
         assert out.returncode == 2 and "vocabulary of 512" in out.stderr, out.stderr
         assert "Traceback" not in out.stderr
+
+# ---- starting over
+
+QUICK = ["--num_steps=2", "--max_seq_len=128", "--total_batch_size=1024", "--device_batch_size=4",
+         "--compile=False", "--dtype=float32", "--threads=1", "--eval_tokens=2000",
+         "--tok.vocab_size=512", "--sample_every=0", "--device=cpu"]
+
+@needs_venv
+def test_the_command_that_is_printed_starts_that_phase_over_and_no_other(prepared, tmp_path):
+    state = copy_of(prepared, tmp_path)
+    flags = ["--depth=1", "--only=tok,base", "--skip-trial", "--", *QUICK]
+    assert speedrun(state, *flags).returncode == 0
+    before = snapshot(state / "toy")
+    out = speedrun(state, *flags, "--base.seed=5")
+    assert out.returncode == 2 and "seed was 1337, now 5" in out.stderr
+    assert [line for line in snapshot(state / "toy") if "tok" not in line[0]] == [
+        line for line in before if "tok" not in line[0]]
+    command = out.stdout.splitlines()[-1].partition("to start it over: ")[2]
+    again = subprocess.run(command, shell=True, cwd=REPO, env=environment(state), text=True,
+                           capture_output=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "tok_train: done already" in again.stdout
+    assert "copies put aside so far: 1," in again.stdout
+    aside = list((state / "toy").rglob("*.old-*"))
+    assert [path.parent.name for path in aside] == ["base_checkpoints"]
+
+def done_sft(state):
+    """A small model of mid, and one of sft that is done. -> its folder"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(state))
+        tokenizer = tok.load_tokenizer("toy")
+        model = random_model(64, tokenizer.vocab_size, 1, 1, 1, 16)
+        save_model("mid", "toy", "d1", model, tokenizer, batch_tokens=512, num_steps=7)
+        folder = save_model("sft", "toy", "d1", model, tokenizer, num_steps=7)
+    record = {"status": "done", "settings": {}, "inputs": {}, "free": {}, "step": 7, "updated": 0.0}
+    (folder / "phase.json").write_text(json.dumps(record))
+    return folder
+
+SFT = ["chat_sft.py", "--data=toy", "--tag=d1", "--start_over=True", "--mixture=gsm8k:50",
+       "--held_out=smoltalk:20", "--threads=1", "--device=cpu", "--dtype=float32", "--max_steps=1",
+       "--compile=False", "--eval_tokens=500"]
+
+def test_starting_over_with_a_broken_file_leaves_the_good_model_and_works_once_it_is_mended(
+        prepared, tmp_path):
+    state = copy_of(prepared, tmp_path)
+    folder = done_sft(state)
+    before = snapshot(state)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{broken\n" * 30)
+    command = [*SFT, f"--extra_conversations={mine}"]
+    out = script(state, *command)
+    assert out.returncode == 2 and str(mine) in out.stderr, out.stdout + out.stderr
+    assert snapshot(state) == before
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    mine.write_text(json.dumps({"messages": said}) + "\n")
+    out = script(state, *command)
+    assert out.returncode == 0 and "put aside so far: 1," in out.stdout, out.stderr
+    assert len(list(folder.parent.glob("d1.old-*"))) == 1
+
+def read_only(folder):
+    """What runs a command for which `folder` is on a disk that cannot be written; [] where that
+    takes rights that we do not have."""
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && exec \"$@\""
+    for rights in ([], ["-r"]):
+        command = ["unshare", *rights, "-m", "bash", "-c", mount, "-"]
+        tried = subprocess.run([*command, "true"], capture_output=True, check=False)
+        if tried.returncode == 0:
+            return command
+    return []
+
+def test_starting_over_where_nothing_may_be_written_is_one_line(prepared, tmp_path):
+    state = copy_of(prepared, tmp_path)
+    done_sft(state)
+    before = snapshot(state)
+    tokenizer = ["tok_train.py", "--data=toy", "--start_over=True", "--vocab_size=500"]
+    for disk, command in ((state, SFT), (state / "toy/chatsft_checkpoints", SFT),
+                          (state, tokenizer)):
+        without = read_only(disk) or pytest.skip("no mounts here")
+        out = subprocess.run([*without, sys.executable, *command], cwd=REPO, text=True,
+                             env=environment(state), capture_output=True, check=False)
+        assert out.returncode == 2 and "could not write to" in out.stderr, out.stdout + out.stderr
+        assert out.stderr.count("\n") == 1 and "make it writable" in out.stderr
+        assert snapshot(state) == before
 
 @needs_venv
 def test_what_later_phases_read_is_looked_at_before_the_first_begins(prepared, tmp_path):
