@@ -33,6 +33,7 @@ All phases in their order; run it again at any time: what is done is skipped.
   --dry-run           print the commands and do nothing
   -- --key=value      settings for every phase that has them: -- --device_batch_size=8
                       for one phase alone: -- --rl.num_steps=100 --sft.mixture=smoltalk,gsm8k
+                      to start one over (the old one is put aside): -- --sft.start_over=True
 
 State goes to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat). Exit codes: 0 done, 2 bad settings or
 missing inputs, 75 interrupted but saved: run the same command again; anything else is a failure.
