@@ -4,7 +4,7 @@ Checkpoints that cannot be hurt by killing the writer. That of step 400 is four 
     model_000400.pt        the weights, a state dict (nanochat's names)
     optim_000400.pt        the optimizer's tensors by parameter name, whole, whatever the ranks
     meta_000400.json       step, settings, model shape, time spent
-    manifest_000400.json   size and SHA-256 of the other three, written last
+    manifest_000400.json   size and SHA-256 of the other three, and the meta again, written last
 
 Each is written under a temporary name, flushed to disk, read back, then renamed. Without its
 manifest there is no checkpoint, so a death at any moment leaves the old one or the new one. While
@@ -43,12 +43,19 @@ def files(directory, step):
     (a flipped bit may hit a key)"""
     return common.read_json(Path(directory) / manifest_name(step)).get("files", {})
 
+def repeated_meta(directory, step):
+    """The meta as the manifest repeats it; {} where it does not, or a bit has flipped there.
+    nanochat's own file stays as nanochat wrote it: what we add stands here (see adopt.py)."""
+    manifest = common.read_json(Path(directory) / manifest_name(step))
+    meta = manifest.get("meta", {})
+    digest = hashlib.sha256(json.dumps(meta, indent=1).encode()).hexdigest()
+    fits = digest == files(directory, step).get(names(step)[2], [0, ""])[1]
+    return meta if fits or "adopted" in meta else {}
+
 def load_meta(directory, step):
-    """The meta of a checkpoint, a dict; {} where it cannot be read. nanochat's own file stays as
-    nanochat wrote it: what we add to it stands in the manifest (see adopt.py)."""
-    directory = Path(directory)
-    adopted = common.read_json(directory / manifest_name(step)).get("meta")
-    return adopted or common.read_json(directory / names(step)[2])
+    """The meta of a checkpoint, a dict; {} where it can be read nowhere."""
+    repeated = repeated_meta(directory, step)
+    return repeated or common.read_json(Path(directory) / names(step)[2])
 
 def same_run(meta, other):
     """Whether the metas of two checkpoints are of one run: settings and inputs are the same, as
@@ -72,13 +79,16 @@ def fingerprint(directory, step):
 
 def problem(directory, step, optimizer=True):
     """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not.
-    optimizer=False: for who needs the weights and meta alone."""
+    optimizer=False: for who needs the weights and meta alone, wherever the meta stands."""
     listed = files(directory, step)
+    unneeded = [] if optimizer else [names(step)[1]]
+    if not optimizer and repeated_meta(directory, step):
+        unneeded.append(names(step)[2])
     if not listed:
         return "its manifest is missing or damaged"
     for name, (size, digest) in listed.items():
         path = Path(directory) / name
-        if name == names(step)[1] and not optimizer:
+        if name in unneeded:
             continue
         if not path.is_file():
             return f"{name} is missing"
@@ -182,7 +192,7 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
                optim_name: write(optim_name, lambda f: torch.save(optim_state, f)),
                meta_name: write(meta_name, lambda f: f.write(meta_text.encode()))}
     common.fsync_dir(directory)
-    manifest = json.dumps({"step": step, "files": written})
+    manifest = json.dumps({"step": step, "files": written, "meta": json.loads(meta_text)})
     write(manifest_name(step), lambda f: f.write(manifest.encode()))
     common.fsync_dir(directory)
 

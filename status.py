@@ -48,7 +48,9 @@ def lost_part(directory, step):
         if step is None:
             return "its checkpoint is missing"
         sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()
-                 if name != checkpoint.names(step)[1]}  # nobody needs the optimizer any more
+                 if name == checkpoint.names(step)[0]}  # nobody needs the optimizer any more
+        if not checkpoint.load_meta(directory, step):
+            return f"{checkpoint.names(step)[2]} is missing or damaged"
     for name, size in sizes.items():
         if not (directory / name).exists() or (directory / name).stat().st_size < size:
             return f"{name} is missing or cut short"

@@ -62,6 +62,17 @@ def test_who_needs_the_weights_alone_is_not_stopped_by_the_optimizer(tmp_path):
     flip(tmp_path / "model_000002.pt", 4000)
     assert checkpoint.newest(tmp_path, optimizer=False, say=lambda why: None) is None
 
+def test_a_meta_is_needed_once(tmp_path):
+    save(tmp_path, 2)
+    manifest = tmp_path / "manifest_000002.json"
+    whole = manifest.read_text()
+    (tmp_path / "meta_000002.json").unlink()
+    assert checkpoint.newest(tmp_path, optimizer=False) == 2
+    assert checkpoint.load(tmp_path, 2, optimizer=False)[2] == {"loss": 1.0, "step": 2}
+    manifest.write_text(whole.replace('"loss": 1.0', '"loss": 9.0'))
+    assert checkpoint.load_meta(tmp_path, 2) == {}, "a bit has flipped in the one that is left"
+    assert checkpoint.newest(tmp_path, optimizer=False, say=lambda why: None) is None
+
 def test_the_newest_are_kept_where_they_are_whole(tmp_path):
     for step in range(5):
         save(tmp_path, step, keep=2)

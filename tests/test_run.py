@@ -239,9 +239,13 @@ def test_asking_whether_a_phase_is_done_changes_nothing_on_disk(folder, capsys):
 @pytest.mark.parametrize("damage", [damage_file, lambda path: path.unlink()])
 def test_what_is_done_needs_its_weights_alone(folder, damage):
     trained(folder)
-    damage(folder / "optim_000009.pt")
+    for name in ("optim_000009.pt", "meta_000009.json"):
+        damage(folder / name)
     before = contents(folder)
     assert exit_code(start, folder, damage=None) == 0 and contents(folder) == before
+    assert models.find_model("base", "toy", "d4") == (folder, 9)
+    assert checkpoint.load(folder, 9, optimizer=False)[2]["loss"] == 1.0
+    assert status.describe(folder)[0] == "done"
 
 @pytest.mark.parametrize("finished,name", [
     (True, "model_000009.pt"), (True, "manifest_000009.json"), (False, "model_000009.pt"),
