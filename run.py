@@ -325,7 +325,7 @@ class Run:
             checkpoint.sweep(self.directory, self.lock.mine)
             # always a new file: a line that an old attempt still writes goes to the old one
             path = self.directory / "metrics.jsonl"
-            kept = [r for r in common.read_json_lines(path) if r["step"] < step]
+            kept = [r for r in common.read_json_lines(path) if r.get("step", step) < step]
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
                 self.metrics = open(path, "a", 1, encoding="utf-8")  # noqa: SIM115

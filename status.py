@@ -68,7 +68,7 @@ def describe(directory):
     if status == "done":
         if lost := lost_part(directory, step):
             return "failed", f"was done, but {lost}"
-        return "done", f"done, {where}{ago(record['updated'])}"
+        return "done", f"done, {where}{ago(record.get('updated', 0.0))}"
     if status == "interrupted":
         return "half", f"half done, {half} ({reason})"
     if status == "running":
@@ -154,7 +154,7 @@ def data_sets():
     for path in pipeline.base_dir().rglob("phase.json"):
         if record := common.read_json(path):
             usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
-            name = record["settings"].get("data", usual)  # adopt.py's has none
+            name = record.get("settings", {}).get("data", usual)  # adopt.py's has none
             found[name] = max(written(path.parent), found.get(name, 0.0))
     if not found.keys() & {*pipeline.SHARED_DATA} and tags("fineweb_edu"):  # nanochat's own
         found = {"fineweb_edu": 0.0, **found}

@@ -178,8 +178,9 @@ class LossGuard:
 def finite_losses(directory):
     """The losses of the steps in metrics.jsonl, without those that were skipped."""
     lines = common.read_json_lines(directory / "metrics.jsonl")
-    return [line["loss"] for line in lines if line.get("kind") == "train"
-            and math.isfinite(line["loss"]) and math.isfinite(line["norm"])]
+    both = [(line.get("loss", math.nan), line.get("norm", math.nan)) for line in lines
+            if line.get("kind") == "train"]  # a damaged line may lack a key
+    return [loss for loss, norm in both if math.isfinite(loss) and math.isfinite(norm)]
 
 # -------------------------------------------------------------------------------------------------
 # measuring

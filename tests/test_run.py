@@ -1,5 +1,6 @@
 """run.py and common.py: records, starting over, stopping, deadlines, metrics, the end."""
 import ast
+import contextlib
 import fcntl
 import json
 import math
@@ -21,6 +22,7 @@ import records
 import report
 import rewind
 import status
+import training
 from configurator import Settings
 from conftest import REPO, alone, ends, environment, exit_code, script, without_reader
 from ranks import Ranks
@@ -811,6 +813,31 @@ def test_the_first_ranks_word_is_the_outcome(tmp_path, monkeypatch):
     common.leave_outcome(1, "out of memory", retry_with=["--rows=4"])
     common.leave_outcome(1, "another rank died")
     assert common.read_json(tmp_path / "outcome")["retry_with"] == ["--rows=4"]
+
+def test_a_bit_flipped_anywhere_in_the_record_or_metrics_is_no_traceback(folder, capsys):
+    run = start(folder, damage=None)
+    run.begin_loop(0, 9, 0.0)
+    for step in range(3):
+        run.log(kind="train", step=step, loss=1.0, norm=1.0)
+    save(run, 3)
+    exit_code(run.exit_done, step=3, val_bpb=1.0)
+    for name in ("phase.json", "metrics.jsonl", "manifest_000003.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 11):
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            status.data_sets()
+            status.phases_of("toy", "d4")
+            training.finite_losses(folder)
+            for call in (records.judge, models.find_model):
+                args = ("base", "toy", "d4")
+                if call is records.judge:
+                    args = ("base", folder, settings(), {"data": "abc"})
+                with contextlib.suppress(common.Failure):
+                    call(*args)
+        path.write_bytes(whole)
 
 # ---- what others make of it
 
