@@ -29,7 +29,13 @@ def resume(run, model, optimizer):
         return 0, 0.0
     weights, optim_state, meta = checkpoint.load(run.directory, step)
     models.put_weights(model, weights)
-    optimizer.load_state_dict(optim_state)
+    try:
+        optimizer.load_state_dict(optim_state)
+    except (LookupError, StopIteration, RuntimeError) as e:
+        common.fail(f"the optimizer's state of step {step} in {run.directory} does not fit that of "
+                    f"this version of the source ({type(e).__name__}: {e}): use the version that "
+                    "trained it (git checkout; its commit is in phase.json), or train anew with "
+                    "--start_over=True")
     common.print0(f"continuing at step {step:,} of {meta['num_steps']:,}")
     return step, meta["seconds"]
 

@@ -20,7 +20,7 @@ import gpt
 import optim
 import pipeline
 import training
-from conftest import REPO, alone, environment, script
+from conftest import REPO, alone, environment, exit_code, script
 from records import load_record
 
 COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--device=cpu",
@@ -172,7 +172,7 @@ def test_the_rows_that_a_device_holds_at_once_change_nothing(straight, tmp_path,
         assert [line[key] for line in now if key in line] == pytest.approx(expected, rel=1e-4)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path):
+def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path, capsys):
     """A file that is mapped into memory keeps its room on the disk after it is removed."""
     def made(seed):
         model = gpt.GPT(gpt.GPTConfig(16, 64, 1, 1, 1, 16))
@@ -191,3 +191,11 @@ def test_a_resumed_run_holds_no_file_of_the_checkpoint_open(tmp_path):
     assert training.resume(run, again, its_optimizer) == (7, 1.5)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+    states = optimizer.state_dict()
+    states.pop(next(iter(states)))
+    for strange in ({}, states):  # of a version with other parameters
+        checkpoint.save(tmp_path, 7, model.state_dict(), strange, meta)
+        assert exit_code(training.resume, run, *made(1)) == 2
+        said = capsys.readouterr().err
+        assert "optimizer's state of step 7" in said and said.count("\n") == 1
