@@ -39,12 +39,13 @@ def ago(when):
     """example: three minutes before now -> "3m00s ago" """
     return f"{common.duration(max(0, time.time() - when))} ago"
 
-def lost_part(directory, step):
+def lost_part(directory):
     """What a tokenizer or a training that was done lacks now, or None."""
     sizes = {}
     if directory.name == "tokenizer":
         sizes = {"tokenizer.json": 0}
     if directory.parent.name.endswith("_checkpoints"):
+        step = finished_step(directory)
         if step is None:
             return "its checkpoint is missing"
         sizes = {name: size for name, (size, _) in checkpoint.files(directory, step).items()
@@ -66,7 +67,7 @@ def describe(directory):
         where = f"step {step} of {meta.get('num_steps', '?')}, "
         half = f"saved at {where}{ago(written(directory / checkpoint.manifest_name(step)))}"
     if status == "done":
-        if lost := lost_part(directory, step):
+        if lost := lost_part(directory):
             return "failed", f"was done, but {lost}"
         return "done", f"done, {where}{ago(record.get('updated', 0.0))}"
     if status == "interrupted":

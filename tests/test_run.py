@@ -304,6 +304,17 @@ def test_another_runs_checkpoint_in_the_folder_costs_nothing(folder, capsys, ste
     if finished:
         assert models.find_model("base", "toy", "d4") == (folder, 9)
 
+def test_status_calls_done_what_later_stages_can_use(folder, capsys):
+    run = start(folder, damage=None)
+    save(run, 3)
+    save(run, 9, keep=2)
+    exit_code(run.exit_done, step=9)
+    assert models.is_finished(folder) and status.describe(folder)[0] == "done"
+    (folder / "manifest_000009.json").unlink()
+    assert not models.is_finished(folder)
+    assert status.describe(folder) == ("failed", "was done, but its checkpoint is missing")
+    assert exit_code(models.find_model, "base", "toy", "d4") == 2
+
 def test_a_run_begun_with_start_over_whose_checkpoint_is_damaged_is_put_aside_too(folder):
     asked = settings(start_over=True)
     run = start(folder, asked, damage=None)
