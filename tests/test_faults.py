@@ -4,6 +4,7 @@ the script."""
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,41 @@ def test_a_terminal_ends_no_training(prepared, folder):
     out = without_reader("base_train.py", *BASE, "--num_steps=2", env=environment(prepared))
     assert out.returncode == 0 and out.stderr == "", "printing is not worth a run"
     assert load_record(folder)["status"] == "done" and checkpoint.newest(folder) == 2
+
+MEASURED = """
+import signal, run
+def memory(when):
+    facts = dict(line.split(":") for line in open("/proc/self/status"))
+    print(when, *(facts[name].split()[0] for name in ("VmRSS", "VmHWM")), flush=True)
+real_begin, real_end = run.Run.begin_loop, run.Run.end
+def begin_loop(*args):
+    real_begin(*args)
+    memory("before")
+def end(*args, **more):
+    memory("after")
+    real_end(*args, **more)
+run.Run.begin_loop, run.Run.end = begin_loop, end
+training.print_samples = lambda *args: None
+"""
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_resumed_run_needs_as_much_memory_as_a_fresh_one(prepared, folder):
+    """A copy of the weights that was forgotten would be 46 MB, one of the optimizer 51 MB, of
+    700."""
+    args = [*BASE, "--depth=6", "--tag=d1", "--total_batch_size=256", "--device_batch_size=4",
+            "--num_steps=2", "--save_minutes=60"]
+    found = []
+    for fault in ("os.kill(os.getpid(), signal.SIGTERM) or loss", "loss"):
+        # what is freed is given back at once, so that memory in use is what is measured
+        out = faulty(prepared, "base_train.py", args, fault, MEASURED, env={
+            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})
+        assert out.returncode in (0, 75), out.stderr
+        found.append(re.findall(r"^(?:before|after) (\d+) (\d+)$", out.stdout, re.MULTILINE))
+    assert "continuing at step 1 of 2" in out.stdout
+    ((fresh, _), (_, fresh_peak)), ((resumed, load_peak), (_, peak)) = found
+    assert int(resumed) == pytest.approx(int(fresh), rel=0.03)
+    assert int(load_peak) < int(fresh_peak), "nor does loading need more than a step"
+    assert int(peak) <= 1.03 * int(fresh_peak)
 
 def finite(state):
     return all(torch.isfinite(tensor).all() for tensor in state.values() if torch.is_tensor(tensor))
