@@ -29,7 +29,7 @@ arch = "modern"              # modern, or nanochat_2025: the plain model of Nove
 tokens_per_param = 12.0      # training tokens per parameter (embeddings not counted)
 num_steps = -1               # number of steps, instead of --tokens_per_param; -1: derived
 target_flops = -1.0          # floating point operations in all, instead of both; -1: not given
-total_batch_size = -1        # tokens a step, on all ranks; -1: derived from all training tokens
+total_batch_size = -1        # tokens a step, however few rows fit a device; -1: follows the horizon
 matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
 embedding_lr = 0.3           # AdamW learning rate of all embeddings; scaled as matrix_lr
 unembedding_lr = 0.004       # AdamW learning rate of lm_head; scaled as matrix_lr
@@ -40,7 +40,7 @@ warmdown_ratio = 0.6         # share of the steps, at the end, in which the lear
 final_lr_fraction = 0.02     # final learning rate as a share of the peak
 seed = 1337                  # decides the initial weights and the order of the rows
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows that a device holds at once; give less if memory runs out
+device_batch_size = 32       # rows that a device holds at once: fewer need less, the batch stays
 eval_every = 250             # steps between measurements of bits per byte; 0: only at the end
 eval_tokens = 10_485_760     # how many tokens of the validation split are measured, at most
 sample_every = 1000          # steps between printed samples; 0: only at the end
@@ -106,7 +106,7 @@ flops_per_token = model.flops_per_token()
 parameters = sum(p.numel() for p in model.parameters())
 
 # a step trains on `rows` rows, of which a device takes micro_rows at once
-rows, num_steps, scaling_params = training.horizon(
+rows, why, num_steps, scaling_params = training.horizon(
     model, num_steps, target_flops, tokens_per_param, total_batch_size)
 micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 batch_tokens = rows * max_seq_len
@@ -124,8 +124,7 @@ common.print0(
     f"  training: {num_steps:,} steps of {batch_tokens:,} tokens = "
     f"{training.in_words(total_tokens)} tokens, {total_tokens / scaling_params:.1f} per parameter "
     f"(embeddings not counted), {total_tokens * flops_per_token:.2e} FLOPs\n"
-    f"  batch: {rows:,} rows of {max_seq_len:,} tokens = {rows // (micro_rows * ranks.world)} "
-    f"micro-batches of {micro_rows} on each of {ranks.world} ranks\n"
+    f"  batch: {training.batch_in_words(why, rows, max_seq_len, micro_rows, ranks.world)}\n"
     f"  devices: {ranks.world} x {compute}")
 if not try_out:
     epochs = num_steps * rows / epoch_rows
@@ -169,7 +168,7 @@ while True:
                                          compute.device)
         if val_bpb is None:
             continue  # asked to stop in the middle: the lines above save and stop
-        run.log(kind="val", step=step, val_bpb=val_bpb)
+        training.log_measured(run, step, val_bpb)
         common.print0(f"step {step:,}: validation {val_bpb:.4f} bits per byte")
     if step > 0 and training.is_due(run, step, sample_every):
         prompts = ["The", "Once upon a time", "The capital of France is"]

@@ -82,7 +82,7 @@ def batch_lr_scale(batch_tokens):
 
 def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
     """How much base_train.py trains, from its settings of these names.
-    -> (rows of a step, steps, parameters of matrices and head)"""
+    -> (rows of a step, why so many, steps, parameters of matrices and head)"""
     length = model.config.sequence_len
     scaling = sum(p.numel() for n, p in model.named_parameters()
                   if "transformer.h" in n or "lm_head" in n)
@@ -94,14 +94,26 @@ def horizon(model, num_steps, target_flops, tokens_per_param, total_batch_size):
         tokens = tokens_per_param * scaling
     if total_batch_size != -1:
         rows = total_batch_size // length
+        why = GIVEN
     else:
         # the best batch grows with about the 0.38th power of the tokens (arXiv 2505.13738):
         # 2^19 tokens at d12's 1.6e9
         guess = 2 ** 19 * (tokens / 1.6e9) ** 0.383
         rows = max(1, 2 ** round(math.log2(guess / length)))
+        why = f"chosen as for {in_words(round(tokens))} tokens of training"
     if num_steps == -1:
         num_steps = max(1, round(tokens / (rows * length)))
-    return rows, num_steps, scaling
+    return rows, why, num_steps, scaling
+
+GIVEN = "set by --total_batch_size"
+
+def batch_in_words(why, rows, length, micro_rows, world):
+    """What a step trains on, and how it fits the devices. example: (GIVEN, 256, 2048, 32, 8) ->
+    "524,288 tokens a step (set by --total_batch_size) = 256 rows of 2,048 tokens = 1 micro-batches
+    of 32 on each of 8 ranks" """
+    turns = rows // (micro_rows * world)
+    return (f"{rows * length:,} tokens a step ({why}) = {rows:,} rows of {length:,} tokens = "
+            f"{turns} micro-batches of {micro_rows} on each of {world} ranks")
 
 # -------------------------------------------------------------------------------------------------
 # a loss that goes wrong
@@ -233,6 +245,30 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     if run.try_out:
         run.eval_seconds = (time.monotonic() - began) * wanted / (n - start)
     return nats / (math.log(2) * total_bytes) if total_bytes else math.nan
+
+TURNED = 0.005  # validation this share above its best, two measurements in a row, has turned up
+
+def turned_up(values):
+    """The place in a list of measurements at which validation has turned up, None where it has not.
+    examples: [3, 2, 2.1, 2.2] -> 3;  [3, 2, 2.1, 1.9] -> None"""
+    for i in range(2, len(values)):
+        if min(values[i - 1:i + 1]) > min(values[:i - 1]) * (1 + TURNED):
+            return i
+    return None
+
+def log_measured(run, step, val_bpb):
+    """Logs a measurement of bits per byte, and says once where validation turns up while the
+    training goes on: from there it learns its text by heart."""
+    run.log(kind="val", step=step, val_bpb=val_bpb)
+    if run.ranks.rank != 0:
+        return
+    lines = common.read_json_lines(run.directory / "metrics.jsonl")
+    measured = [(line["val_bpb"], line["step"]) for line in lines if "val_bpb" in line]
+    if turned_up([value for value, _ in measured]) == len(measured) - 1:
+        best, its_step = min(measured)
+        common.print0(f"warning: validation has turned up: it was best at step {its_step:,} with "
+                      f"{best:.4f} bits per byte and is {val_bpb:.4f} now (overfitting): more "
+                      "text, fewer steps or a smaller model would help")
 
 def print_samples(run, model, tokenizer, prompts):
     """Greedy continuations of a few prompts, of 48 tokens, on rank 0."""

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import common
+import gpt
 import training
 from conftest import REPO, alone, environment, script, without_reader
 from records import load_record
@@ -74,6 +75,7 @@ def test_every_phase_tries_out_its_first_steps_before_there_is_a_model(prepared,
     facts = left()
     assert facts["code"] == 0 and facts["num_steps"] == 50 and facts["evals"] == 1
     assert facts["bytes"] > 1_000_000 and facts["keep"] == 1 and facts["seconds"] > 0
+    assert "512 tokens a step (set by --total_batch_size) = 8 rows of 64 tokens = " in out.stdout
     assert "1 micro-batches of 8 on each of 1 ranks" in out.stdout and not folder.exists()
     assert not list((prepared / "toy/tokens").glob("*/train_*.json")), "random tokens will do"
 
@@ -342,6 +344,35 @@ def test_a_trial_without_gradients_ends_in_a_line_and_judges_no_loss(prepared, f
         assert "the last steps had no finite gradient (4 in a row)" in out.stderr
     else:
         tried_out(out)
+
+def test_the_batch_is_said_in_words():
+    model = gpt.GPT(gpt.GPTConfig(64, 300, 1, 1, 1, 64))
+    flops = 1e7 * model.flops_per_token()
+    for steps, given, expected in ((-1, -1, "chosen as for 10.0M tokens of training"),
+                                   (9, -1, "chosen as for 1,600.0M tokens of training"),
+                                   (9, 512, "set by --total_batch_size")):
+        rows, why, _, _ = training.horizon(model, steps, flops, 12.0, given)
+        assert why == expected
+    assert training.batch_in_words(why, rows, 64, 4, 1) == (
+        "512 tokens a step (set by --total_batch_size) = 8 rows of 64 tokens = "
+        "2 micro-batches of 4 on each of 1 ranks")
+
+def test_a_run_says_once_when_validation_turned_up_resumed_or_not(tmp_path, capsys):
+    measured = [4.0, 3.0, 3.01, 2.9, 2.95, 2.91, 2.95, 3.1, 3.2, 2.8, 3.0, 3.0]
+    for resumed_at in (0, 3, 7, 9):
+        run = alone()
+        run.directory = tmp_path / str(resumed_at)
+        run.directory.mkdir()
+        run.metrics = open(run.directory / "metrics.jsonl", "a", 1, "utf-8")  # noqa: SIM115
+        for step, value in enumerate(measured):
+            if step < resumed_at:  # as an earlier attempt has left it
+                run.log(kind="val", step=step, val_bpb=value)
+            else:
+                training.log_measured(run, step, value)
+        said = capsys.readouterr().out
+        assert said.count("\n") == (resumed_at <= 7), said
+        if said:
+            assert "best at step 3 with 2.9000 bits per byte and is 3.1000 now" in said
 
 def test_an_easy_first_batch_sets_no_level(capsys):
     run = alone()
