@@ -113,6 +113,7 @@ run.update_record(chosen=compute.recorded())
 model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
 
 plan = dataset.make_plan([store._replace(mask=None)], length + 1, tokenizer.bos, split=False)
+why = "as in pretraining" if total_batch_size == -1 else training.GIVEN
 num_steps = max(1, dataset.n_rows(plan) // rows)
 if max_steps != -1:
     num_steps = min(num_steps, max_steps)
@@ -124,6 +125,7 @@ common.print0(
     f"  held out: {said[1]}\n"
     f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
     f"({batch_tokens:,} tokens)\n"
+    f"  batch: {training.batch_in_words(why, rows, length, micro_rows, ranks.world)}\n"
     f"  devices: {ranks.world} x {compute}")
 if dataset.n_rows(plan) < rows:
     common.print0(f"  all rows together are less than one batch of {batch_tokens:,} tokens: some "
@@ -160,7 +162,7 @@ while True:
                                          compute.device)
         if val_bpb is None:
             continue  # asked to stop in the middle: the lines above save and stop
-        run.log(kind="val", step=step, val_bpb=val_bpb)
+        training.log_measured(run, step, val_bpb)
         common.print0(f"step {step:,}: held-out conversations {val_bpb:.4f} bits per byte")
     if last:
         break
