@@ -265,12 +265,13 @@ def plain_text_of(line):
     """A line of a plain text."""
     return judged(text_of_line(line))
 
-def text_problem(path):
+def text_problem(path, enough=None):
     """None, or why a run would end at this file of texts. Read are the first rows of a .parquet
-    file, and the first lines of a large one of another kind."""
+    file, and of another kind all lines, of a large one the first; or `enough` of them."""
     if path.suffix == ".parquet":
         return parquet_problem(path) or problem(path, read_rows(path, ["text"]), text_of, 1000)
-    enough = 10_000 if path.stat().st_size > LARGE else None
+    if enough is None and path.stat().st_size > LARGE:
+        enough = 10_000
     if is_plain(path):
         return problem(path, all_lines(path), plain_text_of, enough)
     return problem(path, read_lines(path), text_of, enough)
