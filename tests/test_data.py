@@ -206,7 +206,7 @@ def test_what_was_wrongly_decoded_is_broken_in_every_kind_of_file(tmp_path, caps
     assert stopped.code == 2 and "30 of 730 " in capsys.readouterr().err
     assert "30 of " in texts.text_problem(path)
 
-def test_half_a_pair_is_one_broken_line_of_utf_16_and_no_traceback_in_json(tmp_path, capsys):
+def test_half_a_pair_is_one_broken_line_of_utf_16_and_no_traceback_in_json(state, tmp_path, capsys):
     path = tmp_path / "a.txt"
     lines = [f"line {i}\n".encode("utf-16-le") for i in range(600)]
     path.write_bytes(b"\xff\xfe" + b"".join([*lines[:9], b"\x00\xd8a\0\n\0", *lines[9:]]))
