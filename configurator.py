@@ -39,7 +39,7 @@ WHOLE, ROWS, STEPS, RATE = (0, 10 ** 15), (1, 2 ** 20), (0, 10 ** 9), (1e-9, 100
 RANGES = {
     "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "workers": (0, 1024), "keep": (1, 10 ** 6),
     # the model: a vocabulary is 256 bytes, 9 special tokens and a merge or more
-    "depth": (1, 99), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
+    "depth": (1, 999), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
     # how much
     "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "rewind": (1, 10 ** 9),
     "total_batch_size": (1, 2 ** 31),
@@ -193,7 +193,7 @@ def check_value(name, value, default):
         common.check(sound, f"--{name} must be {range_of(key)}, not {shown(value)}")
 
 def range_of(key):
-    """example: "depth" -> "1 to 99","""
+    """example: "depth" -> "1 to 999","""
     low, high = RANGES.get(key, ANY)
     return f"{low:,} to {high:,}"
 

@@ -112,7 +112,7 @@ def make_plan(words):
     names = [n for n in names[names.index(first):] if n in only and n not in skipped]
     common.check(names, f"--from, --only and --skip-... leave nothing to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
-    check_number("--depth", flags.get("--depth=", depth), 99)
+    check_number("--depth", flags.get("--depth=", depth), configurator.RANGES["depth"][1])
     nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
     check_number("--nproc", nproc, 9999)
     in_slurm = "--slurm" in flags

@@ -105,7 +105,7 @@ def test_what_makes_no_sense_is_one_line(flags, says, capsys):
     said = capsys.readouterr().err
     assert end.code == 2 and says in said and said.count("\n") == 1
 
-@pytest.mark.parametrize("depth", ["0", "100", "x", ""])
+@pytest.mark.parametrize("depth", ["0", "1000", "x", ""])
 def test_depth_has_a_range(depth):
     with ends() as end:
         given(depth=depth)

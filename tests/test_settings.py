@@ -124,7 +124,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path, args, says):
     ("target_flops", "-1.0", -1.0, True), ("target_flops", "-7", -1.0, False),
     ("matrix_lr", "0", 0.02, False), ("scalar_lr", "0.0", 0.0, True),
     ("lr_fraction", "-1", 1.0, False), ("warmdown_ratio", "5", 0.6, False),
-    ("seed", "9" * 20, 1337, False), ("depth", "100", 20, False),
+    ("seed", "9" * 20, 1337, False), ("depth", "1000", 20, False),
     ("threads", "99999999", 0, False), ("device_batch_size", "9" * 20, 32, False),
     ("source", "xyz", "sft", False), ("source", "", "sft", False), ("source", "", "", True),
     ("core_items", "-1", -1, True), ("core_items", "-2", -1, False), ("yours", "1e19", 0.5, False),
@@ -248,7 +248,7 @@ def test_help_prints_all_settings_with_comments_and_defaults(tmp_path):
                              ("--mixture=['a']", "a list"), ("--device_rows=8", "rows at once")):
         assert any(setting in line and comment in line for line in lines), setting
     assert "later" not in out.stdout
-    assert any("--depth=20" in line and line.endswith("[1 to 99]") for line in lines)
+    assert any("--depth=20" in line and line.endswith("[1 to 999]") for line in lines)
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_setting_of_every_script_has_a_comment(name):
