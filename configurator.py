@@ -199,10 +199,6 @@ def range_of(key):
 
 def check_together(settings):
     """Failure where settings do not go together."""
-    if "warmup_ratio" in settings:
-        warm = settings["warmup_ratio"] + settings["warmdown_ratio"]
-        common.check(warm <= 1, f"--warmup_ratio and --warmdown_ratio must be 1 together at most, "
-                     f"not {warm}")
     if "max_seq_len" in settings:
         length, batch = settings["max_seq_len"], settings["total_batch_size"]
         common.check(batch == -1 or batch % length == 0, "--total_batch_size must be a multiple of "
@@ -365,7 +361,7 @@ def check_arguments(arguments):
         common.check(key not in ("data", "depth", "tag"), f"--{key} cannot stand behind the --: "
                      "put --data and --depth before it (the tag is d<depth>)")
         common.check(part or key not in ACTIONS, f"--{key} needs its phase, or all of them would "
-                     f"take it: write --sft.{key}=True")
+                     f"take it: write --sft.{key}={value}")
         known = [defaults(phase.script) for phase in pipeline.PHASES if part in ("", phase.name)]
         common.check(known, f"there is no phase {part!r} ({argument}); there are "
                      f"{', '.join(phase.name for phase in pipeline.PHASES)}")

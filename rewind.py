@@ -8,7 +8,6 @@ so the batch of a step stays a function of data, seed, step and record, and a ru
 after it went back resumes as any other.
 """
 import os
-import time
 
 import checkpoint
 import common
@@ -54,7 +53,7 @@ def went_back(directory, record, step):
 def put_aside_later(directory, step):
     """Renames the checkpoints that are later than `step` into a folder beside, with the date."""
     later = [s for s in checkpoint.steps(directory) if s > step]
-    aside = directory.with_name(f"{directory.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = common.aside_name(directory)
     for other in later:
         aside.mkdir(exist_ok=True)
         # the manifest last: with it a death in the middle leaves what is found again

@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import clock
 import common
+import configurator
 import models
 import records
 import report
@@ -657,6 +658,11 @@ def test_what_is_done_does_not_go_back(half, capsys):
     save(run, 20, keep=9)
     assert exit_code(run.exit_done, step=20) == 0
     assert exit_code(rewound, half, 9) == 2 and "is done" in capsys.readouterr().err
+
+def test_one_phase_of_many_goes_back():
+    configurator.check_arguments(["--mid.rewind=3"])
+    for argument in ("--rewind=3", "--mid.rewind=0", "--tok.rewind=3"):
+        assert exit_code(configurator.check_arguments, [argument]) == 2
 
 def test_nor_does_what_has_trained_on_nothing_since(folder, capsys):
     trained(folder, finished=False)
