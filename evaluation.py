@@ -118,6 +118,9 @@ def open_or_exit(run, path, inputs, settings, needed=()):
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
     run.ranks.on_rank0(hold, run, partial)
+    if result and not fits(result):
+        common.print0("measuring anew, since the result that is there is of other settings or "
+                      f"inputs: {what_changed(result.get('inputs', {}), inputs)}")
     unfinished = run.ranks.on_rank0(attempts, partial)
     mine = [(found, lines) for found, lines in unfinished if fits(lines[0])]
     found, lines = mine[0] if mine else (partial, [{}])

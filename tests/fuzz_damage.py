@@ -374,9 +374,9 @@ def words_of(path):
     except Exception:  # noqa: BLE001  (pyarrow raises nearly anything)
         return None
 
-def unsaid(folder, outcome, names):
+def unsaid(folder, outcome, names, trained=True):
     """What of the files in `folder` was not trained on, or trained on as something else, without a
-    word about it."""
+    word about it; trained=False: which of them cannot be read, without a word."""
     faults = []
     trained_on = collections.Counter(re.sub(r"<\|\w+\|>", " ", outcome.trained_on).split())
     if {"\ufffd", "\0"} & {*outcome.trained_on}:
@@ -386,7 +386,9 @@ def unsaid(folder, outcome, names):
             continue
         found = words_of(path)
         said = path.name in outcome.out or any(name in outcome.out for name in names)
-        missing = found is None or collections.Counter(" ".join(found).split()) - trained_on
+        missing = found is None
+        if trained and not missing:
+            missing = collections.Counter(" ".join(found).split()) - trained_on
         if missing and not said:
             faults.append(f"{path.name} was not read whole, which is not said")
     return faults
@@ -433,12 +435,14 @@ def judge(name, words, here, whole, damaged, outcome, names, expected):
         changed = sorted(path for path in {*now, *damaged} if now.get(path) != damaged.get(path))
         faults += [f"refused, but changed {path}" for path in changed
                    if "/tokens/" not in path and ".lock-guard" not in path]
+    if outcome.code == 0 and name in ("check", "tok over"):
+        faults += unsaid(here / "books", outcome, names, trained=False)
     if outcome.code == 0 and not named:
         if "new" in name or "over" in name:
             users = {"base": ["books"], "mid": ["talks"], "sft": ["talks"]}.get(name.split()[0], [])
             for folder in users:
                 faults += unsaid(here / folder, outcome, names)
-        elif result(name, words, here) != expected[0]:
+        elif result(name, words, here) != expected[0] and "measuring anew" not in outcome.out:
             faults.append("another result, and nothing said")
         if name == "chat" and outcome.out != expected[1]:
             faults.append("another answer, and nothing said")

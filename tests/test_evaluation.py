@@ -117,7 +117,8 @@ def test_nothing_measured_is_lost_where_another_evaluation_takes_its_place(state
     aside, = path.parent.glob(f"{path.name}.old-*")
     assert common.read_json(aside)["inputs"] == {"items": 100}
     assert common.read_json(path)["results"] == {"n": 5}
-    assert "is kept in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is kept in" in said and "measuring anew" in said and "another items" in said
 
     assert exit_code(measure, 300, until=2) == 75
     assert exit_code(measure, 5) == 0 and "done already" in capsys.readouterr().out
