@@ -667,6 +667,15 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     store = next(tokens.rglob("*0.jsonl-*.tokens.npy"))
     store.write_bytes(store.read_bytes()[:-8])  # a store that is not whole is made again
     assert again() == (before, 1)
+    content = bytearray(store.read_bytes())
+    content[-4] ^= 1  # nor is one in which a bit has flipped trained on
+    store.write_bytes(content)
+    assert again() == (before, 1) and again() == (before, 0)
+    facts = next(tokens.rglob("*0.jsonl.json"))
+    facts.unlink()
+    os.mkfifo(facts)  # to open it would take for ever
+    assert common.read_json(facts) == {} == dict(common.read_json_lines(facts))
+    assert again() == (before, 1)
     write(folder, "0.jsonl", some_texts(30, 9))
     after, count = again()
     assert after != before and count == 1
