@@ -26,8 +26,7 @@ from records import load_record
 COMMON = ["--data=toy", "--dtype=float32", "--threads=1", "--device=cpu",
           "--save_minutes=0.0", "--eval_every=5", "--device_batch_size=4"]  # saves after every step
 BASE = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_steps=12",
-        "--eval_tokens=4000", "--sample_every=0", "--warmup_ratio=0.5", "--warmdown_ratio=0.5",
-        "--compile=False"]
+        "--eval_tokens=4000", "--sample_every=0", "--warmup_ratio=0.5", "--compile=False"]
 CHAT = ["--mixture=smoltalk:60,gsm8k:60,spellingbee:60", "--max_steps=12", "--eval_tokens=4000",
         "--compile=False"]
 RL = ["--num_steps=8", "--problems_per_step=2", "--samples=4", "--max_new_tokens=12",

@@ -171,7 +171,6 @@ def test_every_number_has_a_range_in_which_its_default_lies_and_nothing_endless_
 
 @pytest.mark.parametrize("name,words,says", [
     ("base_train.py", ["--total_batch_size=3"], "multiple of --max_seq_len"),
-    ("base_train.py", ["--warmup_ratio=0.5"], "--warmdown_ratio must be 1 together"),
     ("mid_train.py", ["--mixture="], "nothing to learn from"),
     ("chat_sft.py", ["--held_out="], "--held_out is empty"),
     ("chat_eval.py", ["--tasks="], "--tasks is empty"),
