@@ -115,6 +115,10 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     partial = path.with_suffix(".partial.jsonl")
     result = run.ranks.on_rank0(common.read_json, path)
     if fits(result) and {*needed} <= {*result.get("results", ())}:
+        if run.ranks.rank == 0 and partial.exists():
+            hold(run, partial)
+            with common.writing(partial):
+                put_aside(partial)  # an attempt at something else
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
     run.ranks.on_rank0(hold, run, partial)
@@ -170,7 +174,7 @@ def hold(run, partial):
     name where another process measures the same."""
     with common.writing(partial, code=2):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        file = open(partial.with_name(f".{partial.name}.lock"), "a+")  # noqa: SIM115
+        file = open(partial.with_name(f".{partial.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115
     if common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
         file.seek(0)
         common.fail(f"{partial} is being written by {file.read()}: wait for it or stop it first")

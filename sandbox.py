@@ -125,7 +125,7 @@ def show(path, place):
         os.mkdir(place)
         flags |= MS_NODEV
     else:
-        open(place, "x").close()
+        open(place, "xb").close()
     mount(path, place, "", MS_BIND)
     # a remount has to repeat the flags of that disk, which have the same bits in statvfs
     flags |= os.statvfs(place).f_flag & (MS_NODEV | MS_NOEXEC)

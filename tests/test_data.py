@@ -671,7 +671,7 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     content[-4] ^= 1  # nor is one in which a bit has flipped trained on
     store.write_bytes(content)
     assert again() == (before, 1) and again() == (before, 0)
-    facts = next(tokens.rglob("*0.jsonl.json"))
+    facts = next(tokens.rglob("*0.jsonl-*.json"))
     facts.unlink()
     os.mkfifo(facts)  # to open it would take for ever
     assert common.read_json(facts) == {} == dict(common.read_json_lines(facts))

@@ -314,6 +314,7 @@ def record(state):
         common.atomic_write(folder / "phase.json", json.dumps({**usual, **facts}))
         if {**usual, **facts}["status"] == "done":
             common.atomic_write(folder / "manifest_000100.json", "{}")
+            common.atomic_write(folder / "meta_000100.json", '{"num_steps": 100}')
         return folder
     return write
 
