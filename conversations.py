@@ -43,7 +43,7 @@ def read(row):
             if not isinstance(row[key], list):
                 raise TypeError(f"{key} is {shown(row[key])}, expected a list of messages")
             return from_messages(row[key], system)
-    if row.get("instruction") is None:
+    if row.get("instruction") is None or "output" not in row:
         raise ValueError(f"found the fields {', '.join(row)}, expected messages, conversations, or "
                          "instruction and output")
     history = row.get("history") or []
@@ -137,7 +137,11 @@ def calls_of(where, message):
         found.append({"function": message["function_call"]})
     calls = []
     for call in found:
-        name, given = call["function"]["name"], call["function"]["arguments"]
+        try:
+            name, given = call["function"]["name"], call["function"]["arguments"]
+        except (LookupError, TypeError):
+            raise ValueError(f"{where} has the tool call {shown(call)}, expected "
+                             '{"function": {"name": ..., "arguments": ...}}') from None
         arguments = given
         if isinstance(given, str):
             with contextlib.suppress(ValueError):

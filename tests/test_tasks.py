@@ -401,7 +401,11 @@ def test_calls_of_a_calculator_and_their_answers_are_calls_of_ours():
      'expected python or calculator with code or expression alone'),
     ([said("user", "Hi"), said("assistant", "", tool_calls=[call("python", "1+2")])],
      'with "1+2", expected python or calculator'),
-    ({"instruction": "a"}, "no field output"),
+    ([said("user", "Hi"), said("assistant", "", tool_calls=[{"name": "python"}])],
+     'message 2 has the tool call {"name": "python"}, expected {"function": {"name": '),
+    ([said("user", "Hi"), said("assistant", "", tool_calls="python")],
+     'message 2 has the tool call "p", expected {"function": {"name": '),
+    ({"instruction": "a"}, "found the fields instruction, expected messages, conversations, or"),
     ({"instruction": "a", "input": 5, "output": "b"}, "input is 5, expected text"),
     ({"instruction": "a", "output": "b", "history": ["Hi"]}, 'history is ["Hi"], expected [['),
     ({"system": 5, "messages": TURNS}, "system has the content 5, expected text")])
