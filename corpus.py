@@ -189,8 +189,8 @@ def check_same(begun, now, fingerprint=None):
         elif before[name] != now["texts"][name]:
             other.append(f"{shown(name)} has changed")
     common.check(not other, f"{begun.get('phase')} was started with other texts: "
-                 f"{listed(other, 5)}; put the old ones back to resume it, or --start_over=True to "
-                 "put it aside and start anew")
+                 f"{listed(other, 5)}; put the old ones back to resume it, or "
+                 f"{pipeline.starting_over(begun.get('phase'))} to put it aside and start anew")
 
 def iter_texts(data, split="train", begun=None):
     """All documents of a split, file by file. begun: as dataset_files has it"""

@@ -13,6 +13,7 @@ import common
 import data as dataset
 import gpt
 import models
+import pipeline
 import rewind
 from compute import to_device
 from run import TRY_OUT_STEPS
@@ -35,7 +36,7 @@ def resume(run, model, optimizer):
         common.fail(f"the optimizer's state of step {step} in {run.directory} does not fit that of "
                     f"this version of the source ({type(e).__name__}: {e}): use the version that "
                     "trained it (git checkout; its commit is in phase.json), or train anew with "
-                    "--start_over=True")
+                    f"{pipeline.starting_over(run.name)}")
     common.print0(f"continuing at step {step:,} of {meta['num_steps']:,}")
     return step, meta["seconds"]
 
