@@ -142,13 +142,15 @@ def good_rows(path, rows, convert, say=common.print0):
                 yield value
     except ValueError as e:
         common.fail(f"{e}; replace it or take it away, and prepare the data again")
+    hint = to_utf_8(path) if undecoded and kind == "line" else None
     few = min(5, total / 2) if undecoded else 5  # five lines may be all of a text
     if broken > max(few, total / 100):
-        hint = to_utf_8(path) if undecoded and kind == "line" else None
         common.fail(f"{shown(path)}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
                     f"({first}): {hint or 'fix or remove them'}")
     if broken > NAMED:
         say(f"{shown(path)}: and {broken - NAMED:,} more")
+    if hint:
+        say(f"{shown(path)}: {hint}")
 
 def reason_of(error):
     """Why a line or row is skipped, in words."""
@@ -170,14 +172,20 @@ FREQUENT = {
 }
 
 def guess_encoding(path):
-    """The likeliest encoding of a text that is no UTF-8; None where a byte order mark tells it."""
+    """The likeliest encoding of a text that is no UTF-8; None where it is none of the known ones: a
+    byte order mark tells it, it is no text, or most of it is UTF-8."""
     with opener(path)(path, "rb") as f:
         sample = f.read(1_000_000)
     if encoding_of(path) != "UTF-8":
         return None
-    if b"\0" in sample:  # where most is ASCII, half of the bytes are NUL
-        return "UTF-16LE" if sample[1::2].count(0) > sample[::2].count(0) else "UTF-16BE"
-    sample = b"\n".join(line for line in sample.split(b"\n") if not line.isascii())[:20_000]
+    for encoding, half in ("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2]):
+        if 20 * half.count(0) > len(half):  # blanks and line ends, at least
+            return encoding
+    lines = [line for line in sample.split(b"\n") if not line.isascii()]
+    whole = sum(line.decode(errors="ignore").encode() == line for line in lines)
+    if b"\0" in sample or 2 * whole > len(lines):
+        return None
+    sample = b"\n".join(lines)[:20_000]
     runs = re.findall(rb"[\x80-\xff]+", sample)
     if sum(map(len, runs)) < 1.7 * len(runs):  # single letters with an accent among others
         return "CP1252"
@@ -317,7 +325,7 @@ def pieces(line):
     """A line cut behind blanks, where it has some, to pieces of at most DOCUMENT characters."""
     start = 0
     found = []
-    while len(line) - start > DOCUMENT:
+    while len(line) - start > DOCUMENT + 1:  # with its line end
         end = start + DOCUMENT
         end = line.rfind(" ", start + DOCUMENT // 2, end) + 1 or end
         found.append(line[start:end])
@@ -325,8 +333,8 @@ def pieces(line):
     return [*found, line[start:]]
 
 def read_paragraphs(path):
-    """Paragraphs of a plain text, which end at a blank line, gathered to documents of about
-    DOCUMENT characters; a longer paragraph ends at a line of its own."""
+    """Paragraphs of a plain text, which end at a blank line, gathered to documents of DOCUMENT
+    characters and what is left of their last one; a longer paragraph is divided between lines."""
     gathered = []
     size = 0  # of the paragraphs gathered that have ended
     paragraph = 0  # of the one that has not
@@ -337,32 +345,47 @@ def read_paragraphs(path):
         if ends:
             size += paragraph - 1
             paragraph = 0
-        else:
-            paragraph += len(line)
-        full = (size if ends else paragraph) >= DOCUMENT
-        if not (ends and full):
-            gathered.append(line)
-        if full:
-            text = "".join(gathered)
-            yield text.removesuffix("\n") if ends else text
+            if size >= DOCUMENT:
+                yield "".join(gathered).removesuffix("\n")
+                gathered, size = [], 0
+                continue
+        elif paragraph > 0 and paragraph + len(line) > DOCUMENT:
+            yield "".join(gathered)
             gathered, size, paragraph = [], 0, 0
+        if not ends:
+            paragraph += len(line)
+        gathered.append(line)
     if "".join(gathered).strip():
         yield "".join(gathered)
 
 def split_documents(texts, split):
     """The documents of a file that is in both splits: every HOLD_OUT-th is held out; of fewer the
-    end of the last one, a tenth of all but not more than half of it."""
+    end of the text, a tenth of it."""
     first = list(islice(texts, HOLD_OUT))
-    if first and len(first) < HOLD_OUT:
-        *others, last = first
-        at = len(last) - min(len(last) // 2, sum(map(len, first)) // 10 + 1)
-        at = last.rfind(" ", len(last) // 2, at) + 1 or at
-        yield from [last[at:]] if split == "val" else [*others, last[:at]]
+    if len(first) < HOLD_OUT:
+        train, val = divided(first, sum(map(len, first)) // 10 + 1)
+        yield from val if split == "val" else train
         return
     for i, text in enumerate(chain(first, texts)):
         held_out = i % HOLD_OUT == HOLD_OUT - 1
         if held_out == (split == "val"):
             yield text
+
+def divided(documents, size):
+    """The documents but the last `size` characters, and these, where it goes from behind a blank
+    on.  example: (["a b", "c d"], 4) -> (["a "], ["b", "c d"])"""
+    head = [*documents]
+    tail = []
+    while head and len(head[-1]) <= size:
+        tail.insert(0, head.pop())
+        size -= len(tail[0])
+    if head and size > 0:
+        last = head.pop()
+        at = len(last) - size
+        at = last.rfind(" ", len(last) // 2, at) + 1 or at
+        head.append(last[:at])
+        tail.insert(0, last[at:])
+    return head, tail
 
 def documents(path, split, shared):
     """The documents of a file of a split; shared: it is in both."""
