@@ -385,8 +385,8 @@ def from_here(word):
     if value.startswith("["):
         specs = convert("mixture", value, [])
         return f"--{name}={[file_from(here, spec) for spec in specs]}"
-    return f"--{name}={','.join(file_from(here, spec) for spec in value.split(','))}"
+    return f"--{name}={','.join(file_from(here, spec) for spec in split_list(value))}"
 
 def file_from(folder, spec):
-    is_file = re.search(r"\.jsonl(\.gz)?([:*][\d:*]*)?$", spec)
+    is_file = re.search(r"\.(jsonl|jsonl\.gz|json|parquet)([:*][\d:*]*)?$", spec)
     return os.path.join(folder, spec) if is_file else spec  # a whole path stays as it is

@@ -269,6 +269,11 @@ def test_files_of_conversations_are_those_that_the_user_sees(tmp_path, monkeypat
         f"--mixture=gsm8k,{tmp_path}/my.jsonl*2",
         f"--sft.extra_conversations={tmp_path}/a.jsonl.gz", "--seed=1",
         "--mixture=/x/y.jsonl:9", f"--held_out=['{tmp_path}/b c.jsonl', 'mmlu']"]
+    (tmp_path / "my, own.parquet").touch()
+    assert configurator.from_here("--mid.mixture=my, own.parquet*2,gsm8k") == (
+        f"--mid.mixture={tmp_path}/my, own.parquet*2,gsm8k")
+    assert configurator.from_here("--extra_conversations=my, own.parquet") == (
+        f"--extra_conversations={tmp_path}/my, own.parquet")
 
 def test_starting_over_needs_the_name_of_a_phase(capsys):
     for word in ("--start_over=True", "--start-over=True", "--try_out=True"):
