@@ -297,6 +297,7 @@ def check_enough(data, train, val, row_length):
         common.check(most >= needed, f"too little text: the {split} split of {data} has "
                      f"{most:,} tokens and needs {needed:,}: add text"
                      + (", or give a smaller --max_seq_len" if split == "training" else ""))
+
 def rows_to_measure(plan, tokens):
     """How many rows, the first ones, are measured: as many as hold so many tokens, at least one."""
     return min(n_rows(plan), max(1, tokens // (plan.length - 1)))
@@ -312,10 +313,6 @@ def check_measurable(entries, store, plan, tokens, tokenizer):
     common.fail(f"there is nothing to measure in --held_out={','.join(entries)}: "
                 f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
                 "are answers of the assistant, as far as they fit into a row")
-
-def fills_a_row(stores, row_length):
-    """Whether the documents of any store, each with its bos, fill a row."""
-    return any(s.tokens.size + s.lengths.size >= row_length for s in stores)
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may

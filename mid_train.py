@@ -9,7 +9,8 @@ The loop is base_train.py's on rows of whole conversations, padded and not cut. 
 every token is trained on, the user's too; chat_sft.py differs in that. Needs the base model
 (base_train.py) and the task files (prepare_data.py). Kill it at any moment and run it again.
 
-A mixture may name files of your own, .jsonl (or .jsonl.gz, .parquet), a conversation a line:
+A mixture may name files of your own, .jsonl (or .jsonl.gz, .parquet) with a conversation a line, or
+.json with an array of them:
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 or the list of messages alone, or as ShareGPT and Alpaca have it: {"conversations": [{"from": ...}]}
 and {"instruction": "...", "input": "...", "output": "..."}; see conversations.py.

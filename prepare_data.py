@@ -209,8 +209,7 @@ def problem(what, path):
         return bundle_problem(path)
     convert = functools.partial(task_list.convert, task_list.TASK_OF.get(what, what))
     enough = 100 if path.suffix == ".parquet" else None
-    wrong = task_list.form_problem(path)
-    return wrong or texts.problem(path, texts.read_rows(path), convert, enough)
+    return texts.problem(path, task_list.read_rows(path), convert, enough)
 
 @functools.cache
 def lessons(path):

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import string
 from pathlib import Path
 
@@ -140,32 +139,23 @@ def fingerprint(specs, split, data):
             parts.append(f"{spec} {common.sha256_file(path)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-TO_LINES = ("import json, sys; rows = json.load(sys.stdin); rows = rows if isinstance(rows, list) "
-            "else [rows]; [print(json.dumps(row)) for row in rows]")
+def read_rows(path):
+    """(number, row) for each row of a file, see texts.read_rows; where all of it is one JSON array,
+    as many have their conversations, for each of its items."""
+    lines = iter(()) if path.suffix == ".parquet" else texts.read_lines(path)
+    _, first = next(lines, (1, b""))
+    rows = parsed(first)
+    if rows is None and first.startswith(b"["):
+        rows = parsed(b"".join([first, *(line for _, line in lines)]))
+    if isinstance(rows, list) and not conversations.is_one(rows) and next(lines, None) is None:
+        yield from enumerate(rows, 1)
+    else:
+        yield from texts.read_rows(path)
 
 def parsed(text):
     """A JSON value, None where it is none"""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    return None
-
-def form_problem(path):
-    """None, or how to convert a file that does not hold a JSON value a line but is one as a whole:
-    an array, as many have their conversations, or an object written over several lines."""
-    if path.suffix not in (".jsonl", ".json"):
-        return None
-    with contextlib.suppress(ValueError):  # it is damaged, which is said where it is read
-        lines = (line for _, line in texts.read_lines(path))
-        first = next(lines, b"")
-        row = parsed(first)
-        if row is None and first.lstrip()[:1] in (b"[", b"{"):
-            whole = parsed(first + b"".join(lines)) is not None
-        else:
-            whole = isinstance(row, list) and not conversations.is_one(row) and not next(lines, b"")
-        old, new = shlex.quote(str(path)), shlex.quote(f"{path.with_suffix('')}.lines.jsonl")
-        if whole:
-            return (f"{path} is JSON as a whole, expected a JSON value on each line; to convert it "
-                    f"run: python -c {shlex.quote(TO_LINES)} < {old} > {new}")
     return None
 
 # --------------------------------------------------------------------------------------------------
@@ -298,9 +288,7 @@ def load(name, split, data, limit=None):
     test = split == "test"
     items = []
     for path in paths:
-        why = form_problem(path)
-        common.check(why is None, why)
-        items += texts.good_rows(path, texts.read_rows(path), functools.partial(convert, name))
+        items += texts.good_rows(path, read_rows(path), functools.partial(convert, name))
     if name in GENERATED:  # one word in ten, by its hash, is a test word
         items = [word for word in items if word and one_in(10, word) == test]
     common.check(items or name in TASKS,

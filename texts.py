@@ -7,7 +7,6 @@ UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 import codecs
 import gzip
 import json
-import os
 import re
 import shlex
 import statistics
@@ -162,56 +161,23 @@ def reason_of(error):
         return f"no field {error.args[0]}"
     return str(error)[:240]
 
-# letters that are frequent in a language, to tell from what a text without mark was encoded
-FREQUENT = {
-    "оеаинтсрвлкмдпуяы": ("CP1251", "KOI8-R"),
-    "的一是不了人我在有他这个们来到时大地为子中你说生国年就": ("GB18030",),
-    "這個們來時為說國": ("BIG5",),
-    "のにはをたがでてとしれさいるか": ("CP932", "EUC-JP"),
-    "이다는에의가을고도를은한": ("EUC-KR",),
-}
-
-def guess_encoding(path):
-    """The likeliest encoding of a text that is no UTF-8; None where it is none of the known ones: a
-    byte order mark tells it, it is no text, or most of it is UTF-8."""
+def to_utf_8(path):
+    """What to do about a text that is no UTF-8; None where its encoding is not what is wrong."""
+    import charset_normalizer
     with opener(path)(path, "rb") as f:
         sample = f.read(1_000_000)
-    if encoding_of(path) != "UTF-8":
-        return None
-    for encoding, half in ("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2]):
-        if 20 * half.count(0) > len(half):  # blanks and line ends, at least
-            return encoding
-    lines = [line for line in sample.split(b"\n") if not line.isascii()]
-    whole = sum(line.decode(errors="ignore").encode() == line for line in lines)
-    if b"\0" in sample or 2 * whole > len(lines):
-        return None
-    sample = b"\n".join(lines)[:20_000]
+    likeliest = charset_normalizer.from_bytes(sample).best()
+    if likeliest is None or encoding_of(path) != "UTF-8":
+        return None  # it is no text, or most of it is UTF-8, or has a byte order mark
+    encoding = likeliest.encoding.replace("_", "")  # as iconv calls it
     runs = re.findall(rb"[\x80-\xff]+", sample)
-    if sum(map(len, runs)) < 1.7 * len(runs):  # single letters with an accent among others
-        return "CP1252"
-    found = {}
-    for letters, encodings in FREQUENT.items():
-        for encoding in encodings:
-            text = sample.decode(encoding, errors="replace")
-            found[encoding] = sum(map(text.count, letters)) / (len(text) or 1)
-    return max(found, key=found.get)
-
-def quoted(path):
-    """A path as a word for bash that survives being printed."""
-    if str(path).isprintable() and "  " not in str(path):
-        return shlex.quote(str(path))
-    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(path)) + "'"
-
-def to_utf_8(path):
-    """What to do about a file that is not UTF-8; None where the encoding is not what is wrong."""
-    encoding = guess_encoding(path)
-    if encoding is None:
-        return None
-    old, new = quoted(path), quoted(f"{path}.utf-8")
-    command = f"iconv -f {encoding} -t UTF-8 {old} > {new}"
+    if b"\0" not in sample and sum(map(len, runs)) < 1.7 * len(runs):
+        encoding = "cp1252"  # single letters with an accent among others
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
+    command = f"iconv -f {encoding} -t utf-8 {old} > {new}"
     if path.suffix == ".gz":
-        packed = quoted(f"{path}.utf-8.gz")
-        command = f"zcat {old} | iconv -f {encoding} -t UTF-8 > {new} && gzip {new}"
+        packed = shlex.quote(f"{path}.utf-8.gz")
+        command = f"zcat {old} | iconv -f {encoding} -t utf-8 > {new} && gzip {new}"
         new = packed
     return (f"if its encoding is {encoding} (else name the right one) run: "
             f"{command} && mv {new} {old}")
