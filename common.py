@@ -82,6 +82,12 @@ set_up_streams()
 # -------------------------------------------------------------------------------------------------
 # errors: where nobody catches a Failure the process ends with one line and its exit code
 
+def one_line(text):
+    """A text as one line, with escapes for what cannot be shown: names of files may hold anything.
+    """
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
 class Failure(Exception):
     """
     What a person can fix, as one line: what, where, what to do. Libraries raise it; uncaught it is
@@ -89,7 +95,7 @@ class Failure(Exception):
     2 nothing was started, 75 all is saved and the same command goes on, 1 anything else.
     """
     def __init__(self, message, code=2, next_command=None):
-        self.message = " ".join(str(message).split())
+        self.message = one_line(message)
         self.code = code
         self.next_command = next_command
         self.facts = {}  # for the launcher

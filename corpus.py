@@ -8,7 +8,7 @@ import stat
 import common
 import pipeline
 import texts
-from texts import HOLD_OUT, parquet_problem, prepare_command, shown
+from texts import HOLD_OUT, parquet_problem, prepare_command
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 # the validation split of the known data sets, fixed by name: the last of all their shards
@@ -17,7 +17,7 @@ VAL_SHARD = {"fineweb_edu": "shard_01822.parquet", "climbmix": "shard_06542.parq
 def listed(names, most):
     """example: (["a", "b", "c"], 2) -> "a, b and 1 more" """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
+    return ", ".join(map(common.one_line, names[:most])) + more
 
 def walk(folder, inner, above=()):
     """Yields all that is in a folder, and in its sub-folders if `inner`, but what begins with a dot
@@ -64,14 +64,14 @@ def look_for_files(data):
             else:
                 others[name] = why
     except OSError as e:
-        common.fail(f"{shown(e.filename)} cannot be read ({e.strerror}): make it readable or move "
+        common.fail(f"{e.filename} cannot be read ({e.strerror}): make it readable or move "
                     "it elsewhere")
     return dict(sorted(files.items())), others
 
 def not_read(data):
     """What of a user's own folder is not read, in one line; "" where all is."""
     others = look_for_files(data)[1] if pipeline.is_folder_data(data) else {}
-    names = [f"{shown(name)} ({why})" if why else name for name, why in sorted(others.items())]
+    names = [f"{name} ({why})" if why else name for name, why in sorted(others.items())]
     if not names:
         return ""
     return f"not read: {len(names):,} ({listed(names, 9)}); read are {', '.join(ENDINGS)}"
@@ -79,15 +79,14 @@ def not_read(data):
 def text_files(data):
     """{name: Path} of the files of a data set, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
-    where = shown(folder)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
-    common.check(folder.exists() or command, f"{where} does not exist: --data takes toy, "
+    common.check(folder.exists() or command, f"{folder} does not exist: --data takes toy, "
                  "fineweb_edu, climbmix or a folder of texts")
-    common.check(folder.exists(), f"the data folder {where} does not exist", command)
-    common.check(folder.is_dir(), f"{where} is a file: --data takes the folder that holds it")
+    common.check(folder.exists(), f"the data folder {folder} does not exist", command)
+    common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
     files, _ = look_for_files(data)
     if not files:
-        common.fail(f"the data folder {where} holds no text: it has no file of "
+        common.fail(f"the data folder {folder} holds no text: it has no file of "
                     f"{', '.join(ENDINGS)} that is not empty; {not_read(data)}".rstrip("; "),
                     next_command=command)
     return files
@@ -183,11 +182,11 @@ def check_same(begun, now, fingerprint=None):
     other = []
     for name in sorted({*before, *now["texts"]}):
         if name not in now["texts"]:
-            other.append(f"{shown(name)} is gone")
+            other.append(f"{name} is gone")
         elif name not in before:
-            other.append(f"{shown(name)} is new")
+            other.append(f"{name} is new")
         elif before[name] != now["texts"][name]:
-            other.append(f"{shown(name)} has changed")
+            other.append(f"{name} has changed")
     common.check(not other, f"{begun.get('phase')} was started with other texts: "
                  f"{listed(other, 5)}; put the old ones back to resume it, or "
                  f"{pipeline.starting_over(begun.get('phase'))} to put it aside and start anew")

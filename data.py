@@ -82,7 +82,7 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     with common.writing(prefix, code=2):  # known before minutes are spent
         prefix.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=prefix.parent).close()
-    common.print0(f"tokenizing {texts.shown(prefix.name)}")
+    common.print0(f"tokenizing {prefix.name}")
     show = common.progress("documents tokenized")
     tokens = array("H" if vocab_size <= 2 ** 16 else "I")
     lengths = array("q")

@@ -254,7 +254,7 @@ def show(files):
         there = f"{len(rows) - len(wrong)} of {len(rows)}"
         common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
         for why in damaged[:5] or [file.said for file in rows if file.said]:
-            common.print0(f"{'':9}{why}")
+            common.print0(f"{'':9}{common.one_line(why)}")
     if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
         common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
                       "NAME.jsonl, with NAME as in the table; one that you take out of the "
@@ -342,12 +342,12 @@ if check and pipeline.is_folder_data(data):
     wrong = {file.path for file in bad}
     for name, path in corpus.text_files(data).items():
         if path not in wrong:
-            common.print0(f"{texts.shown(name)}: {texts.facts_of(path)}")
+            common.print0(f"{common.one_line(name)}: {texts.facts_of(path)}")
 common.check(not by_hand, "fix these files by hand, then run the same command again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):
     split = corpus.dataset_files(data)
-    common.print0(f"{len(split['train'])} files for training in {texts.shown(directory)}; "
+    common.print0(f"{len(split['train'])} files for training in {common.one_line(directory)}; "
                   f"{corpus.held_out_in_words(split)}")
     if others := corpus.not_read(data):
         common.print0(others)

@@ -26,11 +26,6 @@ LOOKED_AT = 10_000_000  # characters of a file of which facts_of tells
 def prepare_command(data):
     return shlex.join(["python", "prepare_data.py", f"--data={data}"])
 
-def shown(name):
-    """A file's name, or a text, as one line that can be printed, with escapes where it needs."""
-    name = str(name)
-    return name if name.isprintable() else ascii(name)
-
 # -------------------------------------------------------------------------------------------------
 # rows
 
@@ -41,12 +36,12 @@ def parquet_problem(path):
         schema = pyarrow.parquet.ParquetFile(path).schema_arrow
         names = schema.names
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        return f"{shown(path)} is no readable parquet file: {shown(e)}"
+        return f"{path} is no readable parquet file: {e}"
     if "text" not in names:
-        return f"{shown(path)} has no column `text` (it has {shown(', '.join(names))})"
+        return f"{path} has no column `text` (it has {', '.join(names)})"
     kind = str(schema.field("text").type)
     if "string" not in kind:
-        return f"{shown(path)}: its column `text` is no text but {kind}"
+        return f"{path}: its column `text` is no text but {kind}"
     return None
 
 def read_rows(path, columns=None):
@@ -64,7 +59,7 @@ def read_rows(path, columns=None):
             yield from enumerate(rows, number + 1)
             number += len(rows)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{shown(path)} is damaged in row group {group}: {shown(e)}") from e
+        raise ValueError(f"{path} is damaged in row group {group}: {e}") from e
 
 def rows_of(table):
     """The rows of a table as dicts; where a text is not UTF-8 all come as bytes."""
@@ -112,7 +107,7 @@ def all_lines(path, newline="\n"):
             for number, line in enumerate(f, 1):
                 yield number, line.encode(errors="surrogateescape")
     except (OSError, EOFError, UnicodeError, zlib.error) as e:
-        raise ValueError(f"{shown(path)} is damaged behind line {number}: {shown(e)}") from e
+        raise ValueError(f"{path} is damaged behind line {number}: {e}") from e
 
 def good_rows(path, rows, convert, say=common.print0):
     """
@@ -120,6 +115,7 @@ def good_rows(path, rows, convert, say=common.print0):
     with a message. Failure where that is more than 1 % (and more than 5, or in another encoding
     more than half), or the file is damaged.
     """
+    name = common.one_line(path)
     kind = "row" if path.suffix == ".parquet" else "line"
     broken = 0
     total = 0
@@ -136,7 +132,7 @@ def good_rows(path, rows, convert, say=common.print0):
                 first = first or f"first: {kind} {number}, {why}"
                 undecoded = undecoded or isinstance(e, UnicodeError)
                 if broken <= NAMED:
-                    say(f"{shown(path)}:{number} skipped: {why}")
+                    say(f"{name}:{number} skipped: {why}")
             else:
                 yield value
     except ValueError as e:
@@ -144,12 +140,12 @@ def good_rows(path, rows, convert, say=common.print0):
     hint = to_utf_8(path) if undecoded and kind == "line" else None
     few = min(5, total / 2) if undecoded else 5  # five lines may be all of a text
     if broken > max(few, total / 100):
-        common.fail(f"{shown(path)}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
+        common.fail(f"{name}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
                     f"({first}): {hint or 'fix or remove them'}")
     if broken > NAMED:
-        say(f"{shown(path)}: and {broken - NAMED:,} more")
+        say(f"{name}: and {broken - NAMED:,} more")
     if hint:
-        say(f"{shown(path)}: {hint}")
+        say(f"{name}: {hint}")
 
 def reason_of(error):
     """Why a line or row is skipped, in words."""
@@ -189,7 +185,7 @@ def problem(path, rows, convert, enough=None):
         good = sum(1 for _ in silent)
     except common.Failure as e:
         return e.message
-    return None if good else f"{shown(path)} holds no rows that can be read"
+    return None if good else f"{path} holds no rows that can be read"
 
 # -------------------------------------------------------------------------------------------------
 # documents

@@ -177,7 +177,7 @@ def test_another_encoding_is_broken_and_the_command_that_is_said_mends_it(tmp_pa
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     why = texts.text_problem(path)
-    assert why.startswith(" ".join(texts.shown(path).split())) and why.isprintable()
+    assert why.startswith(str(path)) and why.isprintable()
     assert "first: line 1, " in why
     assert "not UTF-8 at its byte " in why or "a NUL byte" in why
     subprocess.run(["bash", "-c", re.search("run: (iconv .*|zcat .*)", why)[1]], check=True)
