@@ -175,8 +175,6 @@ while True:
     # Rows have few or many of the assistant's tokens, so a micro-batch's own mean would weigh them
     # differently on each rank: the sum is divided by the tokens that the whole batch trains on.
     counted = ranks.all_reduce_sum(sum((y != -1).sum() for _, y in batches))
-    if counted == 0:  # of conversations that an earlier version has not left out
-        common.print0(f"step {step:,}: no token of its batch is trained on")
     total = torch.zeros((), device=compute.device)
     for x, y in batches:
         x, y = to_device(x, compute.device), to_device(y, compute.device)

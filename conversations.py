@@ -11,7 +11,6 @@ as OpenAI (with system and tool messages), nanochat, ShareGPT and Alpaca write t
 messages of one side in a row are read as one, with a blank line between; other fields are not
 looked at.
 """
-import contextlib
 import json
 from collections import Counter
 
@@ -46,14 +45,8 @@ def read(row):
     if row.get("instruction") is None or "output" not in row:
         raise ValueError(f"found the fields {', '.join(row)}, expected messages, conversations, or "
                          "instruction and output")
-    history = row.get("history") or []
-    if any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        raise ValueError(f"history is {shown(history)}, expected [[user, assistant], ...]")
-    messages = []
-    for user, assistant in [*history, (instruction_of(row), row["output"])]:
-        messages.append({"role": "user", "content": user})
-        messages.append({"role": "assistant", "content": assistant})
-    return from_messages(messages, system)
+    return from_messages([{"role": "user", "content": instruction_of(row)},
+                          {"role": "assistant", "content": row["output"]}], system)
 
 def instruction_of(row):
     """What the user says in a row of Alpaca's form"""
@@ -138,20 +131,18 @@ def calls_of(where, message):
     calls = []
     for call in found:
         try:
-            name, given = call["function"]["name"], call["function"]["arguments"]
-        except (LookupError, TypeError):
+            function, key = call["function"], call.get("id")
+            arguments = function["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            (name, code), = arguments.items()
+            sound = function["name"] in TOOLS and name in ARGUMENTS and isinstance(code, str)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             raise ValueError(f"{where} has the tool call {shown(call)}, expected "
-                             '{"function": {"name": ..., "arguments": ...}}') from None
-        arguments = given
-        if isinstance(given, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(given)
-        sound = name in TOOLS and isinstance(arguments, dict) and len(arguments) == 1
-        code = [arguments[key] for key in ARGUMENTS if key in arguments] if sound else []
-        if not code or not isinstance(code[0], str):
-            raise ValueError(f"{where} calls the tool {shown(name)} with {shown(given)}, expected "
                              f"{' or '.join(TOOLS)} with {' or '.join(ARGUMENTS)} alone")
-        calls.append((call.get("id"), code[0]))
+        calls.append((key, code))
     return calls
 
 def output_part(where, message, waiting):
@@ -175,9 +166,9 @@ def add(messages, role, parts):
     before += parts
 
 def shown(value):
-    """What was found, as JSON, in few characters"""
+    """What was found, as JSON, shortened"""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 # -------------------------------------------------------------------------------------------------
 # what they teach

@@ -53,11 +53,16 @@ def command_of(name, data):
     return [*words, f"config/toy_{name}.py"] if data == "toy" else words
 
 def starting_over(name):
-    """What starts the phase (or script) `name` over and no other: for its own script, or behind the
-    flags of speedrun.sh where that has started this process."""
+    """What starts the phase (or script) `name` over and no other."""
+    return setting_for(name, "start_over=True")
+
+def setting_for(name, setting):
+    """A setting for the phase (or script) `name` and no other: for its own script, or behind the
+    flags of speedrun.sh where that has started this process.
+    example: ("chat_sft", "rewind=7") -> "--rewind=7" or "-- --sft.rewind=7" """
     phase = next((p.name for p in PHASES if name in (p.name, p.script.removesuffix(".py"))), name)
     launched = "NANOCHAT_OUTCOME" in os.environ
-    return f"-- --{phase}.start_over=True" if launched else "--start_over=True"
+    return f"-- --{phase}.{setting}" if launched else f"--{setting}"
 
 @contextlib.contextmanager
 def naming(what):

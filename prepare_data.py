@@ -339,10 +339,10 @@ by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
 if check and pipeline.is_folder_data(data):
-    wrong = {file.path for file in bad}
-    for name, path in corpus.text_files(data).items():
-        if path not in wrong:
-            common.print0(f"{common.one_line(name)}: {texts.facts_of(path)}")
+    for file in files:
+        if file.what == "text" and not file.wrong:
+            name = common.one_line(file.path.relative_to(directory))
+            common.print0(f"{name}: {texts.facts_of(file.path)}")
 common.check(not by_hand, "fix these files by hand, then run the same command again: "
              f"{'; '.join(by_hand[:3])}")
 if pipeline.is_folder_data(data):

@@ -73,9 +73,6 @@ def give_up(run, why, step):
     otherwise = "lower the learning rates, or look at the data"
     if saved is None or run.try_out:
         common.fail(f"{said}: {otherwise}", code=1)
-    option = f"--rewind={saved}"
-    if "NANOCHAT_OUTCOME" in os.environ:
-        name, = [phase.name for phase in pipeline.PHASES if phase.script == f"{run.name}.py"]
-        option += f" (--{name}.rewind={saved} behind the -- of speedrun.sh)"
-    common.fail(f"{said}; {option} goes back to step {saved} and skips the batches up to step "
+    back = pipeline.setting_for(run.name, f"rewind={saved}")
+    common.fail(f"{said}; {back} goes back to step {saved} and skips the batches up to step "
                 f"{step}; else {otherwise}", 1, f"{run.command} --rewind={saved}")

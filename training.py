@@ -264,7 +264,7 @@ def log_measured(run, step, val_bpb):
     if run.ranks.rank != 0:
         return
     lines = common.read_json_lines(run.directory / "metrics.jsonl")
-    measured = [(line["val_bpb"], line["step"]) for line in lines if "val_bpb" in line]
+    measured = [(line["val_bpb"], line.get("step", 0)) for line in lines if "val_bpb" in line]
     if turned_up([value for value, _ in measured]) == len(measured) - 1:
         best, its_step = min(measured)
         common.print0(f"warning: validation has turned up: it was best at step {its_step:,} with "

@@ -664,6 +664,13 @@ def test_one_phase_of_many_goes_back():
     for argument in ("--rewind=3", "--mid.rewind=0", "--tok.rewind=3"):
         assert exit_code(configurator.check_arguments, [argument]) == 2
 
+def test_a_setting_for_one_phase_is_said_as_its_script_or_speedrun_takes_it(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_OUTCOME", raising=False)
+    assert pipeline.setting_for("chat_sft", "rewind=7") == "--rewind=7"
+    monkeypatch.setenv("NANOCHAT_OUTCOME", "of speedrun.sh")
+    assert pipeline.setting_for("chat_sft", "rewind=7") == "-- --sft.rewind=7"
+    assert pipeline.starting_over("base_train") == "-- --base.start_over=True"
+
 def test_nor_does_what_has_trained_on_nothing_since(folder, capsys):
     trained(folder, finished=False)
     assert exit_code(rewound, folder, 9) == 2

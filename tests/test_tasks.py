@@ -255,7 +255,7 @@ def test_a_few_conversations_of_ones_own_are_enough_to_finetune_on(state):
     assert out.stdout.count("teach nothing") == 2 and "less than one batch of 256" in out.stdout
     assert "no token" not in out.stdout
     # half done with rows of an earlier version, which left nothing out: the same rows are gone on
-    # with, and a step without a token to train on is said
+    # with
     files = tasks.fingerprint([str(own)], "train", "toy")
     documents = [BYTES.render_conversation(talk_of("a", "b")), ([*b"c" * 64], [0] * 64)]
     name = f"{files}-7"
@@ -264,7 +264,6 @@ def test_a_few_conversations_of_ones_own_are_enough_to_finetune_on(state):
                  "--total_batch_size=64")
     assert out.returncode == 0, out.stdout + out.stderr
     assert "1 teach nothing: 1 without a token to train on" in out.stdout
-    assert out.stdout.count(": no token of its batch is trained on") == 1
     assert "2 steps of 1 of the 2 rows" in out.stdout
 
 def test_prepare_data_says_what_ones_own_conversations_teach(state):
@@ -329,9 +328,7 @@ SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": turn["content"]}
     {"messages": None, "conversations": SHAREGPT},
     {"id": "x_0", "system": "", "conversations": SHAREGPT},
     {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"},
-                       *TURNS[2:]]},
-    {"instruction": "And?", "input": "", "output": "Bye", "history": [["Hi", "Hello"]]},
-    {"instruction": "And?", "input": None, "output": "Bye", "history": [["Hi", "Hello"]]}])
+                       *TURNS[2:]]}])
 def test_a_conversation_is_the_same_in_every_form(row):
     assert rendered(row) == PLAIN
 
@@ -395,18 +392,17 @@ def test_calls_of_a_calculator_and_their_answers_are_calls_of_ours():
     ([*TURNS, said("system", "Hi")], "message 5 is a system message, expected before all others"),
     ([*TURNS, said("tool", "3")], "message 5 is a tool's answer, expected a call"),
     ([said("user", "Hi"), said("assistant", "", tool_calls=[call("weather", {"code": "1"})])],
-     'message 2 calls the tool "weather" with'),
+     '"function": {"name": "weather", "arguments": '),
     ([said("user", "Hi"), said("assistant", "", tool_calls=[call("python", {"a": 1, "b": 2})])],
      'expected python or calculator with code or expression alone'),
     ([said("user", "Hi"), said("assistant", "", tool_calls=[call("python", "1+2")])],
-     'with "1+2", expected python or calculator'),
+     '"arguments": "1+2"}}, expected python or calculator'),
     ([said("user", "Hi"), said("assistant", "", tool_calls=[{"name": "python"}])],
-     'message 2 has the tool call {"name": "python"}, expected {"function": {"name": '),
+     'message 2 has the tool call {"name": "python"}, expected python or calculator with'),
     ([said("user", "Hi"), said("assistant", "", tool_calls="python")],
-     'message 2 has the tool call "p", expected {"function": {"name": '),
+     'message 2 has the tool call "p", expected python or calculator with'),
     ({"instruction": "a"}, "found the fields instruction, expected messages, conversations, or"),
     ({"instruction": "a", "input": 5, "output": "b"}, "input is 5, expected text"),
-    ({"instruction": "a", "output": "b", "history": ["Hi"]}, 'history is ["Hi"], expected [['),
     ({"system": 5, "messages": TURNS}, "system has the content 5, expected text")])
 def test_what_is_no_conversation_is_named_with_line_what_was_found_and_what_is_expected(
         folder, capsys, row, says):
