@@ -19,6 +19,7 @@ import clock
 import common
 import configurator
 import models
+import pipeline
 import records
 import report
 import rewind
