@@ -45,6 +45,8 @@ def read(row):
     if row.get("instruction") is None or "output" not in row:
         raise ValueError(f"found the fields {', '.join(row)}, expected messages, conversations, or "
                          "instruction and output")
+    if row.get("history"):
+        raise ValueError("found a history, expected all turns as messages")
     return from_messages([{"role": "user", "content": instruction_of(row)},
                           {"role": "assistant", "content": row["output"]}], system)
 

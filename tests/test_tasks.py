@@ -403,6 +403,7 @@ def test_calls_of_a_calculator_and_their_answers_are_calls_of_ours():
      'message 2 has the tool call "p", expected python or calculator with'),
     ({"instruction": "a"}, "found the fields instruction, expected messages, conversations, or"),
     ({"instruction": "a", "input": 5, "output": "b"}, "input is 5, expected text"),
+    ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "found a history, expected all"),
     ({"system": 5, "messages": TURNS}, "system has the content 5, expected text")])
 def test_what_is_no_conversation_is_named_with_line_what_was_found_and_what_is_expected(
         folder, capsys, row, says):
