@@ -80,9 +80,8 @@ def text_files(data):
     """{name: Path} of the files of a data set, sorted by name. Failure where there is none."""
     folder = pipeline.base_data_dir(data)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
-    common.check(folder.exists() or command, f"{folder} does not exist: --data takes toy, "
-                 "fineweb_edu, climbmix or a folder of texts")
-    common.check(folder.exists(), f"the data folder {folder} does not exist", command)
+    common.check(folder.exists(), f"the data folder {folder} does not exist (--data takes toy, "
+                 "fineweb_edu, climbmix or a folder of texts)", command)
     common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
     files, _ = look_for_files(data)
     if not files:
