@@ -48,7 +48,7 @@ def open_store(prefix, source):
                 return None
             arrays[name] = np.load(path, mmap_mode="r")
         return Store(**arrays, facts=facts)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, EOFError, ValueError, LookupError, TypeError):
         return None
 
 def stamps(prefix, names):

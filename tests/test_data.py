@@ -700,6 +700,8 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     store = next(tokens.rglob("*0.jsonl-*.tokens.npy"))
     store.write_bytes(store.read_bytes()[:-8])  # a store that is not whole is made again
     assert again() == (before, 1)
+    store.write_bytes(b"")
+    assert again() == (before, 1)
     content = bytearray(store.read_bytes())
     content[-4] ^= 1  # nor is one in which a bit has flipped trained on
     store.write_bytes(content)
