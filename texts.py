@@ -135,9 +135,9 @@ def good_rows(path, rows, convert, say=common.print0):
                     say(f"{name}:{number} skipped: {why}")
             else:
                 yield value
+        hint = to_utf_8(path) if undecoded and kind == "line" else None
     except ValueError as e:
         common.fail(f"{e}; replace it or take it away, and prepare the data again")
-    hint = to_utf_8(path) if undecoded and kind == "line" else None
     few = min(5, total / 2) if undecoded else 5  # five lines may be all of a text
     if broken > max(few, total / 100):
         common.fail(f"{name}: {broken:,} of {total:,} {kind}s are broken, more than 1 % "
@@ -158,10 +158,11 @@ def reason_of(error):
     return str(error)[:240]
 
 def to_utf_8(path):
-    """What to do about a text that is no UTF-8; None where its encoding is not what is wrong."""
+    """What to do about a text that is no UTF-8; None where its encoding is not what is wrong.
+    ValueError where the file is damaged."""
     import charset_normalizer
-    with opener(path)(path, "rb") as f:
-        sample = f.read(1_000_000)
+    lines = (line for _, line in all_lines(path) if b"\0" in line or not line.isascii())
+    sample = b"".join(islice(lines, 2000))
     likeliest = charset_normalizer.from_bytes(sample).best()
     if likeliest is None or encoding_of(path) != "UTF-8":
         return None  # it is no text, or most of it is UTF-8, or has a byte order mark

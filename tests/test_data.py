@@ -139,10 +139,10 @@ def test_lines_that_are_no_text_are_left_out_and_many_end_the_run_with_the_comma
 def test_a_book_with_a_few_accents_is_read_but_for_their_lines_and_the_command_is_said(
         tmp_path, capsys):
     path = tmp_path / "a.txt"
-    book = "".join(f"A line of {i}, and {'a café' if i % 300 == 9 else 'no more'}.\n"
-                   for i in range(900))
+    book = "".join(f"A line of {i}, and {'a café' if i % 20_000 == 19_999 else 'no more'}.\n"
+                   for i in range(60_000))
     path.write_bytes(book.encode("latin-1"))
-    assert len("".join(texts.read_documents(path)).split("\n")) == 898
+    assert len("".join(texts.read_documents(path)).split("\n")) == 59_998
     out = capsys.readouterr().out
     assert out.count(" skipped: not UTF-8 at its byte ") == 3 and out.count("\n") == 4
     subprocess.run(["bash", "-c", re.search("run: (iconv .*)", out)[1]], check=True)
