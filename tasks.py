@@ -145,7 +145,7 @@ def read_rows(path):
     lines = iter(()) if path.suffix == ".parquet" else texts.read_lines(path)
     _, first = next(lines, (1, b""))
     rows = parsed(first)
-    if rows is None and first.startswith(b"["):
+    if rows is None and first.lstrip().startswith(b"["):
         rows = parsed(b"".join([first, *(line for _, line in lines)]))
     if isinstance(rows, list) and not conversations.is_one(rows) and next(lines, None) is None:
         yield from enumerate(rows, 1)

@@ -433,7 +433,7 @@ def test_a_file_that_is_one_array_is_read(folder, name, indent, rows):
 
 def test_of_an_array_the_broken_conversations_are_named_by_their_number(folder, capsys):
     own = folder / "own.json"
-    own.write_text(json.dumps([TURNS, TURNS, 5], indent=1))
+    own.write_text("\n  " + json.dumps([TURNS, TURNS, 5], indent=1))
     assert len(tasks.load(str(own), "train", "toy")) == 2
     assert f"{own}:3 skipped: found 5, expected a conversation" in capsys.readouterr().out
     own.write_text(json.dumps([TURNS] * 9, indent=1)[:-99])
