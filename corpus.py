@@ -20,13 +20,15 @@ def listed(names, most):
     return ", ".join(map(common.one_line, names[:most])) + more
 
 def walk(folder, inner, above=()):
-    """Yields all that is in a folder, and in its sub-folders if `inner`, but what begins with a dot
-    and the state folder. above: the real paths of the folders that it lies in."""
+    """Yields all that is in a folder, and in its sub-folders if `inner`, but the state folder and
+    what begins with a dot and has no name of texts. above: the real paths of the folders that it
+    lies in."""
     above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path == pipeline.base_dir():
+        named = path.name.endswith(ENDINGS)
+        if path == pipeline.base_dir() or (path.name.startswith(".") and not named):
             continue
-        opened = inner and not path.name.endswith(ENDINGS) and path.is_dir()
+        opened = inner and not named and path.is_dir()
         if opened and path.resolve() not in above:  # a link may lead back
             yield from walk(path, inner, above)
         else:
@@ -44,6 +46,8 @@ def why_not_read(path):
         return "a folder"
     if not stat.S_ISREG(status.st_mode):
         return "no regular file"  # to open a pipe would wait for ever
+    if path.name.startswith("."):
+        return "hidden"
     if not path.name.endswith(ENDINGS):
         return ""
     return None if status.st_size else "empty"

@@ -362,12 +362,13 @@ def test_one_line_says_what_is_not_read_and_sub_folders_are(state, tmp_path, mon
     assert list(corpus.text_files(data_set)) == ["a.txt", "one/a.txt", "one/two/x y.jsonl",
                                                  "one/z.txt.gz"]
     assert corpus.not_read(data_set) == (
-        "not read: 7 (b.txt (a folder), c.jsonl (a link to nothing), d.jsonl (no regular file), "
-        "e.md, empty.txt (empty), loop.txt (a link to nothing), one/up (a folder)); "
+        "not read: 8 (b.txt (a folder), c.jsonl (a link to nothing), d.jsonl (no regular file), "
+        "e.md, empty.txt (empty), loop.txt (a link to nothing), one/.c.txt (hidden), one/up (a "
+        "folder)); "
         "read are .parquet, .jsonl, .jsonl.gz, .txt, .txt.gz")
     for i in range(50):
         (folder / f"{i}.pdf").touch()
-    assert "not read: 57 (" in corpus.not_read(data_set) and "48 more" in corpus.not_read(data_set)
+    assert "not read: 58 (" in corpus.not_read(data_set) and "49 more" in corpus.not_read(data_set)
     assert "packed text" in "".join(corpus.iter_texts(data_set))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder / "one"))
     assert len(corpus.text_files(data_set)) == 1, "the state folder holds no text of the user's"
