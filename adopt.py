@@ -122,7 +122,8 @@ def main():
                 adopt_model(directory, step)
                 found = True
     if not found:
-        print(f"nothing is left to adopt in {pipeline.data_root(data)}")
+        print(f"nothing is left to adopt in {pipeline.data_root(data)} (what lies "
+              "beside a model or phase.json of our own has to be moved to a folder of its own)")
 
 if __name__ == "__main__":
     main()

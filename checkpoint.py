@@ -107,10 +107,19 @@ def newest(directory, optimizer=True, say=common.print0):
         say(f"skipping the damaged checkpoint of step {step} in {directory}: {why}")
     return None
 
+def is_ours(directory):
+    """Whether the record of a run, or a checkpoint, is there that adopt.py has not written."""
+    record = common.read_json(Path(directory) / "phase.json")
+    said = [load_meta(directory, step) for step in steps(directory)]
+    return any("adopted" not in facts for facts in ([record] if record else []) + said)
+
 def made_by_nanochat(directory):
     """The step of the newest checkpoint in `directory` that nanochat has made (its meta file has a
-    model_config), None where there is none. It may have no manifest yet: see adopt.py."""
+    model_config), None where there is none, or a run of our own, beside which it counts for
+    nothing. It may have no manifest yet: see adopt.py."""
     found = []
+    if is_ours(directory):
+        return None
     for path in Path(directory).glob("model_*.pt"):
         step = path.stem.removeprefix("model_")
         meta = common.read_json(path.with_name(f"meta_{step}.json"))

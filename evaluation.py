@@ -174,7 +174,8 @@ def hold(run, partial):
     name where another process measures the same."""
     with common.writing(partial, code=2):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        file = open(partial.with_name(f".{partial.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        path = partial.with_name(f".{partial.name}.lock")
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     if common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
         file.seek(0)
         common.fail(f"{partial} is being written by {file.read()}: wait for it or stop it first")

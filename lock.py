@@ -55,6 +55,10 @@ class Lock:
                 self.path.unlink()
         self.file.close()
 
+def read_holder(path):
+    """What lock.json says of who has it; a damaged one may lack anything."""
+    return {"host": "another host", "pid": "?", "restart": "", **common.read_json(path)}
+
 def boot_id():
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
@@ -97,12 +101,14 @@ def living_holder(directory, now=time.time):
     """Who writes in `directory`, as lock.json says, or None where nobody does, or a dead process.
     Only looks."""
     path = Path(directory) / "lock.json"
-    holder = common.read_json(path)
-    if "host" not in holder or is_earlier_attempt(holder):
+    holder = read_holder(path)
+    if is_earlier_attempt(holder):
         return None
     held = held_in_kernel(path)
     if held:
         return holder
+    if "token" not in holder:
+        return None
     with contextlib.suppress(OSError):  # it may have been given back just now
         if held is False and seen_by_kernel(path, holder):
             return None  # it frees the lock when a process dies
@@ -149,8 +155,8 @@ def take_lock(directory):
         # two that start at once look and take one after the other
         common.flock(guard, fcntl.LOCK_EX)
         check_free(path.parent)
-        holder = common.read_json(path)
-        if "host" in holder:
+        holder = read_holder(path)
+        if "token" in holder:
             fate = end_stray(path, holder)
             common.print0(f"the last attempt ({holder_name(holder)}) {fate}: resuming")
         common.remove_abandoned(path)

@@ -160,6 +160,9 @@ def judge(name, directory, settings, inputs, damage=None):
                         "step out of the folder")
     reasons = []
     step = checkpoint.newest(directory, say=reasons.append)
+    if step is None and old.get("status") == "lost" and \
+            is_whole(directory, {"step": finished_step(directory)}, damage):
+        return None  # all is lost that it would have needed to go on, but nothing else
     if step is None and checkpoint.holds_any(directory):
         if settings["start_over"]:
             return {}, None
@@ -174,4 +177,4 @@ def is_whole(directory, record, damage):
     """Whether what the record calls done is there. Nobody needs the optimizer any more."""
     if damage:
         return damage() is None
-    return checkpoint.problem(directory, record.get("step", -1), optimizer=False) is None
+    return checkpoint.problem(directory, record.get("step") or -1, optimizer=False) is None

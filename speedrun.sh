@@ -10,8 +10,10 @@ from_where() {  # a relative state folder is meant from where it was given: here
 }
 from_where "$here"
 if [ -f site.env ]; then  # the same state folder on the login node and in a job
-    # without the line ends, and the mark at the start, that Windows writes
+    # without the line ends, and the mark at the start, that Windows writes; exported all the same
+    set -a
     . <(LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//' site.env)
+    set +a
 fi
 from_where "$PWD"
 set -euo pipefail

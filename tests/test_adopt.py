@@ -29,7 +29,7 @@ from conftest import (
 )
 from records import load_record
 from test_data import write
-from test_run import settings
+from test_run import save, settings, start
 
 CONFIG = {"sequence_len": 64, "vocab_size": BYTES.vocab_size, "n_layer": 1, "n_head": 1,
           "n_kv_head": 1, "n_embd": 128}
@@ -109,6 +109,25 @@ def test_a_lost_record_or_manifest_makes_it_no_less_nanochats(left, capsys, dama
     (left / checkpoint.manifest_name(20)).unlink()  # as if killed between the two
     adopt_it(left.parents[1])
     assert models.find_model("base", "fineweb_edu") == (left, 20) and contents(left) == before
+
+@pytest.mark.parametrize("damage", [
+    lambda p: None, lambda p: p.unlink(), lambda p: p.write_text("{")])
+def test_beside_a_run_of_our_own_it_changes_nothing(left, capsys, damage):
+    theirs = contents(left)
+    for name in theirs:
+        (left / name).unlink()
+    run = start(left, damage=None)
+    save(run, 9)
+    exit_code(run.exit_done, step=9)
+    for name, content in theirs.items():
+        (left / name).write_bytes(content)
+    damage(left / "phase.json")
+    before = {p.name: p.read_bytes() for p in left.iterdir()}
+    assert models.find_model("base", "fineweb_edu", "d1") == (left, 9)
+    assert "beside a model or phase.json of our own has" in adopt_it(left.parents[1])
+    assert {p.name: p.read_bytes() for p in left.iterdir()} == before
+    if load_record(left):
+        assert exit_code(start, left, damage=None) == 0, "done already"
 
 def test_weights_of_another_shape_are_refused_with_the_reason(left, capsys):
     weights = torch.load(left / "model_000020.pt", weights_only=True)

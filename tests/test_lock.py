@@ -115,6 +115,22 @@ def test_the_same_command_in_another_container_of_this_host_waits_its_turn(
     assert running.returncode == 0, said
     assert tok.damage(folder) is None and not (folder / "lock.json").exists()
 
+@pytest.mark.parametrize("key", ["token", "host", "boot", "pid", "job", "restart", "kernel"])
+def test_a_bit_flipped_in_it_ends_no_living_run_and_is_no_traceback(
+        tmp_path, outside_of_jobs, capsys, key):
+    process = hold(tmp_path)
+    path = tmp_path / "lock.json"
+    with open(path, "r+") as f:  # the same file: the kernel's lock stays
+        damaged = path.read_text().replace(f'"{key}"', f'"{key[:-1]}?"')
+        f.write(damaged)
+    with ends() as end:
+        lock.take_lock(tmp_path)
+    assert end.code == 2 and "is being written by process" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    os.utime(path, (0, 0))
+    lock.take_lock(tmp_path).release()
+
 def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path, container):
     """As in another container on this host: nobody here sees the number of its process."""
     process = hold(tmp_path, *container)

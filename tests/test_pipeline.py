@@ -345,6 +345,7 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
 @pytest.mark.parametrize("site,given,found", [
     (b"\xef\xbb\xbfexport NANOCHAT_BASE_DIR=/there\r\n# a comment\r\n", "", "/there"),
     (b"export NANOCHAT_BASE_DIR=there\r\n", "", "repository/there"),
+    (b"NANOCHAT_BASE_DIR=/there\n", "", "/there"),
     (b"export NANOCHAT_BASE_DIR=$HOME/there\n", "here", "/home/of/mine/there"),
     (b"", "here", "home/here"), (b"", "~/here", "~/here"), (b"", "/here", "/here")])
 def test_the_state_folder_is_meant_from_where_it_was_given(tmp_path, site, given, found):
@@ -353,11 +354,13 @@ def test_the_state_folder_is_meant_from_where_it_was_given(tmp_path, site, given
         (tmp_path / name).mkdir()
     with_shell_files(tmp_path / "repository")
     (tmp_path / "repository/launch.py").write_text(
-        "import os\nprint(repr(os.environ['NANOCHAT_BASE_DIR']), repr(os.getcwd()))\n")
+        "import os\nprint(repr(os.environ.get('NANOCHAT_BASE_DIR')), repr(os.getcwd()))\n")
     (tmp_path / "repository/site.env").write_bytes(site)
+    surroundings = {**environment(given), "HOME": "/home/of/mine"}
+    if not given:
+        del surroundings["NANOCHAT_BASE_DIR"]
     out = subprocess.run(["bash", "../repository/speedrun.sh", "--dry-run"], text=True,
-                         cwd=tmp_path / "home", capture_output=True, check=True,
-                         env={**environment(given), "HOME": "/home/of/mine"})
+                         cwd=tmp_path / "home", capture_output=True, check=True, env=surroundings)
     where = found if found[0] in "/~" else str(tmp_path / found)
     assert out.stdout == f"{where!r} {str(tmp_path / 'home')!r}\n"
 

@@ -251,6 +251,17 @@ def test_what_is_done_needs_its_weights_alone(folder, damage):
     assert checkpoint.load(folder, 9, optimizer=False)[2]["loss"] == 1.0
     assert status.describe(folder)[0] == "done"
 
+def test_a_whole_model_that_came_without_record_and_optimizer_is_done(folder, capsys):
+    trained(folder)
+    for name in ("optim_000009.pt", "phase.json"):
+        (folder / name).unlink()
+    before = contents(folder)
+    assert exit_code(start, folder, damage=None) == 0 and contents(folder) == before
+    assert models.find_model("base", "toy", "d4") == (folder, 9)
+    assert exit_code(start, folder, settings(depth=5), damage=None) == 2
+    damage_file(folder / "model_000009.pt")
+    assert exit_code(start, folder, damage=None) == 2
+
 @pytest.mark.parametrize("finished,name", [
     (True, "model_000009.pt"), (True, "manifest_000009.json"), (False, "model_000009.pt"),
     (False, "optim_000009.pt"), (False, "meta_000009.json"), (False, "manifest_000009.json")])
