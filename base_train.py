@@ -65,7 +65,7 @@ directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 run.ranks.join()
 # Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
 # looks for all, since on a shared disk another node may see an older state of the folders.
-begun = run.ranks.on_rank0(records.find_record, directory, settings)
+begun = run.ranks.on_rank0(records.check_settings, "base_train", directory, settings)
 files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
 if others := run.ranks.on_rank0(corpus.not_read, data):
     common.print0(others)

@@ -26,6 +26,7 @@ import conversations
 import data as dataset
 import models
 import pipeline
+import records
 import tasks
 
 data = "fineweb_edu"         # the data set the base model was trained on
@@ -72,6 +73,8 @@ if not tag:
     tag = run.ranks.on_rank0(models.choose_tag, "mid", data, run.command)
     run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "base", data, tag, try_out)
+directory = pipeline.state_path("mid", data, parent.name, try_out)
+run.ranks.on_rank0(records.check_settings, "mid_train", directory, settings)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 meta = checkpoint.load_meta(parent, parent_step)
 length = meta["model"]["sequence_len"]
@@ -93,7 +96,6 @@ val_plan = dataset.make_plan([val_store._replace(mask=None)], length + 1, tokeni
 dataset.check_lessons(learned, store, length)
 dataset.check_measurable(held_out, val_store, val_plan, eval_tokens, tokenizer)
 
-directory = pipeline.state_path("mid", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
                  {"tokenizer": tokenizer.fingerprint, "tasks": files,

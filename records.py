@@ -119,29 +119,39 @@ def changes(old, directory, settings, inputs=None):
 # -------------------------------------------------------------------------------------------------
 # judging
 
+def check_settings(name, directory, settings, inputs=None, damage=None):
+    """-> the record that a start of the phase `name` goes on from, as find_record. Failure (code 2)
+    where it was started with other settings, or inputs, and has saved something, or where nanochat
+    has left a model. inputs=None: asked before they are tokenized, which may take hours."""
+    old, over = find_record(directory, settings, inputs, damage), pipeline.starting_over(name)
+    begins_anew = settings["start_over"] and not old
+    common.check(begins_anew or checkpoint.made_by_nanochat(directory) is None,
+                 f"{directory} holds a model made by nanochat: {over} puts it aside and trains "
+                 "anew; without, later phases go on from it (speedrun.sh --from)")
+    changed = changes(old, directory, settings, inputs) if old else []
+    if changed and binds(old, directory, damage) and not settings.get("try_out"):
+        common.fail(f"{name} in {directory} was started with other settings or inputs "
+                    f"({', '.join(changed)}): give the old ones to resume it, or {over} to put it "
+                    "aside and start anew")
+    return old
+
 def judge(name, directory, settings, inputs, damage=None):
     """
     What a start of the phase `name` finds in its folder; only looks. See Run.open_or_exit.
     -> (the record that it goes on from, the step of the checkpoint that it goes on from): {} and
     None for a new run. None where the phase is done. Failure (code 2) where it must not go on.
     """
-    old, over = find_record(directory, settings, inputs, damage), pipeline.starting_over(name)
+    old = check_settings(name, directory, settings, inputs, damage)
+    over = pipeline.starting_over(name)
     if settings["start_over"] and not old:
         return {}, None
-    common.check(checkpoint.made_by_nanochat(directory) is None, f"{directory} holds a model made "
-                 f"by nanochat: {over} puts it aside and trains anew; without, later "
-                 "phases go on from it (speedrun.sh --from)")
     common.check(old or not checkpoint.holds_any(directory), f"{directory / 'phase.json'} is "
                  f"missing or damaged, and no checkpoint there says what {name} was started with: "
                  f"restore the file, or start anew with {over}, which puts the checkpoints aside")
     if old.get("status") == "lost":
         common.print0(f"{directory / 'phase.json'} is missing or damaged: restored from the "
                       "newest checkpoint")
-    changed = ", ".join(changes(old, directory, settings, inputs)) if old else ""
-    if changed:
-        common.check(not binds(old, directory, damage), f"{name} in {directory} was started with "
-                     f"other settings or inputs ({changed}): give the old ones to resume it, or "
-                     f"{over} to put it aside and start anew")
+    if old and (changed := ", ".join(changes(old, directory, settings, inputs))):
         common.print0(f"{name}: starts with other settings or inputs than the last attempt, which "
                       f"had saved nothing: {changed}")
         return {}, None

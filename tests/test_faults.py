@@ -167,6 +167,14 @@ def test_a_command_without_a_tag_goes_on_with_what_it_has_begun(prepared, folder
     another = script(prepared, "mid_train.py", *command, "--save_minutes=9")
     assert another.returncode == 0 and (mid / "b").exists(), "none is half done: the newest"
 
+def test_other_settings_are_refused_before_their_conversations_are_tokenized(prepared, folder):
+    assert script(prepared, "base_train.py", *BASE, "--num_steps=1").returncode == 0
+    assert script(prepared, "mid_train.py", *FINETUNE, "--max_steps=1").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    out = script(prepared, "mid_train.py", *FINETUNE, "--max_steps=1", "--mixture=gsm8k:90")
+    assert out.returncode == 2 and "now ['gsm8k:90']" in out.stderr
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+
 def test_out_of_memory_in_training_names_what_to_try_and_the_save_goes_on(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=6"],
                  "out_of_memory(call, 4) or loss")
