@@ -35,18 +35,19 @@ KINDS = {type(None): "a number or None", int: "a whole number", float: "a number
 
 # {setting: (least, most)} of every number in every script (a test holds them against this table;
 # --help shows them). None, and -1 where it is the default, stand for "not given".
-WHOLE, ROWS, STEPS, RATE = (0, 10 ** 15), (1, 2 ** 20), (0, 10 ** 9), (1e-9, 1000)
+WHOLE, ROWS, RATE = (0, 10 ** 15), (1, 2 ** 20), (1e-9, 1000)
+COUNT, STEPS = (1, 10 ** 9), (0, 10 ** 9)
 RANGES = {
     "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "workers": (0, 1024), "keep": (1, 10 ** 6),
     # the model: a vocabulary is 256 bytes, 9 special tokens and a merge or more
     "depth": (1, 999), "max_seq_len": (16, 2 ** 20), "vocab_size": (266, 2 ** 20 - 1),
     # how much
-    "num_steps": (1, 10 ** 9), "max_steps": (1, 10 ** 9), "rewind": (1, 10 ** 9),
+    "num_steps": COUNT, "max_steps": COUNT, "rewind": COUNT,
     "total_batch_size": (1, 2 ** 31),
     "tokens_per_param": (1e-6, 10 ** 6), "target_flops": (1, 1e26), "size": (0.001, 1000),
     "shards": (0, 10 ** 6), "max_chars": (1, 10 ** 15), "doc_cap": (1, 10 ** 15),
     "problems_per_step": (1, 10 ** 6), "samples": (2, 10 ** 4), "eval_samples": (1, 10 ** 4),
-    "eval_problems": (1, 10 ** 9), "max_items": (1, 10 ** 9), "core_items": STEPS,
+    "eval_problems": COUNT, "max_items": COUNT, "core_items": STEPS,
     "eval_tokens": WHOLE, "max_prompt": (2, 2 ** 20), "max_new_tokens": ROWS,
     # at once
     "device_batch_size": ROWS, "rollout_rows": ROWS, "rows": ROWS, "memory_gb": (0, 10 ** 5),
@@ -131,7 +132,7 @@ def python_value(text):
         warnings.simplefilter("ignore")  # of the parser, about odd texts
         try:
             return ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        except Exception:  # noqa: BLE001  (whatever the parser may raise)
             return text
 
 def shown(value):

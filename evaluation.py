@@ -9,6 +9,7 @@ so that an interrupted evaluation continues with the next piece, and status.py a
 name one that failed. They show what was measured last; results and pieces of other weights or
 settings are kept beside it, under the same name with a date.
 """
+import contextlib
 import fcntl
 import glob
 import json
@@ -115,24 +116,21 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     partial = path.with_suffix(".partial.jsonl")
     result = run.ranks.on_rank0(common.read_json, path)
     if fits(result) and {*needed} <= {*result.get("results", ())}:
-        if run.ranks.rank == 0 and partial.exists():
-            hold(run, partial)
-            with common.writing(partial):
-                put_aside(partial)  # an attempt at something else
+        if run.ranks.rank == 0 and partial.exists():  # an attempt at something else
+            with contextlib.suppress(OSError, common.Failure):  # read-only, or being written
+                hold(run, partial)
+                put_aside(partial)
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
     run.ranks.on_rank0(hold, run, partial)
-    if result and not fits(result):
-        common.print0("measuring anew, since the result that is there is of other settings or "
-                      f"inputs: {what_changed(result.get('inputs', {}), inputs)}")
     unfinished = run.ranks.on_rank0(attempts, partial)
     mine = [(found, lines) for found, lines in unfinished if fits(lines[0])]
     found, lines = mine[0] if mine else (partial, [{}])
     begun, kept = lines[0], [line for line in lines if "piece" in line]
-    if unfinished and not mine:
-        changed = what_changed(unfinished[0][1][0].get("inputs", {}), inputs)
-        common.print0("starting this evaluation anew, since the unfinished one had other settings "
-                      f"or inputs: {changed}")
+    others = [before for before in (result, *[lines[0] for _, lines in unfinished]) if before]
+    if others and not mine and not fits(result):
+        common.print0("measuring anew, since what was measured is of other settings or inputs: "
+                      + what_changed(others[0].get("inputs", {}), inputs))
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
     start = {"inputs": inputs, "chosen": compute.recorded()}
     if run.ranks.rank == 0:  # without a line torn by a death
