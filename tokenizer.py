@@ -200,7 +200,11 @@ def read_tokenizer(directory):
         raise ValueError("ranks.txt is not the one that tokenizer.json was written for")
     lines = [line.split() for line in text.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
+    found = Tokenizer(ranks, settings["pattern"], dict(settings["special_tokens"]))
+    trained = common.read_json(directory / "phase.json").get("fingerprint")
+    if trained not in (None, found.fingerprint):
+        raise ValueError("it is not the one that was trained, whose fingerprint is in phase.json")
+    return found
 
 def damage(directory):
     """None if a whole tokenizer is in `directory`, else what is wrong with it."""

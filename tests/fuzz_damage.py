@@ -44,6 +44,7 @@ import pyarrow.parquet
 
 import checkpoint
 import common
+import corpus
 import data as dataset
 import evaluation  # noqa: F401
 import optim  # noqa: F401
@@ -384,6 +385,8 @@ def unsaid(folder, outcome, names, trained=True):
     for path in folder.rglob("*"):
         if path.is_dir() or path.is_fifo() or not path.exists():
             continue
+        if path.name.startswith(".") and not path.name.endswith(corpus.ENDINGS):
+            continue  # as editors leave them
         found = words_of(path)
         said = path.name in outcome.out or any(name in outcome.out for name in names)
         missing = found is None

@@ -703,6 +703,8 @@ def test_tokenising_continues_where_it_was_and_notices_a_changed_file(state, tmp
     assert again() == (before, 1)
     store.write_bytes(b"")
     assert again() == (before, 1)
+    store.write_bytes(store.read_bytes().replace(b"}", b"(", 1))  # its header is Python
+    assert again() == (before, 1)
     content = bytearray(store.read_bytes())
     content[-4] ^= 1  # nor is one in which a bit has flipped trained on
     store.write_bytes(content)

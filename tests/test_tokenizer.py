@@ -214,6 +214,7 @@ def rewrite(path, old, new):
     lambda path: (path / "tokenizer.json").write_text("{"),
     lambda path: (path / "tokenizer.json").write_text("[]"),
     lambda path: rewrite(path, "<|bos|>", "<|BOS|>"),
+    lambda path: rewrite(path, "{1,2}", "s1,2}"),  # a bit that leaves a pattern
     lambda path: rewrite(path, '"special_tokens": {', '"special_tokens": ["a"], "more": {'),
     lambda path: rewrite(path, '"pattern": ', '"pattern": 5, "more": '),
     lambda path: rewrite(path, '"<|bos|>": ', '"<|bos|>": "a", "more": '),
@@ -221,6 +222,7 @@ def rewrite(path, old, new):
 def test_damaged_or_missing_says_so(trained, state, capsys, harm):
     where = pipeline.tokenizer_dir("toy")
     tok.save_tokenizer(where, trained.ranks)
+    (where / "phase.json").write_text(json.dumps({"fingerprint": trained.fingerprint}))
     assert tok.load_tokenizer("toy").fingerprint == trained.fingerprint
     harm(where)
     with ends() as e:
