@@ -11,8 +11,13 @@ from_where() {  # a relative state folder is meant from where it was given: here
 from_where "$here"
 if [ -f site.env ]; then  # the same state folder on the login node and in a job
     # without the line ends, and the mark at the start, that Windows writes; exported all the same
+    site=$(LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//' site.env)
+    if ! bash -n <<< "$site"; then  # what bash does not read would leave the usual state folder
+        echo "error: site.env is no bash: fix the line above" >&2
+        exit 2
+    fi
     set -a
-    . <(LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//' site.env)
+    . <(echo "$site")
     set +a
 fi
 from_where "$PWD"

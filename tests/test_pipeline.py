@@ -364,6 +364,12 @@ def test_the_state_folder_is_meant_from_where_it_was_given(tmp_path, site, given
     where = found if found[0] in "/~" else str(tmp_path / found)
     assert out.stdout == f"{where!r} {str(tmp_path / 'home')!r}\n"
 
+def test_a_site_env_that_bash_does_not_read_is_refused(tmp_path):
+    with_shell_files(tmp_path)
+    (tmp_path / "site.env").write_text("export NANOCHAT_BASE_DIR='/there\n")
+    out = bash(tmp_path, "--dry-run", env=environment(tmp_path))
+    assert out.returncode == 2 and "error: site.env is no bash" in out.stderr and not out.stdout
+
 def test_paths_of_data_are_those_that_the_user_sees(tmp_path):
     (tmp_path / "my texts").mkdir()
     flags = ["--data=my texts", "--dry-run", "--only=sft", "--nproc=1", "--",
