@@ -211,6 +211,8 @@ def test_mid_and_sft_on_conversations_that_teach_nothing_end_before_anything_cha
                 if path.is_file() and "tokens" not in path.parts}
     for stage in ("base", "mid", "sft"):
         make(stage)
+    make("base", tag="d2")  # goes on to a new mid,
+    make("mid", tag="d3")   # and this one to a new sft
     own = {"good": [talk_of("a", "b")], "users": [talk_of("a")] * 3, "empty": [talk_of("a", "")],
            "behind": [talk_of("a" * 100, "b")] * 7}
     for name, talks in own.items():
@@ -219,8 +221,8 @@ def test_mid_and_sft_on_conversations_that_teach_nothing_end_before_anything_cha
     before = unlike_tokens()
     good = own["good"]
     calls, expected = [], []
-    for script_name in ("mid_train.py", "chat_sft.py"):
-        for action in ("--seed=3", "--start_over=True", "--try_out=True"):
+    for script_name, new in (("mid_train.py", "d2"), ("chat_sft.py", "d3")):
+        for action in (f"--tag={new}", "--start_over=True", "--try_out=True"):
             for mixture, held_out, says in [
                     (own["users"], good, "users.jsonl: 3 conversations; 3 teach nothing: 3 with"),
                     (own["empty"], good, "empty.jsonl: 1 conversations; 1 teach nothing: 1 with"),
