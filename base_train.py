@@ -65,10 +65,10 @@ directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 run.ranks.join()
 # Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
 # looks for all, since on a shared disk another node may see an older state of the folders.
-begun = run.ranks.on_rank0(records.check_settings, "base_train", directory, settings)
+begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
-if others := run.ranks.on_rank0(corpus.not_read, data):
-    common.print0(others)
+if files["not_read"]:
+    common.print0(files["not_read"])
 known_files = run.ranks.on_rank0(corpus.facts_to_record, files)
 if start_over or try_out:
     begun = {}

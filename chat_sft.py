@@ -75,7 +75,7 @@ if not tag:
     run.command += models.tag_argument(tag)  # so that it goes on with this one
 parent, parent_step = run.ranks.on_rank0(models.find_parent, "mid", data, tag, try_out)
 directory = pipeline.state_path("sft", data, parent.name, try_out)
-run.ranks.on_rank0(records.check_settings, "chat_sft", directory, settings)
+run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 meta = checkpoint.load_meta(parent, parent_step)
 length = meta["model"]["sequence_len"]

@@ -48,8 +48,8 @@ def repeated_meta(directory, step):
     nanochat's own file stays as nanochat wrote it: what we add stands here (see adopt.py)."""
     manifest = common.read_json(Path(directory) / manifest_name(step))
     meta = manifest.get("meta", {})
-    digest = hashlib.sha256(json.dumps(meta, indent=1).encode()).hexdigest()
-    fits = digest == files(directory, step).get(names(step)[2], [0, ""])[1]
+    listed = manifest.get("files", {}).get(names(step)[2], [0, ""])
+    fits = hashlib.sha256(json.dumps(meta, indent=1).encode()).hexdigest() == listed[1]
     return meta if fits or "adopted" in meta else {}
 
 def load_meta(directory, step):
@@ -188,6 +188,7 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
     directory = Path(directory)
     model_name, optim_name, meta_name = names(step)
     meta_text = json.dumps({**meta, "step": step}, indent=1)
+    meta = json.loads(meta_text)  # as it is read again
     for name, tensor in model_state.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{name} has a nan or inf")
@@ -201,13 +202,13 @@ def save(directory, step, model_state, optim_state, meta, keep=1, still_mine=lam
                optim_name: write(optim_name, lambda f: torch.save(optim_state, f)),
                meta_name: write(meta_name, lambda f: f.write(meta_text.encode()))}
     common.fsync_dir(directory)
-    manifest = json.dumps({"step": step, "files": written, "meta": json.loads(meta_text)})
+    manifest = json.dumps({"step": step, "files": written, "meta": meta})
     write(manifest_name(step), lambda f: f.write(manifest.encode()))
     common.fsync_dir(directory)
 
     whole = 1  # it has just been read back; others are worth keeping where they are whole
     for other in steps(directory):
-        if other >= step or not same_run(json.loads(meta_text), load_meta(directory, other)):
+        if other >= step or not same_run(meta, load_meta(directory, other)):
             continue
         if whole < keep and problem(directory, other) is None:
             whole += 1

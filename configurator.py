@@ -143,9 +143,17 @@ def shown(value):
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
+# the endings of a user's files of conversations, which a mixture may name
+CONVERSATIONS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+def split_spec(spec):
+    """An entry of a mixture as (name, number behind : or None, number behind * or None), in text.
+    example: "my.jsonl:300*2" -> ("my.jsonl", "300", "2")"""
+    numbers = r"(?::([0-9]{1,20}))?(?:\*([0-9]{1,20}))?"
+    return re.fullmatch(f"(.*?){numbers}", spec, re.DOTALL).groups()
+
 def split_list(text):
-    """A text at its commas, but for those in the name of a file of conversations that is there
-    (behind which :300 or *2 may stand: see tasks.parse).
+    """A text at its commas, but for those in the name of a file of conversations that is there.
     examples: "b, c*2" -> ["b", "c*2"];  "my chats, v2.jsonl*2,c" -> ["my chats, v2.jsonl*2", "c"]
     """
     pieces = text.split(",")
@@ -154,8 +162,8 @@ def split_list(text):
         taken = 1
         for n in range(1, len(pieces) + 1):
             path = ",".join(pieces[:n]).strip()
-            named = re.fullmatch(r"(.+\.(?:jsonl|gz|json|parquet))(:\d+)?(\*\d+)?", path)
-            if named and os.path.isfile(os.path.expanduser(named[1])):
+            name = split_spec(path)[0]
+            if name.endswith(CONVERSATIONS) and os.path.isfile(os.path.expanduser(name)):
                 taken = n
                 break
         entries.append(",".join(pieces[:taken]).strip())
@@ -389,5 +397,5 @@ def from_here(word):
     return f"--{name}={','.join(file_from(here, spec) for spec in split_list(value))}"
 
 def file_from(folder, spec):
-    is_file = re.search(r"\.(jsonl|jsonl\.gz|json|parquet)([:*][\d:*]*)?$", spec)
+    is_file = split_spec(spec)[0].endswith(CONVERSATIONS)
     return os.path.join(folder, spec) if is_file else spec  # a whole path stays as it is

@@ -72,27 +72,28 @@ def look_for_files(data):
                     "it elsewhere")
     return dict(sorted(files.items())), others
 
-def not_read(data):
-    """What of a user's own folder is not read, in one line; "" where all is."""
-    others = look_for_files(data)[1] if pipeline.is_folder_data(data) else {}
+def not_read(others):
+    """What look_for_files has found and is not read, in one line; "" where all is."""
     names = [f"{name} ({why})" if why else name for name, why in sorted(others.items())]
     if not names:
         return ""
     return f"not read: {len(names):,} ({listed(names, 9)}); read are {', '.join(ENDINGS)}"
 
 def text_files(data):
-    """{name: Path} of the files of a data set, sorted by name. Failure where there is none."""
+    """-> (the files of a data set, {name: Path} sorted by name, what of a user's own folder is not
+    read, in one line). Failure where there is no file."""
     folder = pipeline.base_data_dir(data)
     command = None if pipeline.is_folder_data(data) else prepare_command(data)
     common.check(folder.exists(), f"the data folder {folder} does not exist (--data takes toy, "
                  "fineweb_edu, climbmix or a folder of texts)", command)
     common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
-    files, _ = look_for_files(data)
+    files, others = look_for_files(data)
+    said = not_read(others) if pipeline.is_folder_data(data) else ""
     if not files:
         common.fail(f"the data folder {folder} holds no text: it has no file of "
-                    f"{', '.join(ENDINGS)} that is not empty; {not_read(data)}".rstrip("; "),
+                    f"{', '.join(ENDINGS)} that is not empty; {said}".rstrip("; "),
                     next_command=command)
-    return files
+    return files, said
 
 def facts_to_record(files):
     """What a run keeps of the files that it was begun with, for its record: see dataset_files. An
@@ -111,19 +112,19 @@ def dataset_files(data, begun=None):
     begun: the record of the run that goes on (see facts_to_record); a new one holds out what its
     tokenizer has not seen
     -> {"train": files, "val": files}, each {name: Path} sorted by name; a file in both is split by
-    its documents. "old": whether the run was begun when nothing said what is held out. Failure
-    where the folder is missing or empty, or a parquet file does not open or has no string column
-    `text`.
+    its documents. "old": whether the run was begun when nothing said what is held out; "not_read":
+    what of a user's own folder is not, in one line. Failure where the folder is missing or empty,
+    or a parquet file does not open or has no string column `text`.
     """
     begun = begun or {}
-    files = text_files(data)
+    files, said = text_files(data)
     for path in files.values():
         if path.suffix == ".parquet":
             why = parquet_problem(path)
             common.check(why is None, why)
     trained = begun.get("train_files")
     if trained and "val_files" not in begun and pipeline.is_folder_data(data):
-        return {**last_held_out(files, trained), "old": True}
+        return {**last_held_out(files, trained), "old": True, "not_read": said}
     before = begun if trained else common.read_json(pipeline.tokenizer_dir(data) / "phase.json")
     val = [name for name in before.get("val_files", []) if name in files]
     train = [name for name in trained or () if name in files] or list(files)
@@ -131,7 +132,7 @@ def dataset_files(data, begun=None):
     if not val or not {*train} - {*val} | shared:
         val, shared = held_out_of(data, {name: path.stat().st_size for name, path in files.items()})
     return {"train": {name: files[name] for name in train if name in shared or name not in val},
-            "val": {name: files[name] for name in val}, "old": False}
+            "val": {name: files[name] for name in val}, "old": False, "not_read": said}
 
 def held_out_of(data, sizes):
     """
@@ -194,9 +195,8 @@ def check_same(begun, now, fingerprint=None):
                  f"{listed(other, 5)}; put the old ones back to resume it, or "
                  f"{pipeline.starting_over(begun.get('phase'))} to put it aside and start anew")
 
-def iter_texts(data, split="train", begun=None):
-    """All documents of a split, file by file. begun: as dataset_files has it"""
-    files = dataset_files(data, begun)
+def iter_texts(files, split="train"):
+    """All documents of a split, file by file. files: as dataset_files has them"""
     for name, path in files[split].items():
         shared = name in files["train"] and name in files["val"]
         yield from texts.documents(path, split, shared)

@@ -159,8 +159,8 @@ def attempts(partial):
 def put_aside(path):
     """Renames a result, or the pieces of an unfinished evaluation, so that it is kept where another
     takes its place; OSError where it cannot be. A file of no pieces is removed."""
-    lines = common.read_json_lines(path) if path.suffix == ".jsonl" else [{"piece": path}]
-    if not any("piece" in line for line in lines):
+    of_pieces = path.suffix == ".jsonl"
+    if of_pieces and not any("piece" in line for line in common.read_json_lines(path)):
         path.unlink(missing_ok=True)
     elif os.path.lexists(path):
         kept = common.aside_name(path)

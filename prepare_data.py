@@ -140,7 +140,7 @@ class File:
 
 def text_files():
     if pipeline.is_folder_data(data):
-        return [File("text", path) for path in corpus.text_files(data).values()]
+        return [File("text", path) for path in corpus.text_files(data)[0].values()]
     address, name, many, about = download.ADDRESSES[data]
     wanted = min(many - 1, shards if shards != -1 else shards_needed())
     # a damaged one that nobody asked for would stop a phase too
@@ -215,8 +215,9 @@ def problem(what, path):
 def lessons(path):
     """What a user's conversations teach -> (whether anything, in words). What is cut is counted
     where there is a tokenizer, for rows of the newest base model, or of one to come."""
-    folder = pipeline.tokenizer_dir(data)
-    tokenizer = None if tok.damage(folder) else tok.read_tokenizer(folder)
+    tokenizer = None
+    with contextlib.suppress(*tok.DAMAGE):
+        tokenizer = tok.read_tokenizer(pipeline.tokenizer_dir(data))
     length = setting_of("base", "max_seq_len")
     for model in models.trained(data, "base")[-1:]:
         state = pipeline.state_path("base", data, model.tag)
@@ -349,8 +350,8 @@ if pipeline.is_folder_data(data):
     split = corpus.dataset_files(data)
     common.print0(f"{len(split['train'])} files for training in {common.one_line(directory)}; "
                   f"{corpus.held_out_in_words(split)}")
-    if others := corpus.not_read(data):
-        common.print0(others)
+    if split["not_read"]:
+        common.print0(split["not_read"])
 if check:
     common.check(not bad, f"missing or damaged: {len(bad)} files, see the table",
                  again)

@@ -25,6 +25,7 @@ import execution
 import pipeline
 import texts
 import tokenizer as tok
+from configurator import CONVERSATIONS, split_spec
 
 def task(kind, train=None, test=None):
     """kind: chat (only trained on), categorical (answered by a letter) or generative (answered by
@@ -51,7 +52,6 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")  # of the files
 MEASURED = [name for name, facts in TASKS.items() if facts["test"] and facts["kind"] != "chat"]
 PRACTISED = [name for name, facts in TASKS.items()  # whose answers RL can check
              if facts["kind"] == "generative" and facts["train"]]
-OWN_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of a user's files of conversations
 MOST_ITEMS = 10_000_000
 MOST_EPOCHS = 1000
 GENERATED = ("spellingbee", "simplespelling")  # tasks made from a list of words,
@@ -68,15 +68,14 @@ def parse(spec):
     examples: "gsm8k" -> ("gsm8k", None, 1);  "gsm8k*2" -> ("gsm8k", None, 2);
     "spellingbee:300" -> ("spellingbee", 300, 1)"""
     common.check(isinstance(spec, str), f"{spec!r} is no name of a task or a file")
-    found = re.fullmatch(r"(.*?)(?::([0-9]{1,20}))?(?:\*([0-9]{1,20}))?", spec, re.DOTALL)
-    name, limit, epochs = found.groups()
+    name, limit, epochs = split_spec(spec)
     limit = int(limit) if limit else None
     epochs = int(epochs or 1)
-    known = name in TASKS or name.endswith(OWN_ENDINGS)
+    known = name in TASKS or name.endswith(CONVERSATIONS)
     common.check(known or not {":", "*"} & {*name}, f"cannot read {spec!r}: write name, name:300 "
                  "(examples) or name*2 (epochs)")
     common.check(known, f"there is no task {name!r}; the tasks are {', '.join(TASKS)}; a file of "
-                 f"conversations ends in {', '.join(OWN_ENDINGS)}")
+                 f"conversations ends in {', '.join(CONVERSATIONS)}")
     common.check(limit != 0 and epochs, f"{spec!r} asks for 0 examples: remove it")
     common.check((limit or 0) <= MOST_ITEMS and epochs <= MOST_EPOCHS, f"{spec!r} asks for too "
                  f"much: at most {MOST_ITEMS:,} examples and {MOST_EPOCHS:,} epochs")

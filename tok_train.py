@@ -258,14 +258,14 @@ def main():
 
     record = records.find_record(directory, settings, damage=damage)
     splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
-    if others := corpus.not_read(data):
-        common.print0(others)
+    if splits["not_read"]:
+        common.print0(splits["not_read"])
     if record.get("status") != "done":  # before anything on disk changes
         for path in {**splits["train"], **splits["val"]}.values():
             # all of it where a broken file would cost the old tokenizer
             why = text_problem(path, None if start_over else 1000)
             common.check(why is None, why)
-    common.check(any(corpus.iter_texts(data, "train", record)),
+    common.check(any(corpus.iter_texts(splits, "train")),
                  f"no file of the data set {data} holds a document")
     there = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.pkl"))
     common.check(record or start_over or not there,
@@ -285,7 +285,7 @@ def main():
     common.print0(f"training a tokenizer of {vocab_size:,} tokens on the texts of {data}")
     most_chars = min(max_chars, 4 * sum(size for _, size in sizes))  # of packed text
     at_once = min(workers or common.cores(), math.ceil(most_chars / CHUNK_CHARS))
-    texts = corpus.iter_texts(data, "train", record)
+    texts = corpus.iter_texts(splits, "train")
     try:
         words, chars = count_all(texts, max_chars, doc_cap, at_once,
                                  watch("characters at most", most_chars))
@@ -303,7 +303,7 @@ def main():
     if tokenizer.vocab_size < vocab_size:
         common.print0(f"warning: the text is too small for {vocab_size:,} tokens; the vocabulary "
                       f"has {tokenizer.vocab_size:,}")
-    prose = "".join(islice(corpus.iter_texts(data, "val", record), 200))[:200_000]
+    prose = "".join(islice(corpus.iter_texts(splits, "val"), 200))[:200_000]
     ids = tokenizer.encode(prose)
     ratio = round(len(tokenizer.decode_bytes(ids)) / max(1, len(ids)), 3)
     common.print0(f"tokenizer of {tokenizer.vocab_size:,} tokens in {directory}; {ratio:.2f} bytes "

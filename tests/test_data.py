@@ -23,6 +23,9 @@ import texts
 import tokenizer as tok
 from conftest import BYTES, alone, ends, script
 
+def all_texts(folder, split="train"):
+    return list(corpus.iter_texts(corpus.dataset_files(folder), split))
+
 def some_texts(n, seed=0):
     generator = np.random.default_rng(seed)
 
@@ -53,8 +56,8 @@ def test_every_kind_of_file_is_read_and_the_last_by_name_is_validation(state, tm
     for i in range(3):
         write(tmp_path / "d", f"f{i}{ending}", some_texts(30, i))
     folder = str(tmp_path / "d")
-    assert list(corpus.iter_texts(folder)) == some_texts(30, 0) + some_texts(30, 1)
-    assert list(corpus.iter_texts(folder, "val")) == some_texts(30, 2)
+    assert all_texts(folder) == some_texts(30, 0) + some_texts(30, 1)
+    assert all_texts(folder, "val") == some_texts(30, 2)
 
 @pytest.mark.parametrize("data_set", corpus.VAL_SHARD)
 def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state, data_set):
@@ -62,12 +65,12 @@ def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state, data_s
     first, held_out, later = (some_texts(30, i) for i in range(3))
     write(folder, "shard_00000.parquet", first)
     write(folder, val, held_out)
-    assert list(corpus.iter_texts(data_set, "val")) == held_out
-    assert list(corpus.iter_texts(data_set)) == first
+    assert all_texts(data_set, "val") == held_out
+    assert all_texts(data_set) == first
     # another shard, even behind it by name, goes to training
     write(folder, "shard_99999.parquet", later)
-    assert list(corpus.iter_texts(data_set, "val")) == held_out
-    assert list(corpus.iter_texts(data_set)) == first + later
+    assert all_texts(data_set, "val") == held_out
+    assert all_texts(data_set) == first + later
     (folder / val).unlink()
     with ends() as stopped:
         corpus.dataset_files(data_set)
@@ -75,8 +78,8 @@ def test_the_validation_shard_of_a_known_data_set_is_fixed_by_name(state, data_s
 
 def test_a_single_text_file_is_split_by_documents(state, tmp_path):
     write(tmp_path / "d", "book.txt", ["word " * 500] * 100)
-    train = list(corpus.iter_texts(str(tmp_path / "d"), "train"))
-    val = list(corpus.iter_texts(str(tmp_path / "d"), "val"))
+    train = all_texts(str(tmp_path / "d"), "train")
+    val = all_texts(str(tmp_path / "d"), "val")
     assert len(train) + len(val) == 25 and len(val) == 1
     assert all(len(text) < 13_000 for text in train)
 
@@ -298,7 +301,7 @@ def test_a_line_of_blanks_ends_a_paragraph_and_stays_as_it_is(tmp_path):
 def test_of_a_single_file_something_is_held_out_however_few_its_documents(tmp_path, state, n):
     documents = [f"number {i} " + "of them " * 20 for i in range(n)]
     write(tmp_path / "d", "a.jsonl", documents)
-    train, val = (list(corpus.iter_texts(str(tmp_path / "d"), split)) for split in ("train", "val"))
+    train, val = (all_texts(str(tmp_path / "d"), split) for split in ("train", "val"))
     held_out = sum(map(len, val)) / sum(map(len, documents))
     assert 0.015 < held_out < 0.2 and sorted("".join(train + val)) == sorted("".join(documents))
     if n < 20:
@@ -309,7 +312,7 @@ def test_of_a_single_file_something_is_held_out_however_few_its_documents(tmp_pa
 def test_what_is_held_out_of_a_text_with_a_short_end_is_a_tenth_of_it(tmp_path, state):
     documents = ["of them " * 200] * 5 + ["the end."]
     write(tmp_path / "d", "a.jsonl", documents)
-    train, val = (list(corpus.iter_texts(str(tmp_path / "d"), split)) for split in ("train", "val"))
+    train, val = (all_texts(str(tmp_path / "d"), split) for split in ("train", "val"))
     assert "".join(train + val) == "".join(documents) and len(val) == 2
     assert 800 < sum(map(len, val)) < 820 and val[0].startswith("them of")
 
@@ -359,19 +362,20 @@ def test_one_line_says_what_is_not_read_and_sub_folders_are(state, tmp_path, mon
     os.mkfifo(folder / "d.jsonl")
     (folder / "e.md").write_text("not for training")
     data_set = str(folder)
-    assert list(corpus.text_files(data_set)) == ["a.txt", "one/a.txt", "one/two/x y.jsonl",
-                                                 "one/z.txt.gz"]
-    assert corpus.not_read(data_set) == (
+    assert list(corpus.text_files(data_set)[0]) == ["a.txt", "one/a.txt", "one/two/x y.jsonl",
+                                                    "one/z.txt.gz"]
+    assert corpus.dataset_files(data_set)["not_read"] == (
         "not read: 8 (b.txt (a folder), c.jsonl (a link to nothing), d.jsonl (no regular file), "
         "e.md, empty.txt (empty), loop.txt (a link to nothing), one/.c.txt (hidden), one/up (a "
         "folder)); "
         "read are .parquet, .jsonl, .jsonl.gz, .txt, .txt.gz")
     for i in range(50):
         (folder / f"{i}.pdf").touch()
-    assert "not read: 58 (" in corpus.not_read(data_set) and "49 more" in corpus.not_read(data_set)
-    assert "packed text" in "".join(corpus.iter_texts(data_set))
+    said = corpus.dataset_files(data_set)["not_read"]
+    assert "not read: 58 (" in said and "49 more" in said
+    assert "packed text" in "".join(all_texts(data_set))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder / "one"))
-    assert len(corpus.text_files(data_set)) == 1, "the state folder holds no text of the user's"
+    assert len(corpus.text_files(data_set)[0]) == 1, "the state folder holds no text of the user's"
 
 def test_a_file_that_may_not_be_read_is_named(state, tmp_path, monkeypatch, capsys):
     write(tmp_path / "d", "a.txt", some_texts(30))
