@@ -234,14 +234,20 @@ def rows(table):
         lines.append(f"{signum} to {target}".ljust(18) + "".join(f"{n:>18}" for n in counts))
     return "\n".join(lines)
 
-def main():
-    given = {"kills": "20", "seed": "1", "folder": ""}
+def read_flags(**given):
+    """The flags of this script of the tests, by name, with what the command line gives instead;
+    ends the process where it gives something else."""
+    usage = " ".join(f"[--{name}={value or '...'}]" for name, value in given.items())
     for arg in sys.argv[1:]:
         name, _, value = arg.removeprefix("--").partition("=")
         if name not in given or not value:
-            sys.exit(f"error: cannot read {arg!r}: python tests/chaos.py [--kills=20] [--seed=1] "
-                     "[--folder=...]")
+            script = os.path.basename(sys.argv[0])
+            sys.exit(f"error: cannot read {arg!r}: python tests/{script} {usage}")
         given[name] = value
+    return given
+
+def main():
+    given = read_flags(kills="20", seed="1", folder="")
     folder = Path(given["folder"] or tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(rows(chaos(int(given["kills"]), int(given["seed"]), folder)))

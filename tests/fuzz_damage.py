@@ -53,6 +53,7 @@ import run as runs
 import texts  # noqa: F401
 import tokenizer as tok
 import training  # noqa: F401
+from chaos import read_flags
 
 PATIENCE = 40  # seconds until a command hangs
 
@@ -560,13 +561,7 @@ def fuzz(cases, seed, folder, say=print):
     return table
 
 def main():
-    given = {"cases": "30", "seed": "9", "only": "", "folder": ""}
-    for arg in sys.argv[1:]:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if name not in given or not value:
-            sys.exit(f"error: cannot read {arg!r}: python tests/fuzz_damage.py [--cases=30] "
-                     "[--seed=9] [--only=CASE] [--folder=...]")
-        given[name] = value
+    given = read_flags(cases="30", seed="9", only="", folder="")
     folder = Path(given["folder"] or tempfile.mkdtemp(prefix="damage-"))
     cases = [int(given["only"])] if given["only"] else range(int(given["cases"]))
     table = fuzz(cases, int(given["seed"]), folder)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPO))
 import common
 import configurator
 import pipeline
+from chaos import read_flags
 
 SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if re.search(
     r"^settings = configurator\.configure\(", p.read_text(), re.MULTILINE))
@@ -189,8 +190,8 @@ def fuzz(cases, seed):
     return table, wrong
 
 def main():
-    options = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
-    table, wrong = fuzz(int(options.get("cases", 500)), int(options.get("seed", 1)))
+    given = read_flags(cases="500", seed="1")
+    table, wrong = fuzz(int(given["cases"]), int(given["seed"]))
     print(f"| {'script':<16} | accepted | refused | wrong |\n|---|---|---|---|")
     total = Counter()
     for script, counts in table.items():
