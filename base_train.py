@@ -188,7 +188,7 @@ while True:
         x, y = to_device(x, compute.device), to_device(y, compute.device)
         # The sum over a micro-batch is divided by the tokens of the whole batch, not by its own:
         # so the gradients of all micro-batches and ranks add up to that of the batch.
-        micro_loss = forward(x, y, reduction="sum") / batch_tokens
+        micro_loss = forward(x, y) / batch_tokens
         micro_loss.backward()
         total += micro_loss.detach()
     # Adds up the gradients of all ranks. Where their norm is nan or inf it touches nothing: one bad

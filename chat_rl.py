@@ -224,8 +224,8 @@ while True:
         longest = idx.size(1)
         advantages = torch.tensor([a + [0.0] * (longest - len(a)) for _, a in part])
         idx, advantages = idx.to(compute.device), advantages.to(compute.device)
-        nats = model(idx[:, :-1], idx[:, 1:].contiguous(), reduction="none")
-        micro_loss = (nats * advantages[:, 1:]).sum() / max(counted, 1.0)
+        nats = model(idx[:, :-1], idx[:, 1:], weights=advantages[:, 1:])
+        micro_loss = nats / max(counted, 1.0)
         micro_loss.backward()
         total += micro_loss.detach()
     # Where all rewards of each group are equal there is no gradient, and nothing changes: neither

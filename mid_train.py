@@ -181,7 +181,7 @@ while True:
     total = torch.zeros((), device=compute.device)
     for x, y in batches:
         x, y = to_device(x, compute.device), to_device(y, compute.device)
-        micro_loss = forward(x, y, reduction="sum") / max(counted, 1)
+        micro_loss = forward(x, y) / max(counted, 1)
         micro_loss.backward()
         total += micro_loss.detach()
     # Adds up the gradients of all ranks; touches nothing where their norm is nan or inf.

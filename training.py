@@ -239,7 +239,7 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
         rows, counted = dataset.read_rows(plan, mine)
         x, y = to_device(rows[:, :-1].copy(), device), to_device(rows[:, 1:].copy(), device)
         sizes = token_bytes[y] * to_device(counted[:, 1:].astype("int64"), device)
-        losses = model(x, y, reduction="none")
+        losses = model.nats(x, y)
         nats += (losses * (sizes > 0)).sum(dtype=nats.dtype)
         total_bytes += sizes.sum()
     nats, total_bytes = run.ranks.all_reduce_sum(nats), run.ranks.all_reduce_sum(total_bytes)
