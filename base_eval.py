@@ -44,8 +44,8 @@ settings = configurator.configure(globals())
 import numpy as np
 
 import core_eval
+import engine
 import evaluation
-import gpt
 import training
 
 PROMPTS = ["The capital of France is", "The opposite of hot is",
@@ -97,7 +97,7 @@ measured = evaluation.open_or_exit(run, path, inputs, settings)
 # bits per byte and samples
 
 compute = measured.compute
-model = models.load_model(folder, step, compute.device, compute.dtype)[0]
+model = models.load_to_use(folder, step, compute.device, compute.dtype)
 length = model.config.sequence_len
 common.print0(f"base {folder.name}, step {step:,}: {run.ranks.world} x {compute}")
 
@@ -121,10 +121,10 @@ def write_samples():
     """Greedy continuations of PROMPTS, and four texts out of nothing, drawn.
     -> [{"prompt", "text"}], None if stopped"""
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    said = gpt.generate(model, tokenizer, asked, 24, keep_going=going)
+    said = engine.generate(model, tokenizer, asked, 24, keep_going=going)
     uniforms = np.stack([common.rng(seed, i).random(64) for i in range(4)])
-    said += gpt.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms,
-                         keep_going=going)
+    said += engine.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms,
+                            keep_going=going)
     texts = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
              for prompt, (tokens, _) in zip([*PROMPTS, "", "", "", ""], said)]
     return texts if going() else None

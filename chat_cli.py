@@ -35,6 +35,7 @@ max_new_tokens = 256         # tokens of an answer at most
 seed = None                  # random seed: the same gives the same answers; None: a new one
 device = "auto"              # device to compute on: auto, cuda, mps, cpu
 dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
+weights = "auto"             # auto (in dtype), or int8: faster on a CPU, less exact
 threads = 0                  # CPU threads; 0: all cores
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
@@ -81,12 +82,13 @@ def on_interrupt(signum, frame):
 
 signal.signal(signal.SIGINT, on_interrupt)  # before torch is imported, which takes seconds
 
-import gpt
+import engine
 from compute import choose_compute
 
 tokenizer = models.load_tokenizer_of(folder, step, data)
 compute = choose_compute(Ranks(0, 0, 1), settings)
-model = models.load_model(folder, step, compute.device, compute.dtype)[0]
+model = models.load_to_use(folder, step, compute.device, compute.dtype)
+packed = engine.Packed(model, 1, weights)
 context = model.config.sequence_len
 longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
 COMMANDS = "(/new: new conversation, /quit: leave)"
@@ -140,8 +142,9 @@ def answer(ids, number):
     uniforms = common.rng(seed, number).random((1, max_new_tokens))
     now.interrupted = False
     now.answering = True
-    tokens, _ = gpt.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
-                             execution.calculate, on_token=show, keep_going=keep_going)[0]
+    tokens, _ = engine.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
+                                execution.calculate, on_token=show, keep_going=keep_going,
+                                packed=packed)[0]
     now.answering = False
     print(decoder.decode(b"", True), flush=True)
     if len(tokens) == most:

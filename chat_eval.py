@@ -55,21 +55,20 @@ tokenizer = models.load_tokenizer_of(folder, step, data)
 
 import torch
 
+import engine
 import evaluation
-import gpt
 from compute import choose_compute
 
 if try_out:
     run.settings = settings
     compute = choose_compute(run.ranks, settings)
-    model = models.load_model(folder, step, compute.device, compute.dtype)[0]
+    model = models.load_to_use(folder, step, compute.device, compute.dtype)
     length = model.config.sequence_len
-    prompts = [[row] * length for row in range(rows)]  # equal ones would be run once
     with torch.inference_mode():
-        cache, _ = gpt.prefill(model, prompts, length + max_new_tokens)
-        cache.advance(max_new_tokens - 1)
-        cache.select(range(rows))  # as when a row is finished: for a moment there are two
-        gpt.decode_one_token(model, cache, [0] * rows).tolist()  # waits for the device
+        decoder = engine.Decoder(model, rows, length + max_new_tokens)
+        decoder.add([[row] * length for row in range(rows)])  # equal ones would be run once
+        decoder.lengths = [length + max_new_tokens - 1] * rows
+        decoder.step([0] * rows).tolist()  # waits for the device
     common.print0(f"tried out: {rows} answers at once, to the end of the longest")
     run.leave(0, "tried out")
 
@@ -90,7 +89,7 @@ measured = evaluation.open_or_exit(run, path, inputs, settings, needed=tasks)
 compute = measured.compute
 common.print0(f"{source} {folder.name}, step {step:,}: {run.ranks.world} x {compute}; tasks: "
               f"{', '.join(tasks)}")
-model = models.load_model(folder, step, compute.device, compute.dtype)[0]
+model = models.load_to_use(folder, step, compute.device, compute.dtype)
 
 # -------------------------------------------------------------------------------------------------
 # whether some items of a task are answered rightly: a list of bool, None if stopped
@@ -106,7 +105,7 @@ def categorical(items, prompts):
         if not going():
             return None
         part = prompts[start:start + rows]
-        logits = gpt.prefill(model, part, max(map(len, part)))[1].cpu()
+        logits = engine.prefill(model, part, max(map(len, part)))[1].cpu()
         for item, row in zip(items[start:], logits):
             letters = [tokenizer.encode(letter)[0] for letter in item["letters"]]
             best = item["letters"][row[letters].argmax().item()]
@@ -115,8 +114,8 @@ def categorical(items, prompts):
 
 def generative(items, prompts):
     """What is right of the greedy answers."""
-    answers = gpt.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
-                           calculate=execution.calculate, keep_going=going)
+    answers = engine.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
+                              calculate=execution.calculate, keep_going=going)
     if not going():
         return None
     texts = [tokenizer.decode(tokens) for tokens, _ in answers]

@@ -88,7 +88,7 @@ run.open_or_exit(directory, settings,
 
 import torch  # only here: it takes seconds, and what is wrong above is said without it
 
-import gpt
+import engine
 import optim
 import training
 from compute import choose_compute, peak_flops
@@ -121,7 +121,7 @@ def rollout(items, numbers, n, stream, turn):
     prompts = [tokenizer.render_for_completion(items[i]) for i in numbers for _ in range(n)]
     uniforms = np.stack([common.rng(seed, stream, turn, i, k).random(max_new_tokens)
                          for i in numbers for k in range(n)])
-    answers = gpt.generate(
+    answers = engine.generate(
         model, tokenizer, prompts, max_new_tokens, temperature, uniforms=uniforms,
         calculate=execution.calculate, max_rows=rollout_rows,
         keep_going=lambda: run.stop_reason() is None)
@@ -220,7 +220,7 @@ while True:
     total = torch.zeros((), device=compute.device)
     for start in range(0, len(sequences), device_batch_size):
         part = sequences[start:start + device_batch_size]
-        idx, _ = gpt.pad_right([ids for ids, _ in part])
+        idx, _ = engine.pad_right([ids for ids, _ in part])
         longest = idx.size(1)
         advantages = torch.tensor([a + [0.0] * (longest - len(a)) for _, a in part])
         idx, advantages = idx.to(compute.device), advantages.to(compute.device)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import common
+import engine
 import evaluation
-import gpt
 import texts
 
 # --------------------------------------------------------------------------------------------------
@@ -213,12 +213,12 @@ def make_batches(groups, model, budget):
 def score(model, rows):
     """Runs a batch and fills in `loss` and `greedy` of its rows."""
     device = model.lm_head.weight.device
-    ids, _ = gpt.pad_right([row.ids[row.prefix:-1] for row in rows])
+    ids, _ = engine.pad_right([row.ids[row.prefix:-1] for row in rows])
     cache = None
     if rows[0].prefix:
         prefixes = [row.ids[:row.prefix] for row in rows]
         longest = max(map(len, prefixes))
-        cache, _ = gpt.prefill(model, prefixes, longest + ids.size(1))  # equal ones once
+        cache, _ = engine.prefill(model, prefixes, longest + ids.size(1))  # equal ones once
     hidden = model.hidden(ids.to(device), cache)
     before = [h[row.start - row.prefix - 1:len(row.ids) - row.prefix - 1]
               for row, h in zip(rows, hidden)]

@@ -1,6 +1,5 @@
 """
-The model: a decoder-only transformer whose one dial is depth; its key/value cache; generation with
-the calculator.
+The model: a decoder-only transformer whose one dial is depth.
 
 In arch="modern": value embeddings with gates (after ResFormer, arXiv 2410.17897), per-layer scalars
 on the residual stream and on the embedding, smear (both modded-nanogpt), sharper attention. All of
@@ -102,7 +101,8 @@ class Attention(nn.Module):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
     def forward(self, x, ve, cos, sin, cache):
-        """x [B, T, C]; ve [B, T, kv_dim] or None; cos, sin as in rotate; cache: KVCache or None"""
+        """x [B, T, C]; ve [B, T, kv_dim] or None; cos, sin as in rotate; cache: None or an
+        engine.KVCache"""
         heads = (-1, self.config.head_dim)  # [B, T, C] -> [B, T, H, D]
         q, k, v = (c(x).unflatten(-1, heads) for c in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
@@ -244,22 +244,19 @@ class GPT(nn.Module):
             for embedding in self.value_embeds.values():
                 uniform(embedding, -bound, bound)
 
-    def smear(self, x, cache, counts):
+    def smear(self, x, cache):
         """Adds to each token's embedding a gated share of the one before it, so that a single
         attention finds what stood behind a word. A model of four layers looks back so after half
-        the steps (LOG.md). x [B, T, C]; cache and counts as in hidden."""
-        before = x[:, :1]  # nothing stands before the first token but itself
-        if cache is not None:
-            if cache.last is not None:
-                before = cache.last
-            cache.last = last_real(x, counts)[:, None]
+        the steps (LOG.md). x [B, T, C]; cache as in hidden."""
+        # nothing stands before the first token of all but itself
+        before = x[:, :1] if cache is None else cache.before(x)
         gate = torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS]))
         gate = gate * self.smear_lambda.to(x.dtype)
         return x + gate * torch.cat([before, x[:, :-1]], dim=1)
 
     def hidden(self, idx, cache=None, counts=None):
         """idx [B, T] int64 -> the normed last hidden states [B, T, C] in the compute dtype.
-        cache: a KVCache of B rows; the tokens continue each row at its own length.
+        cache: an engine.KVCache of B rows; the tokens continue each row at its own length.
         counts [B]: how many of the T tokens of each row are real (the rest, at the right, is
         padding); all of them by default."""
         dtype = self.dtype
@@ -276,7 +273,7 @@ class GPT(nn.Module):
         cos, sin = self.rotary[:, positions].to(dtype)  # each [1 or B, T, 1, D/2]
         x = norm(self.transformer.wte(idx).to(dtype))
         if self.config.modern:
-            x = self.smear(x, cache, counts)
+            x = self.smear(x, cache)
         x0 = x
         for i, block in enumerate(self.transformer.h):
             if self.config.modern:
@@ -320,163 +317,3 @@ class GPT(nn.Module):
         config = self.config
         multiplied = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.sequence_len
-
-# --------------------------------------------------------------------------------------------------
-# generation
-
-class KVCache:
-    """Keys and values of `rows` sequences, each with its own length. kv: for each layer a tensor
-    [2, rows, n_kv_head, max_len, head_dim]. A pass calls extend once and update in each layer."""
-
-    def __init__(self, config, rows, max_len, device, dtype):
-        shape = (2, rows, config.n_kv_head, max_len, config.head_dim)
-        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
-
-    def extend(self, T, counts):
-        """Prepares, once for all layers, a pass over T more tokens in each row, of which counts
-        [rows] are real, or all: their positions [rows, T] and the mask of the keys they see."""
-        longest = int(self.lengths.max())  # waits for the device
-        device = self.lengths.device
-        self.end = longest + T
-        self.rows = torch.arange(len(self.lengths), device=device)[:, None]
-        self.positions = self.lengths[:, None] + torch.arange(T, device=device)
-        self.mask = None  # of an empty cache: plain causal attention, as padding comes last
-        if longest > 0:
-            keys = torch.arange(self.end, device=device)
-            self.mask = keys <= self.positions[:, None, :, None]  # [rows, 1, T, end]
-        self.advance(T if counts is None else counts)
-
-    def update(self, layer, k, v):
-        """Stores k, v [rows, n_kv_head, T, head_dim] of the new tokens.
-        -> those of all tokens, [2, rows, n_kv_head, end, head_dim]"""
-        kv = self.kv[layer]
-        for i, new in enumerate((k, v)):
-            kv[i, self.rows, :, self.positions] = new.transpose(1, 2)
-        return kv[..., :self.end, :]
-
-    def advance(self, counts):
-        """The rows have grown by counts, an int or a tensor [rows]."""
-        self.lengths = self.lengths + counts
-
-    def select(self, rows):
-        """Keeps (or repeats) the rows of these numbers, a list or tensor; forgets the others."""
-        rows = torch.as_tensor(rows, device=self.lengths.device)
-        self.kv = [kv.index_select(1, rows) for kv in self.kv]
-        self.lengths = self.lengths[rows]
-        if self.last is not None:
-            self.last = self.last[rows]
-
-def pad_right(rows):
-    """lists of token ids -> (tensor [B, longest] int64, tensor [B] of lengths).
-    example: [[1], [2, 3]] -> [[1, 0], [2, 3]], [1, 2]"""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    return padded, torch.tensor([len(row) for row in rows])
-
-def last_real(x, counts):
-    """x [B, T, C] -> x[b, counts[b] - 1] of each row b, [B, C]; the last of all without counts"""
-    if counts is None:
-        return x[:, -1]
-    return x[torch.arange(len(x), device=x.device), counts - 1]
-
-def prefill(model, prompts, max_len):
-    """Runs all prompts in one pass, equal ones once.
-    -> (KVCache with room for max_len tokens a row, logits [B, V] after each prompt)"""
-    device = model.lm_head.weight.device
-    numbers = {}  # prompt -> its row in the pass
-    rows = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    idx, counts = pad_right(numbers)
-    counts = counts.to(device)
-    cache = KVCache(model.config, len(numbers), max_len, device, model.dtype)
-    h = model.hidden(idx.to(device), cache, counts)
-    logits = model.logits(last_real(h, counts))
-    if len(numbers) < len(prompts):
-        cache.select(rows)
-        logits = logits[rows]
-    return cache, logits
-
-def decode_one_token(model, cache, tokens):
-    """tokens: the newest token of each row, a list -> logits [B, V] for the one after it"""
-    idx = torch.tensor(tokens, device=cache.lengths.device)[:, None]
-    return model.logits(model.hidden(idx, cache)[:, -1])
-
-def sample(logits, temperature, top_k, uniforms):
-    """logits [B, V] -> the next token of each row, [B] int64. Temperature 0 is greedy; else the
-    inverse of the cumulative distribution at uniforms [B] (float64 in [0, 1), array or tensor), so
-    that a draw depends on its own number alone and not on who else is in the batch."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    device = logits.device
-    if device.type == "mps":  # Apple's GPUs have no float64
-        device = torch.device("cpu")
-    uniforms = torch.as_tensor(uniforms, device=device)
-    logits = logits.to(device).double() / temperature
-    vocab_size = logits.size(-1)
-    if 0 < top_k < vocab_size:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits[logits < smallest] = -torch.inf
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
-    return passed.sum(dim=-1).clamp(max=vocab_size - 1)
-
-def tool_reply(tokens, tokenizer, calculate):
-    """A continuation so far -> how it has to go on: what the calculator answers where the last
-    token ends a call of it, else []. calculate: text -> text, or None for no answer.
-    example: ... <|python_start|> 2+3 <|python_end|> -> <|output_start|> 5 <|output_end|>"""
-    start, end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
-    if tokens[-1] != end or start not in tokens:
-        return []
-    call = tokens[-tokens[::-1].index(start):-1]
-    if end in call:  # this call was ended before
-        return []
-    result = calculate(tokenizer.decode(call))
-    if result is None:
-        return []
-    return [tokenizer.special("<|output_start|>"), *tokenizer.encode(result),
-            tokenizer.special("<|output_end|>")]
-
-@torch.inference_mode()
-def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None,
-             calculate=None, max_rows=64, on_token=None, keep_going=lambda: True):
-    """Continues each prompt (a list of token ids) until <|assistant_end|>, <|bos|> or
-    max_new_tokens. -> list of (tokens, forced) per prompt, the closing token left out; forced[i]
-    is True where the tool spoke. uniforms: float64 [len(prompts), max_new_tokens], needed when
-    temperature > 0. calculate: text -> text or None, the tool. on_token(row, token): called for
-    each token as it comes. keep_going(): looked at before each token; False ends early."""
-    stops = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    tokens = [[] for _ in prompts]
-    forced = [[] for _ in prompts]
-    pending = [[] for _ in prompts]  # what the tool has still to say
-    for start in range(0, len(prompts), max_rows):
-        batch = prompts[start:start + max_rows]
-        rows = list(range(start, start + len(batch)))  # those not finished, by number
-        for position in range(max_new_tokens):
-            if not keep_going():
-                break
-            if position == 0:
-                cache, logits = prefill(model, batch, max(map(len, batch)) + max_new_tokens)
-            else:
-                logits = decode_one_token(model, cache, [tokens[row][-1] for row in rows])
-            drawn = None if uniforms is None else uniforms[rows, position]
-            sampled = sample(logits, temperature, top_k, drawn).tolist()
-            alive = []
-            for i, row in enumerate(rows):
-                tool_speaks = len(pending[row]) > 0
-                token = pending[row].pop(0) if tool_speaks else sampled[i]
-                if token in stops:
-                    continue
-                alive.append(i)
-                tokens[row].append(token)
-                forced[row].append(tool_speaks)
-                if calculate is not None:
-                    pending[row] += tool_reply(tokens[row], tokenizer, calculate)
-                if on_token is not None:
-                    on_token(row, token)
-            if not alive:
-                break
-            if len(alive) < len(rows):  # finished rows leave the batch, so they cost nothing
-                rows = [rows[i] for i in alive]
-                cache.select(alive)
-    return list(zip(tokens, forced))

@@ -181,6 +181,12 @@ def build_model(meta, model_state, device, dtype):
     return model.to(device)
 
 def load_model(folder, step, device, dtype):
-    """What find_model has found -> (model in eval mode, meta)"""
+    """What find_model has found -> (model in eval mode, meta), to go on training"""
     model_state, _, meta = checkpoint.load(folder, step, optimizer=False)
     return build_model(meta, model_state, device, dtype).eval(), meta
+
+def load_to_use(folder, step, device, dtype):
+    """What find_model has found -> model that is not trained any more: its weights are kept in
+    dtype. That takes half the memory in bfloat16 and no cast at each use, and gives the same bits.
+    """
+    return load_model(folder, step, device, dtype)[0].to(dtype)

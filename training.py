@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import common
 import data as dataset
-import gpt
+import engine
 import models
 import pipeline
 import rewind
@@ -275,8 +275,8 @@ def print_samples(run, model, tokenizer, prompts):
     """Greedy continuations of a few prompts, of 48 tokens, on rank 0."""
     if run.ranks.rank != 0:
         return
-    for prompt in prompts:
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-        tokens, _ = gpt.generate(model, tokenizer, [ids], 48,
-                                 keep_going=lambda: run.stop_reason() is None)[0]
+    asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    said = engine.generate(model, tokenizer, asked, 48,
+                           keep_going=lambda: run.stop_reason() is None)
+    for prompt, (tokens, _) in zip(prompts, said):
         common.print0(f"  sample: {prompt + tokenizer.decode(tokens)!r}"[:300])

@@ -15,9 +15,9 @@ from test_cli import make
 PLAY = """
 import json, runpy, sys
 sys.path.insert(0, ".")
-import gpt, tasks
+import engine, gpt, tasks
 answer = [65, 66, 67, 68, 69], [False, False, True, True, False]
-gpt.generate = lambda model, tokenizer, prompts, *args, **kwargs: [answer for _ in prompts]
+engine.generate = lambda model, tokenizer, prompts, *args, **kwargs: [answer for _ in prompts]
 rewards = iter(REWARDS)
 tasks.correct = lambda item, text: next(rewards)
 real, weights = gpt.GPT.forward, []

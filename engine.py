@@ -1,0 +1,396 @@
+"""
+Generation: prompts in, tokens out, with the calculator. One path for the rollouts of RL, the
+evaluations, samples and the chat.
+
+    engine.generate(model, tokenizer, prompts, 64)  # -> [(tokens, forced), ...]
+
+Continuous batching (Orca, OSDI 2022): up to max_rows answers grow at once, each in a slot of its
+own; where one is finished the next prompt takes its place. A prompt runs through the model itself.
+From there on each pass is one token a row, and what it costs is reading the weights and the
+overhead of each operation; Decoder writes the model's formula out for that case. What is drawn is a
+function of the arguments alone, never of time.
+"""
+import warnings
+from collections import deque
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from gpt import GATE_CHANNELS, SOFTCAP, has_value_embedding
+
+EPS = torch.finfo(torch.float32).eps  # as in F.rms_norm
+
+# --------------------------------------------------------------------------------------------------
+# prompts: through the model's own forward, which takes several tokens a row
+
+class KVCache:
+    """Keys and values of `rows` sequences, each with its own length. kv: for each layer a tensor
+    [2, rows, n_kv_head, max_len, head_dim]. A pass calls extend once and update in each layer."""
+
+    def __init__(self, config, rows, max_len, device, dtype):
+        shape = (2, rows, config.n_kv_head, max_len, config.head_dim)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
+
+    def extend(self, T, counts):
+        """Prepares, once for all layers, a pass over T more tokens in each row, of which counts
+        [rows] are real, or all: their positions [rows, T] and the mask of the keys they see."""
+        longest = int(self.lengths.max())  # waits for the device
+        device = self.lengths.device
+        self.end = longest + T
+        self.rows = torch.arange(len(self.lengths), device=device)[:, None]
+        self.positions = self.lengths[:, None] + torch.arange(T, device=device)
+        self.mask = None  # of an empty cache: plain causal attention, as padding comes last
+        if longest > 0:
+            keys = torch.arange(self.end, device=device)
+            self.mask = keys <= self.positions[:, None, :, None]  # [rows, 1, T, end]
+        self.counts = counts
+        self.lengths = self.lengths + (T if counts is None else counts)
+
+    def before(self, x):
+        """x [rows, T, n_embd]: embeddings of the new tokens -> [rows, 1, n_embd], of the one before
+        the first of each row (of an empty cache the first itself). Keeps the last for next time."""
+        before = x[:, :1] if self.last is None else self.last
+        self.last = last_real(x, self.counts)[:, None]
+        return before
+
+    def update(self, layer, k, v):
+        """Stores k, v [rows, n_kv_head, T, head_dim] of the new tokens.
+        -> those of all tokens, [2, rows, n_kv_head, end, head_dim]"""
+        kv = self.kv[layer]
+        for i, new in enumerate((k, v)):
+            kv[i, self.rows, :, self.positions] = new.transpose(1, 2)
+        return kv[..., :self.end, :]
+
+    def select(self, rows):
+        """Keeps (or repeats) the rows of these numbers, a list; forgets the others."""
+        rows = torch.tensor(rows, device=self.lengths.device)
+        self.kv = [kv.index_select(1, rows) for kv in self.kv]
+        self.lengths = self.lengths[rows]
+        if self.last is not None:
+            self.last = self.last[rows]
+
+def pad_right(rows):
+    """lists of token ids -> (tensor [B, longest] int64, tensor [B] of lengths).
+    example: [[1], [2, 3]] -> [[1, 0], [2, 3]], [1, 2]"""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    return padded, torch.tensor([len(row) for row in rows])
+
+def last_real(x, counts):
+    """x [B, T, C] -> x[b, counts[b] - 1] of each row b, [B, C]; the last of all without counts"""
+    if counts is None:
+        return x[:, -1]
+    return x[torch.arange(len(x), device=x.device), counts - 1]
+
+def prefill(model, prompts, max_len):
+    """Runs all prompts in one pass, equal ones once.
+    -> (KVCache with room for max_len tokens a row, logits [B, V] after each prompt)"""
+    device = model.lm_head.weight.device
+    numbers = {}  # prompt -> its row in the pass
+    rows = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    idx, counts = pad_right(numbers)
+    counts = counts.to(device)
+    cache = KVCache(model.config, len(numbers), max_len, device, model.dtype)
+    h = model.hidden(idx.to(device), cache, counts)
+    logits = model.logits(last_real(h, counts))
+    if len(numbers) < len(prompts):
+        cache.select(rows)
+        logits = logits[rows]
+    return cache, logits
+
+# --------------------------------------------------------------------------------------------------
+# weights, as the products of one token a row read them
+
+def int8_product(weight):
+    """weight [out, in] -> a function x [n, in] -> x @ weight.T [n, out], both float32. Each row of
+    the weight is rounded to 8 bits with a scale of its own, x at each call with one scale."""
+    scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a later torch will be without it; ours is pinned
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(rounded, None)
+    # without VNNI the sum of two products overflows 16 bits unless x keeps to 7 of its 8
+    narrow = not torch.cpu._is_vnni_supported()
+    return partial(torch.ops.quantized.linear_dynamic.default, W_prepack=packed,
+                   reduce_range=narrow)
+
+def float_product(weight, dtype, rows):
+    """weight [out, in] -> a function x [n, in] -> x @ weight.T [n, out], both float32, computed in
+    dtype. rows: n at most."""
+    weight = weight.to(dtype)
+    # On a CPU oneDNN's own order of the weights, which torch.compile's freezing uses too: 8192 x
+    # 8192, 16 rows, float32: 7 -> 21 GB/s. Its calls take 10 us longer, so not for a small GEMV.
+    small = dtype == torch.float32 and rows == 1 and weight.numel() < 2 ** 20
+    if weight.device.type != "cpu" or small or not has_onednn(dtype):
+        return lambda x: F.linear(x.to(dtype), weight).float()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x.to(dtype), packed, None, "none", [], "").float()
+
+def has_onednn(dtype):
+    """Whether torch has oneDNN's products for this dtype on this CPU."""
+    ops = torch.ops.mkldnn
+    if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
+        return False
+    if dtype == torch.bfloat16:
+        return ops._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+class Packed:
+    """A model's matrices as products, copied: a later change of the weights is not seen."""
+
+    @torch.inference_mode()
+    def __init__(self, model, rows, weights="auto"):
+        """rows: how many run at once, at most. weights: "auto", in the model's compute dtype, or
+        "int8": a quarter of float32's bytes to read for each token. Failure (code 2) where int8 is
+        asked for and the model is not on a CPU."""
+        on_cpu = model.lm_head.weight.device.type == "cpu"
+        common.check(on_cpu or weights != "int8", "--weights=int8 needs --device=cpu")
+
+        def product(*parts):
+            weight = torch.cat(parts)
+            if weights == "int8":
+                return int8_product(weight.float())
+            return float_product(weight, model.dtype, rows)
+
+        self.layers = []
+        for block in model.transformer.h:
+            attn = block.attn
+            qkv = [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]
+            if hasattr(attn, "ve_gate"):  # it looks at the first channels only
+                qkv.append(F.pad(attn.ve_gate.weight, (0, model.config.n_embd - GATE_CHANNELS)))
+            self.layers.append((product(*qkv), product(attn.c_proj.weight),
+                                product(block.mlp.c_fc.weight), product(block.mlp.c_proj.weight)))
+        self.head = product(model.lm_head.weight)
+
+# --------------------------------------------------------------------------------------------------
+# one more token in each row
+
+def norm(x):
+    """F.rms_norm of float32 in a third of its time: these rows are short."""
+    return x * x.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+
+class Decoder:
+    """The model's formula for one token a row, in float32 but for the products. Its rows are slots
+    0 to n - 1 of buffers made once; a new row takes slot n, and where one is removed the last one
+    moves into its place."""
+
+    def __init__(self, model, rows, max_len, packed=None):
+        """rows: how many slots; max_len: how many tokens each has room for, its prompt included;
+        packed: the model's weights, if they are packed already."""
+        config = model.config
+        device = model.lm_head.weight.device
+        # torch's attention is eight times slower in bfloat16 on a CPU for a single query
+        dtype = torch.float32 if device.type == "cpu" else model.dtype
+        shape = (rows, max_len, config.n_kv_head, config.head_dim)
+        self.model = model
+        self.packed = packed or Packed(model, rows)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.lengths = []  # tokens in each slot in use
+        self.last = torch.zeros(rows, config.n_embd, device=device)  # as in KVCache
+        self.prefilled = {}  # prompt -> its keys and values of each layer, last, logits
+        if max_len > model.rotary.size(1):
+            model.grow_rotary(max_len)
+        cos, sin = model.rotary[:, :max_len].float()
+        self.cos = torch.cat([cos, cos], dim=-1)  # [max_len, 1, head_dim]
+        self.sin = torch.cat([sin, -sin], dim=-1)
+        if config.modern:
+            self.own_share = model.resid_lambdas.tolist()
+            self.first_share = model.x0_lambdas.float()[:, None, None]
+
+    def add(self, prompts):
+        """Runs prompts, equal ones once, and puts each into the next slot.
+        -> logits [B, V] after each"""
+        keys = [tuple(prompt) for prompt in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self.prefilled]
+        if new:
+            cache, logits = prefill(self.model, new, max(map(len, new)))
+            for i, key in enumerate(new):
+                last = None if cache.last is None else cache.last[i, 0]
+                self.prefilled[key] = [kv[:, i] for kv in cache.kv], last, logits[i]
+        for key in keys:
+            slot, T = len(self.lengths), len(key)
+            layers, last, _ = self.prefilled[key]
+            for layer, (k, v) in enumerate(layers):
+                self.keys[layer][slot, :T] = k[:, :T].transpose(0, 1)
+                self.values[layer][slot, :T] = v[:, :T].transpose(0, 1)
+            if last is not None:
+                self.last[slot] = last
+            self.lengths.append(T)
+        logits = torch.stack([self.prefilled[key][2] for key in keys])
+        # samples of one prompt come one after another, so the next to come may be of the last
+        layers, last, after = self.prefilled[keys[-1]]
+        self.prefilled = {keys[-1]: ([kv.clone() for kv in layers], last, after)}
+        return logits
+
+    def remove(self, slot):
+        """The row of a slot is finished."""
+        T, end = self.lengths.pop(), len(self.lengths)
+        if slot < end:
+            for buffer in (*self.keys, *self.values):
+                buffer[slot, :T] = buffer[end, :T]
+            self.last[slot] = self.last[end]
+            self.lengths[slot] = T
+
+    def step(self, tokens):
+        """tokens: the newest one of each slot in use, a list -> logits [n, V] after each"""
+        config = self.model.config
+        n, end = len(tokens), max(self.lengths) + 1
+        device = self.last.device
+        idx = torch.tensor(tokens, device=device)
+        positions = torch.tensor(self.lengths, device=device)
+        max_len = self.keys[0].size(1) if self.keys else 0
+        places = torch.arange(n, device=device) * max_len + positions  # in the buffers
+        cos, sin = self.cos[positions], self.sin[positions]  # [n, 1, head_dim]
+        mask = None
+        if min(self.lengths) + 1 < end:
+            seen = torch.arange(end, device=device) <= positions[:, None]
+            mask = torch.zeros(n, 1, 1, end, device=device, dtype=self.keys[0].dtype)
+            mask.masked_fill_(~seen[:, None, None], -torch.inf)
+        self.lengths = [length + 1 for length in self.lengths]
+
+        x = norm(self.model.transformer.wte(idx).float())
+        if config.modern:
+            x = self.smear(x)
+            first = self.first_share * x  # [n_layer, n, n_embd]
+        for i, (qkv, attn_proj, mlp_fc, mlp_proj) in enumerate(self.packed.layers):
+            if config.modern:
+                x = torch.add(first[i], x, alpha=self.own_share[i])
+            q = self.attend(i, qkv(norm(x)), idx, cos, sin, places, end, mask)
+            x = x + attn_proj(q)
+            x += mlp_proj(mlp_fc(norm(x)).relu_().square_())
+        # tanh(z / SOFTCAP) by a sigmoid, which torch computes five times as fast on a CPU
+        half = self.packed.head(norm(x)).mul_(2 / SOFTCAP).sigmoid_()
+        return half.mul_(2 * SOFTCAP).sub_(SOFTCAP)
+
+    def smear(self, x):
+        """GPT.smear for one token a row, x [n, n_embd]"""
+        model, n = self.model, len(x)
+        gate = torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], model.smear_gate.weight.float()))
+        smeared = x + gate * model.smear_lambda * self.last[:n]
+        self.last[:n] = x
+        return smeared
+
+    def attend(self, layer, qkv, idx, cos, sin, places, end, mask):
+        """What gpt.Attention does between its products; qkv [n, ...], the gates at their end
+        -> [n, n_embd]"""
+        config = self.model.config
+        n, D, kv_heads = len(qkv), config.head_dim, config.n_kv_head
+        heads = config.n_head + kv_heads
+        keys, values = self.keys[layer], self.values[layer]
+        qk = qkv[:, :heads * D].view(n, heads, D)
+        # as gpt.rotate, and a roll makes (x2, x1) of the halves (x1, x2)
+        qk = norm(torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin))
+        v = qkv[:, heads * D:(heads + kv_heads) * D].view(n, kv_heads, D)
+        if has_value_embedding(config, layer):
+            gate = torch.sigmoid(qkv[:, -kv_heads:])[..., None]
+            ve = self.model.value_embeds[str(layer)](idx).view(v.shape)
+            v = torch.addcmul(v, gate, ve.float(), value=3.0)
+        keys.view(-1, kv_heads, D).index_copy_(0, places, qk[:, config.n_head:].to(keys.dtype))
+        values.view(-1, kv_heads, D).index_copy_(0, places, v.to(keys.dtype))
+        # the queries that share a key stand as if they followed one another
+        q = qk[:, :config.n_head].view(n, kv_heads, -1, D).to(keys.dtype)
+        y = F.scaled_dot_product_attention(
+            q, keys[:n, :end].transpose(1, 2), values[:n, :end].transpose(1, 2), mask,
+            scale=(1.44 if config.modern else 1.0) * D ** -0.5)
+        return y.reshape(n, -1).float()
+
+# --------------------------------------------------------------------------------------------------
+# generation
+
+def sample(logits, temperature, top_k, uniforms):
+    """logits [B, V] -> the next token of each row, [B] int64. Temperature 0 is greedy; else the
+    inverse of the cumulative distribution at uniforms [B] (float64 in [0, 1), array or tensor), so
+    that a draw depends on its own number alone and not on who else is in the batch."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    if logits.device.type == "mps":  # Apple's GPUs have no float64
+        logits = logits.cpu()
+    uniforms = torch.as_tensor(uniforms, device=logits.device)
+    top_k = top_k if 0 < top_k < logits.size(-1) else 0
+    if top_k:
+        kept = logits.topk(top_k).indices.sort(dim=-1).values  # in the order of the vocabulary
+        logits = logits.gather(-1, kept)
+    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
+    drawn = passed.sum(dim=-1, keepdim=True).clamp(max=logits.size(-1) - 1)
+    if top_k:
+        drawn = kept.gather(-1, drawn)
+    return drawn[:, 0]
+
+def tool_reply(tokens, tokenizer, calculate):
+    """A continuation so far -> how it has to go on: what the calculator answers where the last
+    token ends a call of it, else []. calculate: text -> text, or None for no answer.
+    example: ... <|python_start|> 2+3 <|python_end|> -> <|output_start|> 5 <|output_end|>"""
+    start, end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
+    if tokens[-1] != end or start not in tokens:
+        return []
+    call = tokens[-tokens[::-1].index(start):-1]
+    if end in call:  # this call was ended before
+        return []
+    result = calculate(tokenizer.decode(call))
+    if result is None:
+        return []
+    return [tokenizer.special("<|output_start|>"), *tokenizer.encode(result),
+            tokenizer.special("<|output_end|>")]
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None,
+             calculate=None, max_rows=64, on_token=None, keep_going=lambda: True, packed=None):
+    """Continues each prompt (a list of token ids) until <|assistant_end|>, <|bos|> or
+    max_new_tokens. -> list of (tokens, forced) per prompt, the closing token left out; forced[i]
+    is True where the tool spoke. uniforms: float64 [len(prompts), max_new_tokens], needed when
+    temperature > 0. calculate: text -> text or None, the tool. max_rows: answers that grow at once.
+    on_token(row, token): called for each token as it comes, row the number of its prompt.
+    keep_going(): looked at before each token; False ends early. packed: Packed(model, max_rows),
+    where more is to be generated with the same weights."""
+    stops = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+    tokens = [[] for _ in prompts]
+    forced = [[] for _ in prompts]
+    pending = [[] for _ in prompts]  # what the tool has still to say
+    waiting = deque(range(len(prompts)) if max_new_tokens > 0 else ())
+    rows = []  # in each slot of the decoder the number of a prompt
+    decoder = None
+    while (waiting or rows) and keep_going():
+        if decoder is None:
+            longest = max(map(len, prompts)) + max_new_tokens
+            decoder = Decoder(model, min(max_rows, len(prompts)), longest, packed)
+        logits = []
+        if rows:
+            logits.append(decoder.step([tokens[row][-1] for row in rows]))
+        free = min(max_rows - len(rows), len(waiting))
+        if free:
+            new = [waiting.popleft() for _ in range(free)]
+            logits.append(decoder.add([prompts[row] for row in new]))
+            rows += new
+        drawn = None
+        if uniforms is not None:
+            drawn = uniforms[rows, [len(tokens[row]) for row in rows]]
+        sampled = sample(torch.cat(logits), temperature, top_k, drawn).tolist()
+        finished = []
+        for slot, row in enumerate(rows):
+            tool_speaks = len(pending[row]) > 0
+            token = pending[row].pop(0) if tool_speaks else sampled[slot]
+            if token in stops:
+                finished.append(slot)
+                continue
+            tokens[row].append(token)
+            forced[row].append(tool_speaks)
+            if calculate is not None:
+                pending[row] += tool_reply(tokens[row], tokenizer, calculate)
+            if on_token is not None:
+                on_token(row, token)
+            if len(tokens[row]) == max_new_tokens:
+                finished.append(slot)
+        for slot in reversed(finished):  # so that a slot before keeps its number
+            decoder.remove(slot)
+            rows[slot] = rows[-1]
+            rows.pop()
+    return list(zip(tokens, forced))
