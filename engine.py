@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from gpt import GATE_CHANNELS, SOFTCAP, has_value_embedding
-
-EPS = torch.finfo(torch.float32).eps  # as in F.rms_norm
+from gpt import GATE_CHANNELS, SOFTCAP
 
 # --------------------------------------------------------------------------------------------------
 # prompts: through the model's own forward, which takes several tokens a row
@@ -125,8 +123,8 @@ def float_product(weight, dtype, rows):
     dtype. rows: n at most."""
     weight = weight.to(dtype)
     # On a CPU oneDNN's own order of the weights, which torch.compile's freezing uses too: 8192 x
-    # 8192, 16 rows, float32: 7 -> 21 GB/s. Its calls take 10 us longer, so not for a small GEMV.
-    small = dtype == torch.float32 and rows == 1 and weight.numel() < 2 ** 20
+    # 8192, 16 rows, float32: 7 -> 21 GB/s. Its calls take 10 us longer: not for small matrices.
+    small = dtype == torch.float32 and weight.numel() < (2 ** 20 if rows == 1 else 2 ** 17)
     if weight.device.type != "cpu" or small or not has_onednn(dtype):
         return lambda x: F.linear(x.to(dtype), weight).float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -172,10 +170,6 @@ class Packed:
 # --------------------------------------------------------------------------------------------------
 # one more token in each row
 
-def norm(x):
-    """F.rms_norm of float32 in a third of its time: these rows are short."""
-    return x * x.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
-
 class Decoder:
     """The model's formula for one token a row, in float32 but for the products. Its rows are slots
     0 to n - 1 of buffers made once; a new row takes slot n, and where one is removed the last one
@@ -186,24 +180,34 @@ class Decoder:
         packed: the model's weights, if they are packed already."""
         config = model.config
         device = model.lm_head.weight.device
-        # torch's attention is eight times slower in bfloat16 on a CPU for a single query
-        dtype = torch.float32 if device.type == "cpu" else model.dtype
-        shape = (rows, max_len, config.n_kv_head, config.head_dim)
+        # torch's attention to a single query is eight times slower in bfloat16 on a CPU
+        self.dtype = torch.float32 if device.type == "cpu" else model.dtype
+        shape = (config.n_layer, rows, max_len, 2 * config.n_kv_head, config.head_dim)
         self.model = model
         self.packed = packed or Packed(model, rows)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        # keys and values of a token stand side by side
+        self.kv = torch.zeros(shape, device=device, dtype=self.dtype)
+        self.flat = self.kv.flatten(1, 2).unbind()  # of each layer, for writing
+        self.max_len = max_len
         self.lengths = []  # tokens in each slot in use
-        self.last = torch.zeros(rows, config.n_embd, device=device)  # as in KVCache
+        self.last = torch.zeros(0, config.n_embd, device=device)  # [n, n_embd], as in KVCache
         self.prefilled = {}  # prompt -> its keys and values of each layer, last, logits
+        self.eps = torch.tensor(torch.finfo(torch.float32).eps, device=device)  # as F.rms_norm
         if max_len > model.rotary.size(1):
             model.grow_rotary(max_len)
         cos, sin = model.rotary[:, :max_len].float()
-        self.cos = torch.cat([cos, cos], dim=-1)  # [max_len, 1, head_dim]
-        self.sin = torch.cat([sin, -sin], dim=-1)
+        # [max_len, 2, head_dim], for x * cos + roll(x) * sin
+        self.rotary = torch.cat([cos, cos, sin, -sin], dim=-1).view(max_len, 2, -1)
+        self.scale = config.head_dim ** -0.5
+        self.value_embeds = {}
         if config.modern:
+            self.value_embeds = {int(layer): embedding.weight
+                                 for layer, embedding in model.value_embeds.items()}
+            self.scale *= 1.44
             self.own_share = model.resid_lambdas.tolist()
             self.first_share = model.x0_lambdas.float()[:, None, None]
+            self.smear_share = model.smear_lambda.item()
+            self.smear_gate = model.smear_gate.weight.float()
 
     def add(self, prompts):
         """Runs prompts, equal ones once, and puts each into the next slot.
@@ -212,18 +216,18 @@ class Decoder:
         new = [key for key in dict.fromkeys(keys) if key not in self.prefilled]
         if new:
             cache, logits = prefill(self.model, new, max(map(len, new)))
+            last = torch.zeros(len(new), 1) if cache.last is None else cache.last
             for i, key in enumerate(new):
-                last = None if cache.last is None else cache.last[i, 0]
-                self.prefilled[key] = [kv[:, i] for kv in cache.kv], last, logits[i]
+                self.prefilled[key] = [kv[:, i] for kv in cache.kv], last[i], logits[i]
         for key in keys:
             slot, T = len(self.lengths), len(key)
-            layers, last, _ = self.prefilled[key]
-            for layer, (k, v) in enumerate(layers):
-                self.keys[layer][slot, :T] = k[:, :T].transpose(0, 1)
-                self.values[layer][slot, :T] = v[:, :T].transpose(0, 1)
-            if last is not None:
-                self.last[slot] = last
+            for kv, made in zip(self.kv, self.prefilled[key][0]):
+                # [2, n_kv_head, T, head_dim] -> [T, 2 * n_kv_head, head_dim]
+                kv[slot, :T] = made[:, :, :T].flatten(0, 1).transpose(0, 1)
             self.lengths.append(T)
+        if self.model.config.modern:
+            lasts = [self.prefilled[key][1].float() for key in keys]
+            self.last = torch.cat([self.last, *lasts])
         logits = torch.stack([self.prefilled[key][2] for key in keys])
         # samples of one prompt come one after another, so the next to come may be of the last
         layers, last, after = self.prefilled[keys[-1]]
@@ -234,73 +238,74 @@ class Decoder:
         """The row of a slot is finished."""
         T, end = self.lengths.pop(), len(self.lengths)
         if slot < end:
-            for buffer in (*self.keys, *self.values):
-                buffer[slot, :T] = buffer[end, :T]
-            self.last[slot] = self.last[end]
+            self.kv[:, slot, :T] = self.kv[:, end, :T]
             self.lengths[slot] = T
+        if self.model.config.modern:
+            self.last[slot] = self.last[end]
+            self.last = self.last[:end]
 
     def step(self, tokens):
         """tokens: the newest one of each slot in use, a list -> logits [n, V] after each"""
-        config = self.model.config
-        n, end = len(tokens), max(self.lengths) + 1
-        device = self.last.device
-        idx = torch.tensor(tokens, device=device)
-        positions = torch.tensor(self.lengths, device=device)
-        max_len = self.keys[0].size(1) if self.keys else 0
-        places = torch.arange(n, device=device) * max_len + positions  # in the buffers
-        cos, sin = self.cos[positions], self.sin[positions]  # [n, 1, head_dim]
-        mask = None
-        if min(self.lengths) + 1 < end:
-            seen = torch.arange(end, device=device) <= positions[:, None]
-            mask = torch.zeros(n, 1, 1, end, device=device, dtype=self.keys[0].dtype)
-            mask.masked_fill_(~seen[:, None, None], -torch.inf)
+        modern = self.model.config.modern
+        n, device = len(tokens), self.last.device
+        self.n, self.end = n, max(self.lengths) + 1
+        self.idx, positions = torch.tensor([tokens, self.lengths], device=device)
+        self.places = positions + torch.arange(0, n * self.max_len, self.max_len, device=device)
+        self.cos, self.sin = self.rotary.index_select(0, positions).split(1, dim=1)
+        self.mask = None
+        if min(self.lengths) + 1 < self.end:
+            unseen = torch.arange(self.end, device=device) > positions[:, None]
+            mask = torch.zeros(unseen.shape, device=device, dtype=self.dtype)
+            self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]
         self.lengths = [length + 1 for length in self.lengths]
+        keys, values = self.kv[:, :n, :self.end].transpose(2, 3).chunk(2, dim=2)
+        self.seen = list(zip(keys.unbind(), values.unbind()))  # each [n, n_kv_head, end, head_dim]
 
-        x = norm(self.model.transformer.wte(idx).float())
-        if config.modern:
+        x = self.norm(self.model.transformer.wte(self.idx).float())
+        if modern:
             x = self.smear(x)
-            first = self.first_share * x  # [n_layer, n, n_embd]
+            first = (self.first_share * x).unbind()  # for each layer
         for i, (qkv, attn_proj, mlp_fc, mlp_proj) in enumerate(self.packed.layers):
-            if config.modern:
+            if modern:
                 x = torch.add(first[i], x, alpha=self.own_share[i])
-            q = self.attend(i, qkv(norm(x)), idx, cos, sin, places, end, mask)
-            x = x + attn_proj(q)
-            x += mlp_proj(mlp_fc(norm(x)).relu_().square_())
+            x = x + attn_proj(self.attend(i, qkv(self.norm(x))))
+            x += mlp_proj(mlp_fc(self.norm(x)).relu_().square_())
         # tanh(z / SOFTCAP) by a sigmoid, which torch computes five times as fast on a CPU
-        half = self.packed.head(norm(x)).mul_(2 / SOFTCAP).sigmoid_()
+        half = self.packed.head(self.norm(x)).mul_(2 / SOFTCAP).sigmoid_()
         return half.mul_(2 * SOFTCAP).sub_(SOFTCAP)
+
+    def norm(self, x, out=None):
+        """F.rms_norm, in half its time for rows as short as these"""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean_square = torch.addcmul(self.eps, size, size, value=1 / x.size(-1))
+        return torch.mul(x, mean_square.rsqrt_(), out=out)
 
     def smear(self, x):
         """GPT.smear for one token a row, x [n, n_embd]"""
-        model, n = self.model, len(x)
-        gate = torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], model.smear_gate.weight.float()))
-        smeared = x + gate * model.smear_lambda * self.last[:n]
-        self.last[:n] = x
-        return smeared
+        before, self.last = self.last, x
+        gate = torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], self.smear_gate))
+        return torch.addcmul(x, gate, before, value=self.smear_share)
 
-    def attend(self, layer, qkv, idx, cos, sin, places, end, mask):
-        """What gpt.Attention does between its products; qkv [n, ...], the gates at their end
-        -> [n, n_embd]"""
+    def attend(self, layer, qkv):
+        """What gpt.Attention does between its products: qkv [n, ...], its queries, keys, values and
+        gates -> [n, n_embd]"""
         config = self.model.config
-        n, D, kv_heads = len(qkv), config.head_dim, config.n_kv_head
-        heads = config.n_head + kv_heads
-        keys, values = self.keys[layer], self.values[layer]
-        qk = qkv[:, :heads * D].view(n, heads, D)
-        # as gpt.rotate, and a roll makes (x2, x1) of the halves (x1, x2)
-        qk = norm(torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin))
-        v = qkv[:, heads * D:(heads + kv_heads) * D].view(n, kv_heads, D)
-        if has_value_embedding(config, layer):
-            gate = torch.sigmoid(qkv[:, -kv_heads:])[..., None]
-            ve = self.model.value_embeds[str(layer)](idx).view(v.shape)
-            v = torch.addcmul(v, gate, ve.float(), value=3.0)
-        keys.view(-1, kv_heads, D).index_copy_(0, places, qk[:, config.n_head:].to(keys.dtype))
-        values.view(-1, kv_heads, D).index_copy_(0, places, v.to(keys.dtype))
-        # the queries that share a key stand as if they followed one another
-        q = qk[:, :config.n_head].view(n, kv_heads, -1, D).to(keys.dtype)
-        y = F.scaled_dot_product_attention(
-            q, keys[:n, :end].transpose(1, 2), values[:n, :end].transpose(1, 2), mask,
-            scale=(1.44 if config.modern else 1.0) * D ** -0.5)
-        return y.reshape(n, -1).float()
+        H, KV, D = config.n_head, config.n_kv_head, config.head_dim
+        heads = qkv[:, :(H + 2 * KV) * D].view(self.n, -1, D)
+        qk, v = heads.split([H + KV, KV], dim=1)
+        # as gpt.rotate: the roll makes (x2, x1) of the halves (x1, x2)
+        turned = torch.addcmul(qk * self.cos, qk.roll(D // 2, -1), self.sin)
+        self.norm(turned, out=qk)
+        if layer in self.value_embeds:
+            gate = torch.sigmoid(qkv[:, -KV:]).unsqueeze(-1)
+            ve = F.embedding(self.idx, self.value_embeds[layer]).view(v.shape)
+            v.addcmul_(gate, ve.float(), value=3.0)
+        q, new = heads.to(self.dtype).split([H, 2 * KV], dim=1)
+        self.flat[layer].index_copy_(0, self.places, new)
+        # queries that share a key stand as if they followed one another
+        y = F.scaled_dot_product_attention(q.unflatten(1, (KV, -1)), *self.seen[layer], self.mask,
+                                           scale=self.scale)
+        return y.reshape(self.n, -1).float()
 
 # --------------------------------------------------------------------------------------------------
 # generation

@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import common
+import engine
 import gpt
 import models
 import pipeline
@@ -192,14 +193,14 @@ def test_no_escape_codes_where_the_terminal_is_dumb(state):
 
 @pytest.fixture
 def in_process(state, monkeypatch):
-    """in_process(answer, after) runs chat_cli.py in this process on a model that answers with these
-    token ids, calling after(i) behind each -> its exit code"""
+    """in_process(answer, after, ...) runs chat_cli.py in this process on a model that answers with
+    these token ids, calling after(i) behind each -> its exit code"""
     make("sft")
     handler = signal.getsignal(signal.SIGINT)
 
-    def start(answer, after=lambda i: None):
+    def start(answer, after=lambda i: None, *args):
         def generate(model, tokenizer, prompts, max_new_tokens, temperature, top_k, uniforms,
-                     calculate, on_token, keep_going):
+                     calculate, on_token, keep_going, packed):
             start.prompt, came = prompts[0], []
             for i, token in enumerate(answer):
                 if not keep_going():
@@ -208,8 +209,9 @@ def in_process(state, monkeypatch):
                 on_token(0, token)
                 after(i)
             return [(came, [False] * len(came))]
-        monkeypatch.setattr(gpt, "generate", generate)
-        monkeypatch.setattr(sys, "argv", ["chat_cli.py", "--data=toy", *COMPUTE, "-p", "Hi"])
+        monkeypatch.setattr(engine, "generate", generate)
+        command = ["chat_cli.py", "--data=toy", *COMPUTE, "-p", "Hi", *args]
+        monkeypatch.setattr(sys, "argv", command)
         with ends() as end:
             runpy.run_path(str(REPO / "chat_cli.py"), run_name="__main__")
         return end.code
@@ -228,6 +230,12 @@ def test_characters_cut_between_tokens_come_out_whole_and_tool_calls_are_marked(
     assert said == "é€😀 [2+2][= 4] 好\ufffd\n", "only what never came to its end is replaced"
     asked = [special("user_start"), *b"Hi", special("user_end"), special("assistant_start")]
     assert in_process.prompt == [BYTES.bos, *asked]
+
+def test_weights_are_packed_once_and_as_asked(in_process, monkeypatch):
+    real, packed = engine.Packed, []
+    monkeypatch.setattr(engine, "Packed", lambda *a: (packed.append(a[1:]), real(*a))[1])
+    assert in_process(list(b"a")) == in_process(list(b"a"), print, "--weights=int8") == 0
+    assert packed == [(1, "auto"), (1, "int8")]
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(in_process, capsys):
     def press(times):

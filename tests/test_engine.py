@@ -1,5 +1,8 @@
 """engine.py: a pass of one token a row against the model, the cache, draws, the tool, and rows that
 come and go."""
+import gzip
+import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,14 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engine
-from conftest import BYTES
-from test_gpt import NoFloat64, small
+import models
+from conftest import BYTES, SHARED, nanochats_own, needs_nanochat, save_model
+from test_gpt import NoFloat64, prompts, small
 
 torch.set_num_threads(1)
-
-def prompts():
-    texts = ("hello there", "a", "something a good deal longer", "hello there")
-    return [[BYTES.bos, *BYTES.encode(text)] for text in texts]
 
 @pytest.mark.parametrize("arch,n_kv_head", [("modern", 2), ("modern", 1), ("nanochat_2025", 2)])
 def test_cached_greedy_decoding_equals_uncached(arch, n_kv_head):
@@ -89,6 +89,39 @@ def test_packed_weights_stay_near_the_models(dtype, weights, most):
         logits = torch.stack([decoder.step([token] * rows) for token in prompt[1:]], dim=1)
         error = (logits - whole).norm() / (whole.norm() * rows ** 0.5)
         assert 0.1 * most < error < most
+
+@torch.inference_mode()
+def test_a_model_to_use_keeps_its_weights_in_its_dtype_and_computes_the_same_bits(state):
+    model = small()
+    folder = save_model("sft", "toy", "d3", model, BYTES)
+    to_use = models.load_to_use(folder, 7, torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in to_use.parameters()} == {torch.bfloat16}
+    to_train, _ = models.load_model(folder, 7, torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in to_train.parameters()} == {torch.float32}
+    idx = torch.tensor([prompts()[2]])
+    assert torch.equal(to_use(idx), to_train(idx))
+
+@needs_nanochat
+@torch.inference_mode()
+def test_int8_costs_less_than_five_thousandths_of_a_bit_per_byte(tmp_path):
+    tokenizer, model = nanochats_own(tmp_path)
+    rows, T, texts = 16, 64, []
+    with gzip.open(SHARED / "corpus/corpus_07.jsonl.gz", "rt") as f:
+        while len(texts) < rows:
+            ids = tokenizer.encode(json.loads(next(f))["text"])
+            if len(ids) >= T:
+                texts.append(ids[:T])
+    tokens = torch.tensor(texts)
+    bits = math.log(2) * sum(len(tokenizer.decode_bytes(ids)) for ids in texts)
+    def bits_per_byte(weights):
+        decoder = engine.Decoder(model, rows, T + 1, engine.Packed(model, rows, weights))
+        logits = [decoder.add([[tokenizer.bos]] * rows)]
+        for column in tokens.T[:-1]:
+            logits.append(decoder.step(column.tolist()))
+        logits = torch.stack(logits, dim=1).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, tokens.flatten(), reduction="sum") / bits
+    whole, rounded = bits_per_byte("auto"), bits_per_byte("int8")
+    assert 2.0 < whole < 2.4 and 0 < abs(rounded - whole) < 0.005, (whole, rounded)
 
 def test_weights_that_change_between_two_calls_are_seen():
     model = small()
