@@ -24,6 +24,16 @@ from ranks import Ranks
 from run import Run
 
 sys.excepthook = sys.__excepthook__
+
+def share_of_cores():
+    """The cores of this one of the pytest processes that tests/run.sh starts. Each keeps to its
+    own: two teams of threads that spin on the same two cores are many times slower than one."""
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    return cores[number::int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, share_of_cores())
 BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
 needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(),
                                     reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
