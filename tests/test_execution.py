@@ -596,13 +596,20 @@ def running(word):
                 return True
     return False
 
+@pytest.fixture
+def sandbox_file(tmp_path_factory, monkeypatch):
+    """A copy that only this test runs, since others may be at work on this machine -> its path"""
+    path = shutil.copy(SANDBOX, tmp_path_factory.mktemp("own"))
+    monkeypatch.setattr(execution, "SANDBOX", str(path))
+    return str(path)
+
 @needs_sandbox
-def test_nothing_is_left_behind(tmp_path, monkeypatch):
+def test_nothing_is_left_behind(sandbox_file, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_python("open('x', 'w').write('y')\nimport os, time\n"
                       "if os.fork() == 0:\n    os.setsid()\n    time.sleep(77.5)\n")[0]
     assert not list(tmp_path.iterdir())
-    assert not running(SANDBOX)
+    assert not running(sandbox_file)
 
 DAEMON = """
 import os, time
@@ -620,12 +627,12 @@ os.read(here, 1)  # until sleep runs
 """
 
 @pytest.mark.parametrize("namespaces", [False, pytest.param(True, marks=needs_sandbox)])
-def test_a_daemon_of_the_program_does_not_outlive_it(monkeypatch, namespaces):
+def test_a_daemon_of_the_program_does_not_outlive_it(sandbox_file, monkeypatch, namespaces):
     if not namespaces:
         monkeypatch.setattr(execution, "sandbox_available", lambda: (False, "refused"))
         assert run_python(DAEMON) == (False, "not run: no sandbox here (refused)")
     assert run_python(DAEMON, unsafe=True) == (True, "passed")
-    assert not running("98765.4321") and not running(SANDBOX)
+    assert not running("98765.4321") and not running(sandbox_file)
 
 BOMB = """
 import os
@@ -634,7 +641,7 @@ while True:
     except OSError: pass
 """
 
-def test_a_fork_bomb_does_not_outlive_it_without_namespaces_either(monkeypatch):
+def test_a_fork_bomb_does_not_outlive_it_without_namespaces_either(sandbox_file, monkeypatch):
     monkeypatch.setattr(execution, "sandbox_available", lambda: (False, "refused"))
     assert run_python(BOMB, timeout=1.0, unsafe=True) == (False, "timeout")
-    assert not running(SANDBOX)
+    assert not running(sandbox_file)
