@@ -57,7 +57,7 @@ RANGES = {
     "warmdown_ratio": (0, 1), "final_lr_fraction": (0, 1),
     # how often, how long
     "eval_every": STEPS, "sample_every": STEPS, "max_skipped": STEPS,
-    "save_minutes": (0, 10 ** 6), "time_limit": (0, 1e6),
+    "save_minutes": (0, 10 ** 6), "time_limit": (0, 1e6), "minutes": (0.01, 10 ** 6),
     # answers
     "temperature": (0, 100), "top_k": (0, 2 ** 20),
 }

@@ -1,0 +1,400 @@
+"""
+Measures how fast this machine trains, answers, evaluates and starts, and what it learns in some
+minutes. Prints one table, with the goals beside.
+
+    python bench.py                                       # all sections but learning
+    python bench.py --quick=True                          # under three minutes on two cores
+    python bench.py --sections=training,decoding --out=before.jsonl
+    python bench.py --sections=training,decoding --beside=before.jsonl    # with ratios to that
+    python bench.py --sections=learning --minutes=5 --data=my/texts --held_out=my/texts/last.jsonl
+
+The sections:
+    machine    memory bandwidth; the rate of matrix products, at the training's shapes and large
+    training   steps of the reference model (depth 4, vocabulary 8,192, rows of 512), compiled; what
+               they spend their time on; the first step, with its compilation
+    decoding   tokens a second behind a prompt of 107, weights read a second
+    core       the items of CORE's bundle on a random model; hours for all of them, from that
+    start      each script's --help; status.py; base_train.py to its first step
+    memory     peaks of a training step and of decoding
+    learning   trains by a recipe, once a seed, and measures bits per byte (see LEADERBOARD.md)
+
+Every part runs in a process of its own, in a temporary folder: nothing of yours is read but the
+bundle, the data and the held-out file, and nothing written but --out and --state. Other programs
+that run meanwhile count: the load of the machine is printed first. Another program can be put
+beside by a file of lines {"name": ..., "value": ..., "unit": ...}, as --out writes them.
+"""
+import common
+import configurator
+import corpus
+import pipeline
+import records
+
+sections = ["machine", "training", "decoding",  # what is measured: some of
+            "core", "start", "memory"]          # these, or learning
+quick = False                # fewer repetitions, no d20, 2 items of each CORE task
+device = "auto"              # device to compute on: auto, cuda, mps, cpu
+dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
+threads = 0                  # CPU threads; 0: all cores
+compile = "auto"             # whether to use torch.compile: auto, True or False
+device_batch_size = 8        # rows of 512 that a training step takes at once
+bundle = ""                  # CORE's bundle; empty: that of the state folder
+out = ""                     # file to write the figures to, a JSON line each
+beside = ""                  # such a file of another run: a column of ratios, this / that
+# learning
+recipe = "config/five_minutes.py"  # settings of base_train.py, as seen from the repository
+minutes = 5.0                # what the recipe's training time is held against
+num_steps = -1               # steps of training; -1: as the recipe has it
+seeds = "1,2,3"              # one training each
+data = ""                    # folder of texts to train on
+held_out = ""                # file of texts: bits per byte of its first 500 documents
+vocab_size = 8192            # of the tokenizer that is trained first
+state = ""                   # folder to keep the trainings in, to go on there; empty: a temporary
+settings = configurator.configure(globals()) if __name__ == "__main__" else None
+
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+# -------------------------------------------------------------------------------------------------
+# figures and their table
+
+class Figures(list):
+    """Dicts {"name", "value", "unit", "goal", "met"}, printed as they come."""
+
+    def add(self, name, value, unit, at_most=None, at_least=None):
+        """A figure, with its goal where it has one."""
+        goal, met = "", ""
+        if at_most is not None:
+            goal, met = f"at most {number(at_most)}", value <= at_most
+        if at_least is not None:
+            goal, met = f"at least {number(at_least)}", value >= at_least
+        self.append({"name": name, "value": value, "unit": unit, "goal": goal, "met": met})
+        print(f"  {name}: {number(value)} {unit} {verdict(self[-1])}".rstrip(), flush=True)
+
+def verdict(figure):
+    """example: a figure that has not met its goal -> "(goal: at most 40; MISSED)" """
+    if not figure["goal"]:
+        return ""
+    return f"(goal: {figure['goal']}; {'ok' if figure['met'] else 'MISSED'})"
+
+def number(value):
+    """Four digits that count.  examples: 1.90314 -> "1.903", 2300.4 -> "2,300", 0 -> "0" """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    places = 3 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(0, places)}f}"
+
+def table(figures, other):
+    """The lines of a Markdown table. other: {name: value} of another run, for a column of ratios.
+    """
+    yield "| figure | measured | " + ("ratio | " if other else "") + "goal | |"
+    yield "|---|---|" + ("---|" if other else "") + "---|---|"
+    words = {"": "", True: "ok", False: "MISSED"}
+    for figure in figures:
+        ratio = ""
+        if other:
+            before = other.get(figure["name"])
+            ratio = f"{figure['value'] / before:.2f} | " if before else "- | "
+        yield (f"| {figure['name']} | {number(figure['value'])} {figure['unit']} | {ratio}"
+               f"{figure['goal'] or '-'} | {words[figure['met']]} |")
+
+def read_figures(path):
+    """{name: value} of a file that --out has written. Failure where it is none."""
+    common.check(Path(path).is_file(), f"there is no --beside={path}")
+    lines = common.read_json_lines(path)
+    common.check(lines and all({"name", "value"} <= line.keys() for line in lines),
+                 f"--beside={path} holds no figures: --out writes such a file")
+    return {line["name"]: line["value"] for line in lines}
+
+# -------------------------------------------------------------------------------------------------
+# processes of their own
+
+@functools.cache  # what one section has measured another need not
+def in_child(function, *args):
+    """The function of this name in measure.py, run in a fresh process -> what it returns. Failure
+    (code 1) where the process is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, spawn) as pool:
+            return pool.submit(call, function, *args).result()
+    except BrokenProcessPool:
+        common.fail(f"the process that measured {function} was killed: out of memory?", code=1)
+
+def call(function, *args):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says that it was Ctrl-C
+    common.end_with_parent()
+    import measure  # and torch, which takes seconds
+    return getattr(measure, function)(*args)
+
+# -------------------------------------------------------------------------------------------------
+# machine
+
+def cpu_in_words():
+    """example: "AMD EPYC, 2 cores, avx2 avx512f avx512_bf16" """
+    said = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    named = re.search(r"model name\s*: (.*)", said)
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in said]
+    return f"{named[1] if named else platform.machine()}, {common.cores()} cores, {' '.join(flags)}"
+
+def machine(figures, computing, work):
+    found = in_child("machine", computing)
+    print(f"  {cpu_in_words()}; {found['words']}; load {os.getloadavg()[0]:.1f}", flush=True)
+    figures.add("memory read", found["bandwidth"] / 1e9, "GB/s")
+    for name, (at_shapes, large) in found["rates"].items():
+        figures.add(f"products of a d4's step, {name}", at_shapes / 1e9, "GFLOP/s")
+        figures.add(f"product of 2,048 x 2,048, {name}", large / 1e9, "GFLOP/s")
+
+# -------------------------------------------------------------------------------------------------
+# training
+
+def training_run(computing):
+    return in_child("training", computing, device_batch_size, 4 if quick else 12)
+
+def training(figures, computing, work):
+    found = training_run(computing)
+    speeds = in_child("machine", computing)
+    for tokens, parts in found["steps"].items():
+        speed = tokens / sum(parts.values())
+        figures.add(f"training, {tokens:,} tokens a step", speed, "tokens/s")
+    rate, goal = found["flops"] * speed, None
+    if speeds["computed in"] == "bfloat16":
+        goal = 60
+    figures.add("training", rate / 1e9, "GFLOP/s")
+    at_shapes, large = speeds["rates"][speeds["computed in"]]
+    figures.add("training, of the products' rate", 100 * rate / at_shapes, "%", at_least=goal)
+    figures.add("training, of a large product's rate", 100 * rate / large, "%")
+    tokens, parts = min(found["steps"].items())
+    whole = sum(parts.values())
+    inside = {what: share * parts["passes"] for what, share in found["within"].items()}
+    inside["rest of the passes"] = parts["passes"] - sum(inside.values())
+    inside.update(optimizer=parts["optimizer"], data=parts["data"])
+    for what, seconds in inside.items():
+        figures.add(f"{what}, of a step of {tokens:,} tokens", 100 * seconds / whole, "%")
+    figures.add("first step, cold compilation", found["first"], "s", at_most=40)
+    if not quick:
+        again = in_child("training", computing, device_batch_size, 0)
+        figures.add("first step, warm compilation", again["first"], "s")
+
+# -------------------------------------------------------------------------------------------------
+# decoding
+
+def decoding_runs(computing):
+    """(depth, what was measured) of each"""
+    for depth in (4, 12) if quick else (4, 12, 20):
+        yield depth, in_child("decoding", computing, depth, 24 if quick else 64)
+
+def decoding(figures, computing, work):
+    bandwidth = in_child("machine", computing)["bandwidth"]
+    for depth, found in decoding_runs(computing):
+        for rows in (1, 16):
+            figures.add(f"decoding d{depth}, batch {rows}", rows / found[rows], "tokens/s")
+        figures.add(f"batch 16 over batch 1, d{depth}", 16 * found[1] / found[16], "times",
+                    at_least=10)
+        reading = found["weights"] / found[1]
+        figures.add(f"weights read, d{depth}, batch 1", reading / 1e9, "GB/s")
+        # the caches of some machines hold all of a d4
+        figures.add(f"memory's time over decoding's, d{depth}, batch 1", bandwidth / reading,
+                    "times longer", at_most=None if depth == 4 else 1.3)
+
+# -------------------------------------------------------------------------------------------------
+# core
+
+def core(figures, computing, work):
+    folder = bundle or pipeline.eval_bundle_dir("fineweb_edu")
+    if not (Path(folder) / "core.yaml").is_file():
+        print(f"  left out: CORE's bundle is not in {folder} (--bundle=FOLDER)")
+        return
+    found = in_child("core", computing, str(folder), 2 if quick else 12)
+    seconds, items, _ = map(sum, zip(*found.values()))
+    whole = sum(took / n * of for took, n, of in found.values())
+    figures.add(f"CORE on a d4, {items} items of {len(found)} tasks", seconds, "s")
+    figures.add("CORE on a d4", items / seconds, "items/s")
+    figures.add("CORE on a d4, all items, from that", whole / 3600, "hours", at_most=2)
+
+# -------------------------------------------------------------------------------------------------
+# start
+
+def in_folder(folder):
+    """The environment of a script whose state, and what it compiles, is in `folder`."""
+    ours = ("NANOCHAT_", "TORCHINDUCTOR_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return {**kept, "NANOCHAT_BASE_DIR": str(folder),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+
+def as_words(computing):
+    """example: (("device", "cpu"), ("threads", 0)) -> ["--device=cpu", "--threads=0"]"""
+    return [f"--{key}={value}" for key, value in computing]
+
+def run_script(env, *words):
+    """Runs `python WORDS` in silence -> seconds. Failure (code 1) with its last line."""
+    began = time.perf_counter()
+    out = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, env=env, text=True,
+                         errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         check=False)
+    last = out.stdout.strip().rpartition("\n")[2]
+    if out.returncode != 0:
+        common.fail(f"{words[0]} ended with {out.returncode}: {last}", code=1)
+    return time.perf_counter() - began
+
+def first_step(env, *words):
+    """Starts base_train.py -> seconds until it says that a step is done; it is killed then."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "base_train.py", *words], cwd=pipeline.REPO,
+                               env=env, text=True, errors="replace", stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    try:
+        line = ""
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                return time.perf_counter() - began
+    finally:
+        process.kill()
+        process.wait()
+    common.fail(f"base_train.py ended before its first step: {line}", code=1)
+
+def write_texts(folder):
+    """Two files of random words, of which the second is held out."""
+    folder.mkdir()
+    drawn = common.rng(0, 2)
+    letters = [chr(97 + i) for i in range(26)]
+    words = ["".join(drawn.choice(letters, size=2 + i % 9)) for i in range(5000)]
+    for name, documents in (("a.jsonl", 500), ("b.jsonl", 50)):
+        texts = [" ".join(drawn.choice(words, size=300)) for _ in range(documents)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+
+def start(figures, computing, work):
+    env = in_folder(work / "state")
+    named = re.compile(r"^settings = configurator\.configure\(", re.MULTILINE)
+    scripts = sorted(path.name for path in pipeline.REPO.glob("*.py")
+                     if named.search(path.read_text(encoding="utf-8")))
+    times = {}
+    for script in scripts:
+        times[script] = min(run_script(env, script, "--help") for _ in range(1 if quick else 3))
+    slowest = max(times, key=times.get)
+    print(f"  the slowest of {len(scripts)} scripts is {slowest}")
+    figures.add("--help of the slowest script", times[slowest], "s", at_most=0.3)
+    write_texts(work / "texts")
+    where = f"--data={work / 'texts'}"
+    run_script(env, "tok_train.py", where, "--vocab_size=8192")
+    shape = ["--depth=4", "--max_seq_len=512", "--total_batch_size=4096", "--num_steps=10",
+             f"--device_batch_size={device_batch_size}"]
+    for how, goal in (("cold", 40), ("warm", 15)):
+        seconds = first_step(env, where, f"--tag={how}", *shape, *as_words(computing))
+        figures.add(f"base_train.py to its first step, {how}", seconds, "s", at_most=goal)
+    seconds = min(run_script(env, "status.py") for _ in range(3))
+    figures.add("status.py", seconds, "s", at_most=1)
+
+# -------------------------------------------------------------------------------------------------
+# memory
+
+def memory(figures, computing, work):
+    peak = training_run(computing)["peak"]
+    figures.add(f"peak of training, {device_batch_size} rows at once", peak / 1e6, "MB")
+    for depth, found in decoding_runs(computing):
+        figures.add(f"peak of decoding d{depth}", found["peak"] / 1e6, "MB")
+
+# -------------------------------------------------------------------------------------------------
+# learning
+
+def learning(figures, computing, work):
+    root = Path(state).expanduser().resolve() if state else work / "learning"
+    env = in_folder(root)
+    os.environ["NANOCHAT_BASE_DIR"] = str(root)
+    run_script(env, "tok_train.py", f"--data={data}", f"--vocab_size={vocab_size}")
+    commit, changed = records.source_version()
+    print(f"  {' '.join(sys.argv)}\n  commit {commit}{' and changes' if changed else ''}")
+    results = []
+    for seed in seeds.split(","):
+        tag = f"{Path(recipe).stem}-{seed}"
+        words = ["base_train.py", *as_words(computing), recipe, f"--data={data}",
+                 f"--seed={seed}", f"--tag={tag}"]
+        if num_steps != -1:
+            words.append(f"--num_steps={num_steps}")
+        code = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, env=env,
+                              check=False).returncode
+        if code != 0:
+            common.fail(f"base_train.py ended with {code}: above is why; with --state the same "
+                        "command goes on", code=1)
+        directory = pipeline.state_path("base", data, tag)
+        record = common.read_json(directory / "phase.json")
+        lines = [line for line in common.read_json_lines(directory / "metrics.jsonl")
+                 if line.get("kind") == "train"]
+        seconds = [line["clock"]["seconds"] for line in lines]
+        bpb, samples = in_child("learned", computing, data, tag, held_out)
+        results.append(bpb)
+        figures.add(f"seed {seed}, bits per byte", bpb, "bits/byte")
+        figures.add(f"seed {seed}, training", (seconds[-1] - seconds[0]) / 60, "minutes",
+                    at_most=minutes)
+        figures.add(f"seed {seed}, first step, which compiles", seconds[0], "s")
+        figures.add(f"seed {seed}, steps", len(lines), "steps")
+        figures.add(f"seed {seed}, tokens", record["tokens"] / 1e6, "million")
+        for sample in samples:
+            print(f"  sample: {sample!r}")
+    figures.add(f"bits per byte, mean of {len(results)}", statistics.mean(results), "bits/byte")
+    figures.add("bits per byte, largest less smallest", max(results) - min(results), "bits/byte")
+
+# -------------------------------------------------------------------------------------------------
+
+SECTIONS = {"machine": machine, "training": training, "decoding": decoding, "core": core,
+            "start": start, "memory": memory, "learning": learning}
+
+def check_settings():
+    """Failure (code 2) before anything is measured."""
+    for name in sections:
+        common.check(name in SECTIONS, f"--sections takes {', '.join(SECTIONS)}, not {name!r}")
+    if "learning" in sections:
+        whole = all(seed.isdecimal() for seed in seeds.split(","))
+        common.check(whole, f"--seeds takes whole numbers, as in 1,2,3, not {seeds!r}")
+        common.check(data, "learning needs --data=FOLDER of texts")
+        common.check(Path(held_out).is_file(), f"learning needs --held_out=FILE, a file of texts "
+                     f"that is not trained on: there is no {held_out!r}")
+        common.check((pipeline.REPO / recipe).is_file(), f"there is no --recipe={recipe}")
+        trained_on = corpus.dataset_files(data)["train"].values()
+        common.check(Path(held_out).resolve() not in [path.resolve() for path in trained_on],
+                     f"--held_out={held_out} would be trained on: take a file that is not in "
+                     "--data, or the one held out for validation")
+    folder = Path(out or ".").absolute().parent
+    common.check(os.access(folder, os.W_OK), f"--out={out} cannot be written in {folder}")
+
+def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing outlives it
+    check_settings()
+    other = read_figures(beside) if beside else {}
+    computing = tuple((key, settings[key]) for key in ("device", "dtype", "threads", "compile"))
+    figures = Figures()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")
+        os.environ["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"  # names, in a profile
+        for name, measure_section in SECTIONS.items():
+            if name in sections:
+                print(f"{name} ({common.duration(time.monotonic() - began)} so far)", flush=True)
+                measure_section(figures, computing, work)
+    print("\n" + "\n".join(table(figures, other)))
+    if out:
+        lines = [json.dumps(figure) + "\n" for figure in figures]
+        common.atomic_write(out, "".join(lines))
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        common.fail("interrupted: no table and no --out", code=130)

@@ -1,0 +1,283 @@
+"""
+What bench.py measures, each function in a process of its own: so peaks of memory, compilations and
+threads of one stay apart from those of another. `computing` is always the settings device, dtype,
+threads and compile, as pairs.
+"""
+import functools
+import math
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import common
+import compute
+import configurator
+import core_eval
+import data as dataset
+import gpt
+import models
+import optim
+import texts
+import tok_train
+from compute import to_device
+from ranks import Ranks
+from tokenizer import SPECIAL_TOKENS, Tokenizer
+
+DEPTH, VOCAB, LENGTH = 4, 8192, 512  # the reference model
+BATCHES = (4096, 16384)              # tokens of its steps
+PROMPT = 107                         # tokens before decoding begins
+DOCUMENTS = 500                      # of the held-out file
+
+def choose(computing):
+    """computing: settings as pairs, as a child gets them -> compute.Compute"""
+    return compute.choose_compute(Ranks(0, 0, 1), dict(computing))
+
+def wait(device):
+    """Until all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+def peak_memory(device):
+    """Bytes that this process has had at most: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def best_seconds(function, device, least=0.3):
+    """The shortest of several calls: at least four, and `least` seconds of them. The first is not
+    counted."""
+    function()
+    wait(device)
+    times = []
+    while len(times) < 4 or sum(times) < least:
+        began = time.perf_counter()
+        function()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+# -------------------------------------------------------------------------------------------------
+# machine
+
+def machine(computing):
+    """-> {"bandwidth": bytes/s, "rates": {dtype: (FLOP/s of a step's products, of a large one)},
+    "computed in": the dtype that the probe picks, "words": what there is}"""
+    chosen = choose(computing)
+    device = chosen.device
+    numbers = torch.ones(2 ** 26, device=device)  # 268 MB, more than caches hold
+    matrix = numbers.view(2 ** 13, -1)
+    vector = matrix[0].clone()
+    reading = [lambda: numbers.max(), lambda: numbers.sum(), lambda: matrix @ vector]
+    bandwidth = numbers.nbytes / min(best_seconds(read, device) for read in reading)
+
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.config_from_depth(DEPTH, VOCAB, LENGTH))
+    shapes = Counter(tuple(m.weight.shape) for m in model.modules()
+                     if isinstance(m, gpt.Linear) and min(m.weight.shape) >= gpt.HEAD_DIM)
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        of_type = {"device": device, "dtype": getattr(torch, name)}
+        seconds = flops = 0.0
+        for (n_out, n_in), count in shapes.items():
+            x = torch.ones(BATCHES[0], n_in, **of_type)
+            w = torch.ones(n_out, n_in, **of_type)
+            g = torch.ones(BATCHES[0], n_out, **of_type)
+            # the forward pass, and the gradients of input and weight
+            for a, b in ((x, w.T), (g, w), (g.T, x)):
+                seconds += count * best_seconds(functools.partial(torch.mm, a, b), device, 0.1)
+            flops += count * 3 * 2 * BATCHES[0] * n_in * n_out
+        large = torch.ones(2048, 2048, **of_type)
+        once = best_seconds(functools.partial(torch.mm, large, large), device)
+        rates[name] = flops / seconds, 2 * 2048 ** 3 / once
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    return {"bandwidth": bandwidth, "rates": rates,
+            "computed in": chosen.recorded()["dtype"],
+            "words": f"torch {torch.__version__}, {where}: {chosen}"}
+
+# -------------------------------------------------------------------------------------------------
+# training
+
+def random_plan(tokens):
+    """The Plan of about `tokens` random tokens in documents of 200 to 1,000, as of a file."""
+    drawn = common.rng(0, 1)
+    lengths = drawn.integers(200, 1000, size=tokens // 500)
+    numbers = drawn.integers(VOCAB - 9, size=lengths.sum()).astype(np.uint16)
+    store = dataset.Store(numbers, None, lengths, {})
+    return dataset.text_plan([store], LENGTH + 1, VOCAB - 9)
+
+def training(computing, micro_rows, repeat):
+    """
+    Steps of the reference model as base_train.py makes them. repeat: steps of each size; 0: only
+    the first. -> {"first": its seconds, "flops": of a token, "peak": bytes,
+    "steps": {tokens of a step: {"data", "passes", "optimizer": seconds}},
+    "within": {"attention", "head and loss", "other products": share of the passes}}
+    """
+    chosen = choose(computing)
+    device = chosen.device
+    model = gpt.GPT(gpt.config_from_depth(DEPTH, VOCAB, LENGTH), chosen.dtype)
+    model.init_weights(0)
+    model.to(device)
+    rates = configurator.defaults("base_train.py")
+    optimizer = optim.make_optimizer(model, rates, 0.1, 0.0, chosen.dtype)
+    forward = torch.compile(model, dynamic=False) if chosen.compile else model
+    plan = random_plan(8 * max(BATCHES))
+
+    def batches(tokens, number):
+        found = dataset.batch(plan, 0, number, tokens // LENGTH, micro_rows)
+        return [(to_device(x, device), to_device(y, device)) for x, y in found]
+
+    def passes(pairs, tokens):
+        for x, y in pairs:
+            (forward(x, y, reduction="sum") / tokens).backward()
+        wait(device)
+
+    def step(tokens, number):
+        at = [time.perf_counter()]
+        pairs = batches(tokens, number)
+        at.append(time.perf_counter())
+        passes(pairs, tokens)
+        at.append(time.perf_counter())
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(device)
+        at.append(time.perf_counter())
+        return [after - before for before, after in pairwise(at)]
+
+    found = {"first": sum(step(BATCHES[0], 0)), "flops": model.flops_per_token(),
+             "steps": {}, "within": {}}
+    if repeat == 0:
+        return found
+    for tokens in BATCHES:
+        step(tokens, 1)
+        times = [step(tokens, 2 + i) for i in range(repeat)]
+        parts = map(statistics.median, zip(*times))
+        found["steps"][tokens] = dict(zip(("data", "passes", "optimizer"), parts))
+    found["peak"] = peak_memory(device)
+    if device.type == "cpu":
+        pairs = batches(BATCHES[0], 0)
+        # kineto, the newer one, prints lines of its own
+        with torch.autograd.profiler.profile(use_kineto=False, record_shapes=True) as profile:
+            passes(pairs, BATCHES[0])
+        found["within"] = shares(profile.key_averages(group_by_input_shape=True))
+    return found
+
+def shares(events):
+    """What the time of a profile went to, each a share of all.  -> {"attention", "head and loss",
+    "other products": 0 to 1}. The head's products are known by the vocabulary in their shapes, the
+    loss by the names of what the compiler has fused into a kernel."""
+    of = Counter()
+    for event in events:
+        of_loss = re.search("softmax|logsumexp|nll|tanh", event.key)
+        sizes = chain.from_iterable(event.input_shapes or [])
+        what = "rest"
+        if "attention" in event.key:
+            what = "attention"
+        elif of_loss or VOCAB in sizes:
+            what = "head and loss"
+        elif event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            what = "other products"
+        of[what] += event.self_cpu_time_total
+    named = ("attention", "head and loss", "other products")
+    return {what: of[what] / of.total() for what in named}
+
+# -------------------------------------------------------------------------------------------------
+# decoding
+
+def decoding(computing, depth, tokens):
+    """-> {rows: seconds of a token of each, for 1 and 16; "weights": bytes that one needs at least;
+    "peak": bytes}. The gaps between tokens are measured, their median counts."""
+    chosen = choose(computing)
+    model = gpt.GPT(gpt.config_from_depth(depth, VOCAB, 2048), chosen.dtype)
+    model.init_weights(0)
+    model.to(chosen.device).eval()
+    never = SimpleNamespace(special=lambda name: -1, bos=-1)  # no token ends an answer
+    used = sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
+    found = {"weights": used * chosen.dtype.itemsize}
+    for rows in (1, 16):
+        prompts = common.rng(0, rows).integers(VOCAB, size=(rows, PROMPT)).tolist()
+        uniforms = common.rng(1, rows).random((rows, tokens))
+        came = []  # when the first row's tokens came
+
+        def note(row, token, came=came):
+            if row == 0:
+                came.append(time.perf_counter())
+        gpt.generate(model, never, prompts, tokens, temperature=1.0, top_k=50, uniforms=uniforms,
+                     on_token=note)
+        found[rows] = statistics.median(after - before for before, after in pairwise(came))
+    found["peak"] = peak_memory(chosen.device)
+    return found
+
+# -------------------------------------------------------------------------------------------------
+# core
+
+def core(computing, folder, n):
+    """-> {task: (seconds of its first n items, items in all)}. The tokenizer is trained on some
+    text of the bundle itself."""
+    chosen = choose(computing)
+    tasks, _, _ = core_eval.read_bundle(Path(folder))
+    some = []
+    for task in tasks:
+        for item in task["items"][:200]:
+            some += map("".join, core_eval.choices_of(task["kind"], item)[0])
+    ranks = tok_train.train_bpe(tok_train.count_words(some), VOCAB - len(SPECIAL_TOKENS))
+    tokenizer = Tokenizer(ranks)
+    model = gpt.GPT(gpt.config_from_depth(DEPTH, tokenizer.vocab_size, 2048), chosen.dtype)
+    model.init_weights(0)
+    model.to(chosen.device).eval()
+    budget = 0.2e9 if chosen.device.type == "cpu" else 4e9  # as base_eval.py has it
+    found = {}
+    core_eval.evaluate(model, tokenizer, tasks[0], range(1), 2048, budget)  # warms up
+    for task in tasks:
+        numbers = range(min(n, len(task["items"])))
+        began = time.perf_counter()
+        core_eval.evaluate(model, tokenizer, task, numbers, 2048, budget)
+        found[task["label"]] = time.perf_counter() - began, len(numbers), len(task["items"])
+    return found
+
+# -------------------------------------------------------------------------------------------------
+# learning
+
+def bits_per_byte(model, tokenizer, documents, length=LENGTH, rows_at_once=8):
+    """
+    Bits per byte of texts, each cut into rows of bos and at most `length` tokens: every token but
+    bos is predicted once, from what stands before it in its row. Nats of all tokens, divided by
+    ln 2 times the bytes of the texts in UTF-8. model: a gpt.GPT; documents: list of str -> float
+    """
+    device = model.lm_head.weight.device
+    rows = []
+    for text in documents:
+        ids = tokenizer.encode(text)
+        rows += [ids[at:at + length] for at in range(0, len(ids), length)]
+    nats = 0.0
+    with torch.inference_mode():
+        for at in range(0, len(rows), rows_at_once):
+            y, counts = gpt.pad_right(rows[at:at + rows_at_once])
+            y[torch.arange(y.size(1)) >= counts[:, None]] = -1  # padding is not counted
+            x = torch.cat([torch.full_like(y[:, :1], tokenizer.bos), y[:, :-1].clamp(min=0)], 1)
+            losses = model(x.to(device), y.to(device), reduction="none")
+            nats += losses.double().sum().item()
+    return nats / (math.log(2) * sum(len(text.encode()) for text in documents))
+
+def learned(computing, folder, tag, path):
+    """-> (bits per byte of the held-out documents, list of samples) of a base model"""
+    chosen = choose(computing)
+    directory, step = models.find_model("base", folder, tag)
+    tokenizer = models.load_tokenizer_of(directory, step, folder)
+    model, _ = models.load_model(directory, step, chosen.device, chosen.dtype)
+    documents = list(islice(texts.read_documents(Path(path)), DOCUMENTS))
+    prompts = ["Once upon a time", "The most important", "She said that"]
+    asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    uniforms = common.rng(0, 3).random((len(prompts), 64))
+    said = gpt.generate(model, tokenizer, asked, 64, temperature=0.7, uniforms=uniforms)
+    samples = [prompt + tokenizer.decode(tokens) for prompt, (tokens, _) in zip(prompts, said)]
+    return bits_per_byte(model, tokenizer, documents), samples
