@@ -31,7 +31,7 @@ import records
 
 sections = ["machine", "training", "decoding",  # what is measured: some of
             "core", "start", "memory"]          # these, or learning
-quick = False                # fewer repetitions, no d20, 2 items of each CORE task
+quick = False                # less often, no d20, no cold start, 2 items of each CORE task
 device = "auto"              # device to compute on: auto, cuda, mps, cpu
 dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
 threads = 0                  # CPU threads; 0: all cores
@@ -154,7 +154,7 @@ def cpu_in_words():
 
 def machine(figures, computing, work):
     found = in_child("machine", computing)
-    print(f"  {cpu_in_words()}; {found['words']}; load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"  {found['words']}", flush=True)
     figures.add("memory read", found["bandwidth"] / 1e9, "GB/s")
     for name, (at_shapes, large) in found["rates"].items():
         figures.add(f"products of a d4's step, {name}", at_shapes / 1e9, "GFLOP/s")
@@ -169,6 +169,7 @@ def training_run(computing):
 def training(figures, computing, work):
     found = training_run(computing)
     speeds = in_child("machine", computing)
+    print(f"  {speeds['words']}", flush=True)
     for tokens, parts in found["steps"].items():
         speed = tokens / sum(parts.values())
         figures.add(f"training, {tokens:,} tokens a step", speed, "tokens/s")
@@ -182,7 +183,7 @@ def training(figures, computing, work):
     tokens, parts = min(found["steps"].items())
     whole = sum(parts.values())
     inside = {what: share * parts["passes"] for what, share in found["within"].items()}
-    inside["rest of the passes"] = parts["passes"] - sum(inside.values())
+    inside["fused kernels and the rest"] = parts["passes"] - sum(inside.values())
     inside.update(optimizer=parts["optimizer"], data=parts["data"])
     for what, seconds in inside.items():
         figures.add(f"{what}, of a step of {tokens:,} tokens", 100 * seconds / whole, "%")
@@ -200,7 +201,8 @@ def decoding_runs(computing):
         yield depth, in_child("decoding", computing, depth, 24 if quick else 64)
 
 def decoding(figures, computing, work):
-    bandwidth = in_child("machine", computing)["bandwidth"]
+    speeds = in_child("machine", computing)
+    print(f"  {speeds['words']}", flush=True)
     for depth, found in decoding_runs(computing):
         for rows in (1, 16):
             figures.add(f"decoding d{depth}, batch {rows}", rows / found[rows], "tokens/s")
@@ -209,8 +211,8 @@ def decoding(figures, computing, work):
         reading = found["weights"] / found[1]
         figures.add(f"weights read, d{depth}, batch 1", reading / 1e9, "GB/s")
         # the caches of some machines hold all of a d4
-        figures.add(f"memory's time over decoding's, d{depth}, batch 1", bandwidth / reading,
-                    "times longer", at_most=None if depth == 4 else 1.3)
+        figures.add(f"decoding's time over memory's, d{depth}, batch 1",
+                    speeds["bandwidth"] / reading, "times", at_most=None if depth == 4 else 1.3)
 
 # -------------------------------------------------------------------------------------------------
 # core
@@ -230,12 +232,12 @@ def core(figures, computing, work):
 # -------------------------------------------------------------------------------------------------
 # start
 
-def in_folder(folder):
-    """The environment of a script whose state, and what it compiles, is in `folder`."""
+def in_folder(folder, cache=None):
+    """The environment of a script whose state, and what it compiles (or in `cache`), is there."""
     ours = ("NANOCHAT_", "TORCHINDUCTOR_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return {**kept, "NANOCHAT_BASE_DIR": str(folder),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+            "TORCHINDUCTOR_CACHE_DIR": str(cache or folder / "compiled")}
 
 def as_words(computing):
     """example: (("device", "cpu"), ("threads", 0)) -> ["--device=cpu", "--threads=0"]"""
@@ -280,7 +282,8 @@ def write_texts(folder):
         (folder / name).write_text("".join(lines), encoding="utf-8")
 
 def start(figures, computing, work):
-    env = in_folder(work / "state")
+    # quick takes what the training above has compiled: so its first start is not cold
+    env = in_folder(work / "state", work / "compiled" if quick else None)
     named = re.compile(r"^settings = configurator\.configure\(", re.MULTILINE)
     scripts = sorted(path.name for path in pipeline.REPO.glob("*.py")
                      if named.search(path.read_text(encoding="utf-8")))
@@ -297,7 +300,8 @@ def start(figures, computing, work):
              f"--device_batch_size={device_batch_size}"]
     for how, goal in (("cold", 40), ("warm", 15)):
         seconds = first_step(env, where, f"--tag={how}", *shape, *as_words(computing))
-        figures.add(f"base_train.py to its first step, {how}", seconds, "s", at_most=goal)
+        if how == "warm" or not quick:
+            figures.add(f"base_train.py to its first step, {how}", seconds, "s", at_most=goal)
     seconds = min(run_script(env, "status.py") for _ in range(3))
     figures.add("status.py", seconds, "s", at_most=1)
 
@@ -379,11 +383,11 @@ def main():
     other = read_figures(beside) if beside else {}
     computing = tuple((key, settings[key]) for key in ("device", "dtype", "threads", "compile"))
     figures = Figures()
+    print(f"{cpu_in_words()}; load {os.getloadavg()[0]:.1f}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")
-        os.environ["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"  # names, in a profile
         for name, measure_section in SECTIONS.items():
             if name in sections:
                 print(f"{name} ({common.duration(time.monotonic() - began)} so far)", flush=True)

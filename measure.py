@@ -5,7 +5,6 @@ threads and compile, as pairs.
 """
 import functools
 import math
-import re
 import resource
 import statistics
 import sys
@@ -120,7 +119,7 @@ def training(computing, micro_rows, repeat):
     Steps of the reference model as base_train.py makes them. repeat: steps of each size; 0: only
     the first. -> {"first": its seconds, "flops": of a token, "peak": bytes,
     "steps": {tokens of a step: {"data", "passes", "optimizer": seconds}},
-    "within": {"attention", "head and loss", "other products": share of the passes}}
+    "within": {"attention", "products of the head", "other products": share of the passes}}
     """
     chosen = choose(computing)
     device = chosen.device
@@ -172,22 +171,19 @@ def training(computing, micro_rows, repeat):
     return found
 
 def shares(events):
-    """What the time of a profile went to, each a share of all.  -> {"attention", "head and loss",
-    "other products": 0 to 1}. The head's products are known by the vocabulary in their shapes, the
-    loss by the names of what the compiler has fused into a kernel."""
+    """What the time of a profile went to, each a share of all.  -> {"attention", "products of the
+    head", "other products": 0 to 1}. The head's are known by the vocabulary in their shapes. What
+    is left is mostly what the compiler has fused, norms and the loss among it."""
     of = Counter()
     for event in events:
-        of_loss = re.search("softmax|logsumexp|nll|tanh", event.key)
-        sizes = chain.from_iterable(event.input_shapes or [])
         what = "rest"
         if "attention" in event.key:
             what = "attention"
-        elif of_loss or VOCAB in sizes:
-            what = "head and loss"
         elif event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            what = "other products"
+            of_head = VOCAB in chain.from_iterable(event.input_shapes)
+            what = "products of the head" if of_head else "other products"
         of[what] += event.self_cpu_time_total
-    named = ("attention", "head and loss", "other products")
+    named = ("attention", "products of the head", "other products")
     return {what: of[what] / of.total() for what in named}
 
 # -------------------------------------------------------------------------------------------------

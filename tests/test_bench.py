@@ -103,7 +103,7 @@ MACHINE = {"bandwidth": 20e9, "computed in": "bfloat16", "words": "",
 TRAINING = {"first": 30.0, "flops": 20e6, "peak": 1e9,
             "steps": {4096: {"data": 0.1, "passes": 0.8, "optimizer": 0.1},
                       16384: {"data": 0.1, "passes": 1.8, "optimizer": 0.1}},
-            "within": {"attention": 0.25, "head and loss": 0.5, "other products": 0.2}}
+            "within": {"attention": 0.25, "products of the head": 0.5, "other products": 0.2}}
 
 def test_sections_compute_shares_and_ratios(monkeypatch):
     measured = {"machine": MACHINE, "training": TRAINING, "core": {"a": (2.0, 2, 3600)},
@@ -122,16 +122,16 @@ def test_sections_compute_shares_and_ratios(monkeypatch):
         "training, of the products' rate": (81.92, True),  # 8,192 * 20e6 / 200e9
         "training, of a large product's rate": (40.96, ""),
         "attention, of a step of 4,096 tokens": (20.0, ""),
-        "head and loss, of a step of 4,096 tokens": (40.0, ""),
-        "rest of the passes, of a step of 4,096 tokens": (4.0, ""),
+        "products of the head, of a step of 4,096 tokens": (40.0, ""),
+        "fused kernels and the rest, of a step of 4,096 tokens": (4.0, ""),
         "optimizer, of a step of 4,096 tokens": (10.0, ""),
         "first step, cold compilation": (30.0, True),
         "decoding d12, batch 1": (50.0, ""),
         "decoding d12, batch 16": (400.0, ""),
         "batch 16 over batch 1, d12": (8.0, False),
         "weights read, d20, batch 1": (10.0, ""),
-        "memory's time over decoding's, d12, batch 1": (2.0, False),
-        "memory's time over decoding's, d4, batch 1": (2.0, ""),
+        "decoding's time over memory's, d12, batch 1": (2.0, False),
+        "decoding's time over memory's, d4, batch 1": (2.0, ""),
     }
     assert {name: found[name] for name in expected} == expected
 
