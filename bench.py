@@ -114,7 +114,7 @@ def table(figures, other):
 
 def read_figures(path):
     """{name: value} of a file that --out has written. Failure where it is none."""
-    common.check(Path(path).is_file(), f"there is no --beside={path}")
+    common.check(os.path.isfile(path), f"there is no --beside={path}")
     lines = common.read_json_lines(path)
     common.check(lines and all({"name", "value"} <= line.keys() for line in lines),
                  f"--beside={path} holds no figures: --out writes such a file")
@@ -363,24 +363,29 @@ def check_settings():
     """Failure (code 2) before anything is measured."""
     for name in sections:
         common.check(name in SECTIONS, f"--sections takes {', '.join(SECTIONS)}, not {name!r}")
+    writable = os.access(os.path.dirname(out) or ".", os.W_OK) and not os.path.isdir(out)
+    common.check(not out or writable, f"--out={out} cannot be written")
     if "learning" in sections:
-        whole = all(seed.isdecimal() for seed in seeds.split(","))
-        common.check(whole, f"--seeds takes whole numbers, as in 1,2,3, not {seeds!r}")
-        common.check(data, "learning needs --data=FOLDER of texts")
-        common.check(Path(held_out).is_file(), f"learning needs --held_out=FILE, a file of texts "
-                     f"that is not trained on: there is no {held_out!r}")
-        common.check((pipeline.REPO / recipe).is_file(), f"there is no --recipe={recipe}")
-        trained_on = corpus.dataset_files(data)["train"].values()
-        common.check(Path(held_out).resolve() not in [path.resolve() for path in trained_on],
-                     f"--held_out={held_out} would be trained on: take a file that is not in "
-                     "--data, or the one held out for validation")
-    folder = Path(out or ".").absolute().parent
-    common.check(os.access(folder, os.W_OK), f"--out={out} cannot be written in {folder}")
+        check_learning()
+
+def check_learning():
+    whole = all(seed.isdecimal() for seed in seeds.split(","))
+    common.check(whole, f"--seeds takes whole numbers, as in 1,2,3, not {seeds!r}")
+    with pipeline.naming(f"--state={state}"):
+        Path(state).expanduser().resolve()
+    common.check(data, "learning needs --data=FOLDER of texts")
+    common.check(os.path.isfile(held_out), "learning needs --held_out=FILE, a file of texts that "
+                 f"is not trained on: there is no {held_out!r}")
+    common.check(os.path.isfile(pipeline.REPO / recipe), f"there is no --recipe={recipe}")
+    trained_on = corpus.dataset_files(data)["train"].values()
+    common.check(Path(held_out).resolve() not in [path.resolve() for path in trained_on],
+                 f"--held_out={held_out} would be trained on: take a file that is not in --data, "
+                 "or the one held out for validation")
 
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing outlives it
-    check_settings()
     other = read_figures(beside) if beside else {}
+    check_settings()
     computing = tuple((key, settings[key]) for key in ("device", "dtype", "threads", "compile"))
     figures = Figures()
     print(f"{cpu_in_words()}; load {os.getloadavg()[0]:.1f}", flush=True)
@@ -395,7 +400,8 @@ def main():
     print("\n" + "\n".join(table(figures, other)))
     if out:
         lines = [json.dumps(figure) + "\n" for figure in figures]
-        common.atomic_write(out, "".join(lines))
+        with common.writing(out):
+            common.atomic_write(out, "".join(lines))
 
 if __name__ == "__main__":
     try:
