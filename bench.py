@@ -137,6 +137,7 @@ def in_child(function, *args):
 def call(function, *args):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says that it was Ctrl-C
     common.end_with_parent()
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # else the profiler prints lines of its own
     import measure  # and torch, which takes seconds
     return getattr(measure, function)(*args)
 

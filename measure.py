@@ -164,8 +164,7 @@ def training(computing, micro_rows, repeat):
     found["peak"] = peak_memory(device)
     if device.type == "cpu":
         pairs = batches(BATCHES[0], 0)
-        # kineto, the newer one, prints lines of its own
-        with torch.autograd.profiler.profile(use_kineto=False, record_shapes=True) as profile:
+        with torch.profiler.profile(record_shapes=True) as profile:
             passes(pairs, BATCHES[0])
         found["within"] = shares(profile.key_averages(group_by_input_shape=True))
     return found

@@ -112,6 +112,7 @@ def test_sections_compute_shares_and_ratios(monkeypatch):
     figures = bench.Figures()
     bench.training(figures, (), None)
     bench.decoding(figures, (), None)
+    bench.memory(figures, (), None)
     monkeypatch.setattr(bench, "bundle", str(bench.pipeline.REPO / "tests"))
     bench.core(figures, (), None)
     assert "CORE on a d4" not in [figure["name"] for figure in figures], "no bundle there"
@@ -126,6 +127,8 @@ def test_sections_compute_shares_and_ratios(monkeypatch):
         "fused kernels and the rest, of a step of 4,096 tokens": (4.0, ""),
         "optimizer, of a step of 4,096 tokens": (10.0, ""),
         "first step, cold compilation": (30.0, True),
+        "peak of training, 8 rows at once": (1000.0, ""),
+        "peak of decoding d20": (500.0, ""),
         "decoding d12, batch 1": (50.0, ""),
         "decoding d12, batch 16": (400.0, ""),
         "batch 16 over batch 1, d12": (8.0, False),
