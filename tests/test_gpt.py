@@ -1,8 +1,11 @@
 """gpt.py: gradients, the shape, and a checkpoint that nanochat made."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,21 +61,71 @@ def test_user_tokens_carry_no_gradient_and_an_all_masked_batch_gives_zero():
     ids, mask = BYTES.render_conversation({"messages": messages})
     x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
     masked = torch.where(torch.tensor([mask[1:]]) == 1, y, -1)
-    losses = model(x, masked, reduction="none")
-    assert ((losses > 0) == (torch.tensor([mask[1:]]) == 1)).all()
-    losses.sum().backward()
+    assert ((model.nats(x, masked) > 0) == (torch.tensor([mask[1:]]) == 1)).all()
+    model(x, masked).backward()
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
     changed = torch.where(masked == -1, torch.full_like(y, -1), y)
     changed_y = torch.where(masked == -1, (y + 1) % 256, y)  # other user targets, same mask
-    model(x, torch.where(torch.tensor([mask[1:]]) == 1, changed_y, -1), reduction="sum").backward()
+    model(x, torch.where(torch.tensor([mask[1:]]) == 1, changed_y, -1)).backward()
     assert torch.equal(model.lm_head.weight.grad, gradient) and torch.equal(changed, masked)
-    for reduction in ("mean", "sum"):
-        model.zero_grad()
-        loss = model(x, torch.full_like(y, -1), reduction=reduction)
-        loss.backward()
-        assert loss.item() == 0.0
-        assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+    model.zero_grad()
+    loss = model(x, torch.full_like(y, -1))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+def test_loss_and_gradients_by_chunks_are_those_of_all_logits(monkeypatch):
+    model = small()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(BYTES.vocab_size, (2, 3, 50), generator=generator)
+    y[0, :7] = -1
+    weights = torch.randn(y.shape, generator=generator)
+    losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1,
+                             reduction="none").view(y.shape)
+    whole = gradients(model, (losses * weights).sum())
+    for chunk in (1024, 64):  # 64 does not divide the 150 tokens
+        monkeypatch.setattr(gpt, "CHUNK", chunk)
+        loss = model(x, y, weights)
+        torch.testing.assert_close(loss, (losses * weights).sum())
+        torch.testing.assert_close(gradients(model, 0.5 * loss), 0.5 * whole)
+        torch.testing.assert_close(model.nats(x, y), losses)
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation makes."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *made])
+        return result
+
+def test_logits_are_never_whole(monkeypatch):
+    monkeypatch.setattr(gpt, "CHUNK", 64)
+    model = small()
+    x = torch.zeros(8, 64, dtype=torch.long)
+    with Largest() as largest:
+        model(x, x).backward()
+        model.nats(x, x)
+    most_else = 8 * 64 * 4 * model.config.n_embd  # of the MLP
+    assert largest.numel == most_else < 8 * 64 * BYTES.vocab_size
+
+def test_attention_in_blocks_is_causal_attention():
+    generator = torch.Generator().manual_seed(1)
+    both = []
+    for attend in (gpt.attend_in_blocks, partial(F.scaled_dot_product_attention, is_causal=True)):
+        q, k, v = torch.randn(3, 2, 2, 384, 32, generator=generator.manual_seed(1)).unbind()
+        inputs = [t.requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs)
+        both.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, theirs in zip(*both):
+        torch.testing.assert_close(ours, theirs)
 
 def test_the_switch_turns_the_additions_off():
     plain = {n for n, _ in small("nanochat_2025").named_parameters()}
@@ -130,7 +183,7 @@ def train():
     model.init_weights(0)
     optimizer = optim.make_optimizer(model, RATES, 1.0, 0.0, torch.float32)
     for _ in range(5):
-        forward(rows[:, :-1], rows[:, 1:], reduction="sum").backward()
+        forward(rows[:, :-1], rows[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach().clone() for p in model.parameters()]
