@@ -25,14 +25,16 @@ from run import Run
 
 sys.excepthook = sys.__excepthook__
 
-def share_of_cores():
-    """The cores of this one of the pytest processes that tests/run.sh starts. Each keeps to its
-    own: two teams of threads that spin on the same two cores are many times slower than one."""
-    cores = sorted(os.sched_getaffinity(0))
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    return cores[number::int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores
+# macOS gives no process cores of its own
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+def share_of_cores():
+    """The cores of this one of the pytest processes that tests/run.sh starts: two teams of threads
+    that spin on the same two cores are many times slower than one thread on each."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return CORES[number::int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))] or CORES
+
+if CORES:
     os.sched_setaffinity(0, share_of_cores())
 BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
 needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(),
@@ -78,6 +80,15 @@ def nanochats_own(folder):
     weights = there / "base_checkpoints/d4/model_000400.pt"
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return tok.read_tokenizer(folder), model
+
+@pytest.fixture
+def all_cores():
+    """For what two threads do on two cores; what the test starts gets them too."""
+    if len(CORES) < 2:
+        pytest.skip("two threads need two cores to meet")
+    os.sched_setaffinity(0, CORES)
+    yield
+    os.sched_setaffinity(0, share_of_cores())
 
 @pytest.fixture
 def state(tmp_path, monkeypatch):

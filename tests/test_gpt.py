@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common
 import engine
 import gpt
 import optim
@@ -191,7 +190,6 @@ first = train()
 print([all(map(torch.equal, first, train())) for _ in range(5)])
 """
 
-@pytest.mark.skipif(common.cores() < 2, reason="two threads need two cores to meet")
-def test_compiled_and_on_two_threads_a_seed_gives_the_same_bits(state):
+def test_compiled_and_on_two_threads_a_seed_gives_the_same_bits(state, all_cores):
     out = script(state, "-c", f"RATES = {RATES}\n{TRAIN_TWICE}")
     assert out.stdout.strip() == str([True] * 5), out.stdout + out.stderr
