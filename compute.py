@@ -61,6 +61,7 @@ def choose_compute(ranks, settings, recorded=None):
     if compiled == "auto":  # on a CPU the compiler writes C++
         has_compiler = shutil.which("g++") or shutil.which("clang++")
         compiled = name == "cuda" or (name == "cpu" and bool(has_compiler))
+    compiled = str(compiled) == "True"
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     if name == "cpu":
@@ -68,10 +69,13 @@ def choose_compute(ranks, settings, recorded=None):
         # two runs of one seed differ in their last bits. Measured: it costs no time. On CUDA it
         # does, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment: runs there repeat to
         # rounding alone, unless you set both.
-        torch.use_deterministic_algorithms(True)
+        if compiled:
+            torch.use_deterministic_algorithms(True)
+        else:  # the same, but it does not import the compiler, which takes a second and a half
+            torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
         keep_freed_memory()
-    return Compute(device, getattr(torch, dtype), threads, str(compiled) == "True")
+    return Compute(device, getattr(torch, dtype), threads, compiled)
 
 def usable(kind):
     """Whether there is such a device here: cuda, mps or cpu."""

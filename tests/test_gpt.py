@@ -155,17 +155,21 @@ def test_a_checkpoint_made_by_nanochat_gives_its_numbers(tmp_path):
     assert greedy == expected["greedy_ids"].reshape(-1).tolist()
 
 def test_what_is_asked_for_comes_before_what_was_recorded(state):
+    """And the compiler, which takes as long to import as torch, is imported where it is used."""
     chosen = """
+import sys, torch
 from compute import choose_compute
 from ranks import Ranks
 recorded = {"dtype": "float32", "threads": 2, "compile": "True"}
 wanted = {"device": "cpu", "dtype": "auto", "threads": 0}
-for compiled in ("auto", False):
+for compiled in (False, "auto"):
     print(choose_compute(Ranks(0, 0, 1), {**wanted, "compile": compiled}, recorded))
+    print("torch._dynamo" in sys.modules, torch.are_deterministic_algorithms_enabled())
 """
     out = script(state, "-c", chosen)
-    assert out.stdout.splitlines() == ["cpu, float32, 2 threads, compile=True",
-                                       "cpu, float32, 2 threads, compile=False"], out.stderr
+    assert out.stdout.splitlines() == [
+        "cpu, float32, 2 threads, compile=False", "False True",
+        "cpu, float32, 2 threads, compile=True", "True True"], out.stderr
 
 # A model without blocks compiles in seconds, and a small vocabulary makes the threads meet: without
 # choose_compute's care five runs of five differ.
