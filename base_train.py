@@ -23,7 +23,8 @@ import tokenizer as tok
 
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 tag = ""                     # name of the run and of its folder; empty: d<depth>
-depth = 20                   # layers; the width is 64 * depth
+depth = 20                   # layers
+aspect_ratio = 64            # the width is depth times this, rounded up to whole heads of 128
 max_seq_len = 2048           # tokens in a row, the context that the model sees
 arch = "modern"              # modern, or nanochat_2025: the plain model of November 2025
 tokens_per_param = 12.0      # training tokens per parameter (embeddings not counted)
@@ -98,7 +99,7 @@ from compute import choose_compute, peak_flops, to_device
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded(), **known_files)
-config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch)
+config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch, aspect_ratio)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
 model.to(compute.device)

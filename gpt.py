@@ -38,10 +38,10 @@ class GPTConfig:
     def head_dim(self):
         return self.n_embd // self.n_head
 
-def config_from_depth(depth, vocab_size, sequence_len, arch="modern"):
-    """depth -> GPTConfig: width 64 * depth rounded up to whole heads of 128.
+def config_from_depth(depth, vocab_size, sequence_len, arch="modern", aspect_ratio=64):
+    """depth -> GPTConfig: width depth * aspect_ratio, rounded up to whole heads of 128.
     example: 20 -> 1280 wide, 10 heads"""
-    n_head = (depth + 1) // 2
+    n_head = -(-depth * aspect_ratio // HEAD_DIM)
     n_embd = n_head * HEAD_DIM
     return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_embd, arch)
 

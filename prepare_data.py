@@ -120,7 +120,7 @@ def shards_needed():
     more rather than less; without importing torch."""
     keys = ("tokens_per_param", "target_flops", "num_steps", "total_batch_size")
     per_param, flops, steps, batch = [setting_of("base", key) for key in keys]
-    width = 128 * math.ceil(depth / 2)
+    width = 128 * math.ceil(depth * setting_of("base", "aspect_ratio") / 128)
     parameters = depth * 12 * width ** 2 + 32768 * width  # of matrices and head
     tokens = per_param * parameters
     if flops > 0:

@@ -99,10 +99,12 @@ def other_inputs(old, new):
     keys = dict.fromkeys([*old, *new])
     return [INPUTS.get(k, f"another {k}") for k in keys if old.get(k) != new.get(k)]
 
+ADDED = {"aspect_ratio": 64}  # settings that came later, with what held before they were there
+
 def comparable(settings, directory):
     """Settings as two starts are compared: an empty tag stands for the folder's name, and a data
     folder is the same however it is named."""
-    settings = dict(settings)
+    settings = {**ADDED, **settings}
     if "tag" in settings:
         settings["tag"] = directory.name
     if settings.get("data"):

@@ -35,7 +35,7 @@ All phases in their order; run it again at any time: what is done is skipped.
   --only=PHASE[,..]   run only these (--only=setup, alone: only make .venv)
   --data=NAME         toy (default: needs no download), fineweb_edu, climbmix, or a folder of
                       .parquet, .jsonl, .jsonl.gz or .txt files
-  --depth=N           layers of the model (toy: 4, else 20)
+  --depth=N           layers of the model (toy: 2, else 20)
   --nproc=N           processes on this machine (default: the GPUs visible, or 1)
   --dry-run           print the commands and do nothing
   -- --key=value      settings for every phase that has them: -- --device_batch_size=8
@@ -69,7 +69,7 @@ fi
 # What the toy world is trained with stands in config/toy_*.py, for every size of model; other data
 # sets take the defaults of the scripts.
 recipe() { if [ "$data" = toy ]; then echo "config/toy_$1.py"; fi; }
-if [ "$data" = toy ]; then depth=${depth:-4}; else depth=${depth:-20}; fi
+if [ "$data" = toy ]; then depth=${depth:-2}; else depth=${depth:-20}; fi
 tag=d$depth
 
 plan=()
