@@ -137,6 +137,8 @@ def test_depth_gives_the_shape():
     deep = gpt.config_from_depth(20, 65536, 2048)
     assert (deep.n_embd, deep.n_head, deep.n_kv_head, deep.head_dim) == (1280, 10, 10, 128)
     assert [gpt.config_from_depth(depth, 512, 64).n_embd for depth in (1, 2, 3)] == [128, 128, 256]
+    wide = [gpt.config_from_depth(2, 512, 64, aspect_ratio=ratio) for ratio in (1, 128, 129)]
+    assert [(config.n_embd, config.n_head) for config in wide] == [(128, 1), (256, 2), (384, 3)]
 
 def test_flops_by_hand():
     model = gpt.GPT(gpt.GPTConfig(32, 100, 1, 1, 1, 128, "nanochat_2025"))

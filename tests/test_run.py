@@ -86,6 +86,18 @@ def test_a_record_of_a_training_that_has_saved_nothing_blocks_no_other(folder, s
     assert run.record["settings"]["depth"] == 5 and run.saved_step is None
     run.close(1, "over")
 
+@pytest.mark.parametrize("name", sorted(records.ADDED))
+def test_a_run_from_before_a_setting_was_there_goes_on_with_what_held_then(folder, name, capsys):
+    run = start(folder, damage=None)
+    save(run, 3)
+    run.close(75, "stopped")
+    run = start(folder, settings(depth=4, **{name: records.ADDED[name]}), damage=None)
+    assert run.saved_step == 3
+    run.close(75, "stopped")
+    other = settings(depth=4, **{name: 7})
+    assert exit_code(start, folder, other, damage=None) == 2
+    assert f"{name} was {records.ADDED[name]}, now 7" in capsys.readouterr().err
+
 def test_what_starts_it_over_is_named_as_it_is_typed(folder, monkeypatch, capsys):
     run = start(folder, damage=None)
     save(run, 3)
