@@ -99,23 +99,23 @@ def other_inputs(old, new):
     keys = dict.fromkeys([*old, *new])
     return [INPUTS.get(k, f"another {k}") for k in keys if old.get(k) != new.get(k)]
 
-ADDED = {"aspect_ratio": 64}  # settings that came later, with what held before they were there
-
 def comparable(settings, directory):
     """Settings as two starts are compared: an empty tag stands for the folder's name, and a data
     folder is the same however it is named."""
-    settings = {**ADDED, **settings}
+    settings = dict(settings)
     if "tag" in settings:
         settings["tag"] = directory.name
     if settings.get("data"):
         settings["data"] = pipeline.whole_path(settings["data"])
     return settings
 
+ADDED = {"aspect_ratio": 64}  # settings that came later, with what held before they were there
+
 def changes(old, directory, settings, inputs=None):
     """What defines the result and is other than in the record `old`, in words. inputs=None:
     they are not known yet."""
-    changed = differences(comparable(old["settings"], directory),
-                          comparable(settings.defining, directory))
+    changed = differences({**ADDED, **comparable(old["settings"], directory)},
+                          {**ADDED, **comparable(settings.defining, directory)})
     return changed + other_inputs(old["inputs"], old["inputs"] if inputs is None else inputs)
 
 # -------------------------------------------------------------------------------------------------
