@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from gpt import GATE_CHANNELS, SOFTCAP
+from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP
 
 # --------------------------------------------------------------------------------------------------
 # prompts: through the model's own forward, which takes several tokens a row
@@ -203,7 +203,7 @@ class Decoder:
         if config.modern:
             self.value_embeds = {int(layer): embedding.weight
                                  for layer, embedding in model.value_embeds.items()}
-            self.scale *= 1.44
+            self.scale *= SHARPNESS
             self.own_share = model.resid_lambdas.tolist()
             self.first_share = model.x0_lambdas.float()[:, None, None]
             self.smear_share = model.smear_lambda.item()
@@ -323,7 +323,8 @@ def sample(logits, temperature, top_k, uniforms):
     if top_k:
         kept = logits.topk(top_k).indices.sort(dim=-1).values  # in the order of the vocabulary
         logits = logits.gather(-1, kept)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    # float32's rounding is far below any draw, but a sum of 32,768 numbers would add it up
+    cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
     drawn = passed.sum(dim=-1, keepdim=True).clamp(max=logits.size(-1) - 1)
     if top_k:

@@ -19,6 +19,7 @@ from torch import nn
 HEAD_DIM = 128
 SOFTCAP = 15.0        # logits are held within +-15
 GATE_CHANNELS = 12    # gates look at the first channels of the residual stream
+SHARPNESS = 1.44      # normed queries and keys of 128 channels are too blunt (nanochat: 1.2 * 1.2)
 
 @dataclass
 class GPTConfig:
@@ -111,8 +112,7 @@ class Attention(nn.Module):
         q = norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
         if self.config.modern:
-            # normed queries and keys of 128 channels are too blunt (nanochat found 1.2 * 1.2)
-            q = q * 1.44
+            q = q * SHARPNESS
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
         mask = None  # plain causal attention
         if cache is not None:

@@ -89,6 +89,9 @@ def test_packed_weights_stay_near_the_models(dtype, weights, most):
         logits = torch.stack([decoder.step([token] * rows) for token in prompt[1:]], dim=1)
         error = (logits - whole).norm() / (whole.norm() * rows ** 0.5)
         assert 0.1 * most < error < most
+        again = engine.Decoder(model, rows, 60, engine.Packed(model, rows, weights))
+        again.add([prompt[:1]] * rows)
+        assert torch.equal(again.step([prompt[1]] * rows), logits[:, 0])
 
 @torch.inference_mode()
 def test_a_model_to_use_keeps_its_weights_in_its_dtype_and_computes_the_same_bits(state):
@@ -254,6 +257,13 @@ def test_a_finished_rows_place_is_taken_by_the_next_prompt(monkeypatch):
     # all others pass through the second slot: 28 tokens and 7 ends; four fixed pairs would take 57
     assert sum(kind == "step" for kind, _ in passes) == 40
     assert passes[:5] == [("add", 2), ("step", 2), ("step", 1), ("add", 1), ("step", 2)]
+
+def test_samples_of_a_prompt_that_come_one_after_another_run_it_once(monkeypatch):
+    real, ran = engine.prefill, []
+    monkeypatch.setattr(engine, "prefill", lambda m, *a: (ran.extend(a[0]), real(m, *a))[1])
+    a, b = prompts()[:2]
+    answers = engine.generate(small(), BYTES, [a] * 5 + [b] * 3, 4, max_rows=2)
+    assert ran == [tuple(a), tuple(b)] and answers[:5] == [answers[0]] * 5
 
 def test_finished_rows_leave_where_none_waits(monkeypatch):
     made, passes = answers_of_lengths(monkeypatch, [3, 0, 1, 3])
