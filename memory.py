@@ -1,0 +1,127 @@
+"""
+How much memory training and decoding take, in bytes, from the shape of the model alone.
+
+What is counted is what torch allocates: on CUDA torch.cuda.max_memory_allocated() measures it, on a
+CPU torch's profiler does (measured()). The process itself, Python, torch and its compiler, takes a
+few hundred MB of the host more. tests/test_memory.py holds the formulas against what is measured:
+
+    python tests/test_memory.py          # as a table, with shapes that tests have no time for
+"""
+import math
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+# What the backward pass of a layer finds saved, for each token and channel of the residual stream:
+# (numbers in the compute dtype, float32 numbers). Counted from torch.autograd.graph's
+# saved_tensors_hooks (eager) and from measured peaks (compiled, which computes cheap ones again).
+SAVED = {("nanochat_2025", False): (14, 4), ("modern", False): (16, 4),
+         ("nanochat_2025", True): (13, 0), ("modern", True): (15, 0)}
+
+MOST_TOKENS = 2 ** 16  # of a micro-batch: more at once make no GPU faster
+
+def of_model(model, optimizer):
+    """-> (bytes of weights and tables, of optimizer states on this rank)"""
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    states = sum(t.nbytes for bucket in optimizer.buckets for t in bucket.state.values())
+    return weights, states
+
+def of_step(model, optimizer):
+    """Bytes that optimizer.step() takes for itself: copies of the gradients and of the weights that
+    travel stacked, and what Muon needs for its largest group."""
+    stacked = largest = 0
+    for bucket in optimizer.buckets:
+        size = sum(p.nbytes for p in bucket.params)
+        if bucket.stacked:
+            stacked += size
+        if bucket.group["kind"] == "muon":
+            largest = max(largest, size)
+    world = optimizer.world
+    for_muon = (2 + 0.375 * optimizer.ns_dtype.itemsize) * largest
+    return stacked / world + stacked + for_muon / world
+
+def of_activations(config, rows, dtype, compiled):
+    """Bytes that the forward pass of `rows` rows leaves for the backward pass, and that this needs
+    when it begins."""
+    size = dtype.itemsize
+    tokens = rows * config.sequence_len
+    in_dtype, in_float32 = SAVED[config.arch, compiled]
+    channels = tokens * config.n_embd
+    saved = config.n_layer * channels * (in_dtype * size + in_float32 * 4)
+    saved += 4 * channels * size  # the embedding, its norm, the last norm and its gradient
+    if size < 4:  # each matrix is cast once, and kept
+        saved += size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
+    # the capped logits and their log softmax are saved; their gradients are made one after another
+    logits = 4 * 4 * tokens * config.vocab_size
+    mlp = 3 * 4 * channels * size  # gradients inside the first MLP that is met
+    return saved + max(logits, mlp)
+
+def of_training(model, optimizer, rows, turns, dtype, compiled):
+    """
+    The peak of training, in bytes. rows: of a micro-batch; turns: micro-batches of a step on this
+    rank; dtype: what is computed in. The peak is where a backward pass begins, or where the
+    optimizer works.
+    """
+    weights, states = of_model(model, optimizer)
+    gradients = sum(p.nbytes for p in model.parameters())
+    activations = of_activations(model.config, rows, dtype, compiled)
+    if turns > 1:  # those of the micro-batches before are there
+        activations += gradients
+    return weights + states + max(activations, gradients + of_step(model, optimizer))
+
+def of_decoding(model, rows, prompt, new, dtype):
+    """The peak of decoding, in bytes: rows prompts of `prompt` tokens, each continued by at most
+    `new`. It is where the prompts go through the MLP of a layer."""
+    config = model.config
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    kv_dim = config.n_kv_head * config.head_dim
+    cache = 2 * config.n_layer * rows * (prompt + new) * kv_dim * dtype.itemsize
+    return weights + cache + 13.5 * rows * prompt * config.n_embd * dtype.itemsize
+
+def free(device):
+    """Bytes that this process can still get on a device; elsewhere than on CUDA what Linux says is
+    available, and without Linux no limit is known."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+
+def rows_that_fit(model, optimizer, dtype, compiled, most):
+    """How many rows, at most `most` and at least 1, a micro-batch can have on the model's device,
+    where the model and the optimizer are already. A tenth of what is free is left free."""
+    room = 0.9 * free(model.lm_head.weight.device) + sum(of_model(model, optimizer))
+    fitting = [rows for rows in range(1, most + 1)
+               if of_training(model, optimizer, rows, 2, dtype, compiled) <= room]
+    return max(fitting, default=1)
+
+# -------------------------------------------------------------------------------------------------
+# measuring
+
+def measured(function):
+    """-> the most bytes that were allocated on the CPU at once while function() ran, what was there
+    before not counted. Torch's profiler hears of every block, those inside compiled code and inside
+    operations too; the process's own size would add Python, and pages that are kept when freed."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        kept = function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    del kept
+    return peak
+
+def peak():
+    """The most bytes held so far: allocated on this process's GPU where it has used one, else of
+    the whole process, as the operating system counts it."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,86 @@
+"""memory.py: its formulas within a tenth of what is measured; and the rows that a device takes.
+
+    python tests/test_memory.py           # more shapes, as a table
+    python tests/test_memory.py compiled  # compiled: minutes
+"""
+import itertools
+import sys
+
+import pytest
+import torch
+
+import gpt
+import memory
+import optim
+
+RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
+FP32, BF16 = torch.float32, torch.bfloat16
+
+def make(depth, vocab, length, arch, dtype):
+    model = gpt.GPT(gpt.config_from_depth(depth, vocab, length, arch), dtype)
+    model.init_weights(0)
+    return model, optim.make_optimizer(model, RATES, 1.0, 0.1, dtype)
+
+def training_memory(depth, vocab, length, rows, turns, arch, dtype, compiled=False):
+    """-> (predicted, measured) bytes of a step"""
+    model, optimizer = make(depth, vocab, length, arch, dtype)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    x = torch.randint(vocab, (rows, length))
+
+    def step():
+        for _ in range(turns):
+            forward(x, x, reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if compiled:
+        step()  # what the compiler itself allocates does not count
+    measured = sum(memory.of_model(model, optimizer)) + memory.measured(step)
+    return memory.of_training(model, optimizer, rows, turns, dtype, compiled), measured
+
+class Endless:
+    """A tokenizer whose tokens never end an answer."""
+    bos = -1
+
+    def special(self, _):
+        return -1
+
+def decoding_memory(depth, vocab, rows, prompt, new, dtype):
+    """-> (predicted, measured) bytes of generating"""
+    model, _ = make(depth, vocab, 512, "modern", dtype)
+    prompts = [[row + 1] * prompt for row in range(rows)]
+    measured = memory.measured(lambda: gpt.generate(model, Endless(), prompts, new))
+    measured += sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return memory.of_decoding(model, rows, prompt, new, dtype), measured
+
+@pytest.mark.parametrize("shape", [
+    (2, 512, 256, 4, 1, "modern", FP32), (3, 4096, 128, 2, 2, "nanochat_2025", FP32),
+    (4, 512, 32, 2, 2, "modern", FP32), (2, 2048, 256, 4, 1, "nanochat_2025", BF16),
+    (3, 512, 128, 4, 2, "modern", BF16)])
+def test_training_takes_what_is_predicted(shape):
+    predicted, measured = training_memory(*shape)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+@pytest.mark.parametrize("shape", [(2, 512, 4, 20, 4, FP32), (4, 512, 8, 100, 4, FP32),
+                                   (2, 512, 16, 100, 4, BF16)])
+def test_decoding_takes_what_is_predicted(shape):
+    predicted, measured = decoding_memory(*shape)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+def test_more_ranks_keep_less_each():
+    model, optimizer = make(2, 512, 64, "modern", FP32)
+    whole = memory.of_step(model, optimizer)
+    optimizer.world = 8
+    assert memory.of_step(model, optimizer) < 0.6 * whole
+
+if __name__ == "__main__":
+    compiled = "compiled" in sys.argv
+    print("depth, vocabulary, tokens in a row, rows, micro-batches | arch | dtype | "
+          "predicted MB | measured MB | ratio")
+    shapes = [(2, 512, 256, 4, 1), (4, 512, 256, 4, 2), (6, 512, 128, 4, 1), (4, 8192, 256, 2, 2),
+              (2, 8192, 512, 4, 1), (6, 2048, 256, 8, 1)]
+    for arch, dtype in itertools.product(("modern", "nanochat_2025"), (FP32, BF16)):
+        for shape in shapes[:5:4] if compiled else shapes:
+            p, m = training_memory(*shape, arch, dtype, compiled)
+            print(f"{shape} | {arch} | {str(dtype)[6:]} | {p / 1e6:.1f} | {m / 1e6:.1f} | "
+                  f"{p / m:.3f}", flush=True)
