@@ -41,7 +41,7 @@ warmdown_ratio = 0.6         # share of the steps, at the end, in which the lear
 final_lr_fraction = 0.02     # final learning rate as a share of the peak
 seed = 1337                  # decides the initial weights and the order of the rows
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows that a device holds at once: fewer need less, the batch stays
+device_batch_size = -1       # rows that a device holds at once; -1: those that fit, 32 on a CPU
 eval_every = 250             # steps between measurements of bits per byte; 0: only at the end
 eval_tokens = 10_485_760     # how many tokens of the validation split are measured, at most
 sample_every = 1000          # steps between printed samples; 0: only at the end
@@ -92,13 +92,14 @@ run.open_or_exit(directory, settings, inputs)
 import torch  # only here: it takes seconds, and what is wrong above is said without it
 
 import gpt
+import memory
 import optim
 import training
 from compute import choose_compute, peak_flops, to_device
 
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
-run.update_record(chosen=compute.recorded(), **known_files)
+run.update_record(**known_files)
 config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch, aspect_ratio)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
@@ -109,13 +110,14 @@ parameters = sum(p.numel() for p in model.parameters())
 # a step trains on `rows` rows, of which a device takes micro_rows at once
 rows, why, num_steps, scaling_params = training.horizon(
     model, num_steps, target_flops, tokens_per_param, total_batch_size)
-micro_rows = dataset.fit_micro_rows(rows, device_batch_size, ranks.world)
 batch_tokens = rows * max_seq_len
 total_tokens = num_steps * batch_tokens
 scale = training.batch_lr_scale(batch_tokens)
 if weight_decay == -1.0:
     weight_decay = 0.2 * (12 / depth) ** 2 * scale if depth >= 8 else 0.0
 optimizer = optim.make_optimizer(model, settings, scale, weight_decay, compute.dtype)
+micro_rows = training.rows_at_once(run, model, optimizer, compute, rows)
+needed = memory.of_process(model, optimizer, compute, micro_rows, rows)
 
 plan = dataset.text_plan(train, max_seq_len + 1, tokenizer.bos)
 val_plan = dataset.text_plan(val, max_seq_len + 1, tokenizer.bos)
@@ -126,7 +128,7 @@ common.print0(
     f"{training.in_words(total_tokens)} tokens, {total_tokens / scaling_params:.1f} per parameter "
     f"(embeddings not counted), {total_tokens * flops_per_token:.2e} FLOPs\n"
     f"  batch: {training.batch_in_words(why, rows, max_seq_len, micro_rows, ranks.world)}\n"
-    f"  devices: {ranks.world} x {compute}")
+    f"  devices: {ranks.world} x {compute}; at least {needed / 1e9:,.2f} GB each")
 if not try_out:
     epochs = num_steps * rows / epoch_rows
     common.print0(f"  text: {epoch_rows:,} rows, read {epochs:,.2f} times; "

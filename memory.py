@@ -18,7 +18,7 @@ import torch
 # (numbers in the compute dtype, float32 numbers). Counted from torch.autograd.graph's
 # saved_tensors_hooks (eager) and from measured peaks (compiled, which computes cheap ones again).
 SAVED = {("nanochat_2025", False): (14, 4), ("modern", False): (16, 4),
-         ("nanochat_2025", True): (13, 0), ("modern", True): (15, 0)}
+         ("nanochat_2025", True): (17, 0), ("modern", True): (19.5, 0)}
 
 MOST_TOKENS = 2 ** 16  # of a micro-batch: more at once make no GPU faster
 
@@ -53,10 +53,12 @@ def of_activations(config, rows, dtype, compiled):
     saved += 4 * channels * size  # the embedding, its norm, the last norm and its gradient
     if size < 4:  # each matrix is cast once, and kept
         saved += size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
-    # the capped logits and their log softmax are saved; their gradients are made one after another
-    logits = 4 * 4 * tokens * config.vocab_size
+    logits = tokens * config.vocab_size
+    if compiled:  # the logits and their gradient
+        return saved + logits * (size + 4)
+    # the capped logits and their log softmax, and the gradients of both
     mlp = 3 * 4 * channels * size  # gradients inside the first MLP that is met
-    return saved + max(logits, mlp)
+    return saved + max(4 * 4 * logits, mlp)
 
 def of_training(model, optimizer, rows, turns, dtype, compiled):
     """
@@ -117,6 +119,15 @@ def measured(function):
         peak = max(peak, now)
     del kept
     return peak
+
+def of_process(model, optimizer, compute, micro_rows, rows):
+    """What peak() will say at the end of a training of steps of `rows` rows, which is about to
+    begin, on each rank: model and optimizer are there already."""
+    turns = rows // (micro_rows * optimizer.world)
+    needed = of_training(model, optimizer, micro_rows, turns, compute.dtype, compute.compile)
+    if compute.device.type == "cuda":
+        return needed
+    return peak() + needed - sum(of_model(model, optimizer))
 
 def peak():
     """The most bytes held so far: allocated on this process's GPU where it has used one, else of

@@ -44,7 +44,7 @@ lr_fraction = 1.0            # multiplies all learning rates
 warmdown_ratio = 0.8         # share of the steps, at the end, in which the learning rate falls
 seed = 1337                  # decides the order of the conversations
 # ---- settings below may change at every resume
-device_batch_size = 32       # rows that a device holds at once; give less if memory runs out
+device_batch_size = -1       # rows that a device holds at once; -1: those that fit, 32 on a CPU
 eval_every = 150             # steps between measurements of bits per byte; 0: only at the end
 held_out = ["smoltalk:1000"]  # conversations of test splits to measure on, as in mixture
 eval_tokens = 1_048_576      # how many tokens of held_out are measured, at most
@@ -83,7 +83,7 @@ common.check(total_batch_size == -1 or total_batch_size % length == 0,
              f"not {total_batch_size}")
 rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
 batch_tokens = rows * length
-micro_rows = dataset.fit_micro_rows(rows, device_batch_size, run.ranks.world)
+dataset.fit_micro_rows(rows, rows, run.ranks.world)  # whether the ranks can share a batch
 
 store = dataset.tokenize_conversations(
     run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)
@@ -112,7 +112,6 @@ from compute import choose_compute, peak_flops, to_device
 
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
-run.update_record(chosen=compute.recorded())
 model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
 
 plan = dataset.make_plan([store._replace(mask=None)], length + 1, tokenizer.bos, split=False)
@@ -122,6 +121,7 @@ if max_steps != -1:
     num_steps = min(num_steps, max_steps)
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
 optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
+micro_rows = training.rows_at_once(run, model, optimizer, compute, rows)
 said = [conversations.in_words(dataset.counts_of(s), length) for s in (store, val_store)]
 common.print0(
     f"mid {directory.name}: {said[0]}\n"

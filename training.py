@@ -12,6 +12,7 @@ import checkpoint
 import common
 import data as dataset
 import engine
+import memory
 import models
 import pipeline
 import rewind
@@ -54,11 +55,13 @@ def exit_done(run, result, **facts):
     process with 0."""
     clock = run.clock
     seconds = clock.seconds()
+    peak = memory.peak()
     common.print0(
         f"{run.name} is done: {result} after {clock.num_steps:,} steps in "
-        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; the checkpoint "
+        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; at most "
+        f"{peak / 1e9:,.2f} GB of memory; the checkpoint "
         f"is in {run.directory}")
-    run.exit_done(step=clock.num_steps, seconds=seconds, **facts)
+    run.exit_done(step=clock.num_steps, seconds=seconds, peak_bytes=peak, **facts)
 
 # -------------------------------------------------------------------------------------------------
 # schedule and horizon
@@ -115,6 +118,28 @@ def batch_in_words(why, rows, length, micro_rows, world):
     turns = rows // (micro_rows * world)
     return (f"{rows * length:,} tokens a step ({why}) = {rows:,} rows of {length:,} tokens = "
             f"{turns} micro-batches of {micro_rows} on each of {world} ranks")
+
+OLD_DEFAULT = 32  # --device_batch_size, before it could be left open
+
+def rows_at_once(run, model, optimizer, compute, rows):
+    """
+    How many of a step's `rows` rows a device takes at once: --device_batch_size or, where that is
+    -1, as many as the run has recorded, else as many as fit by memory.py's formula. Recorded with
+    what else was chosen: another number would round otherwise. On a CPU at most 32. Collective.
+    """
+    asked = run.settings["device_batch_size"]
+    chosen = run.record.get("chosen")
+    if asked == -1 and chosen:
+        asked = chosen.get("device_batch_size", OLD_DEFAULT)
+    if asked == -1:
+        most = memory.MOST_TOKENS // model.config.sequence_len or 1
+        if compute.device.type != "cuda":
+            most = OLD_DEFAULT
+        fitting = memory.rows_that_fit(model, optimizer, compute.dtype, compute.compile, most)
+        asked = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
+    run.settings["device_batch_size"] = asked  # of which half is tried where memory runs out
+    run.update_record(chosen={**compute.recorded(), "device_batch_size": asked})
+    return dataset.fit_micro_rows(rows, asked, run.ranks.world)
 
 # -------------------------------------------------------------------------------------------------
 # a loss that goes wrong

@@ -9,9 +9,12 @@ import sys
 import pytest
 import torch
 
+import compute
 import gpt
 import memory
 import optim
+import training
+from conftest import alone
 
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -73,14 +76,49 @@ def test_more_ranks_keep_less_each():
     optimizer.world = 8
     assert memory.of_step(model, optimizer) < 0.6 * whole
 
+def rows_of(run, asked, monkeypatch, free=None, rows=64):
+    """What training.rows_at_once says at --device_batch_size=asked, with `free` bytes free."""
+    if free is not None:
+        monkeypatch.setattr(memory, "free", lambda device: free)
+    run.settings = {"device_batch_size": asked}
+    model, optimizer = make(2, 512, 64, "modern", FP32)
+    here = compute.Compute(torch.device("cpu"), FP32, 1, False)
+    return training.rows_at_once(run, model, optimizer, here, rows)
+
+def test_rows_are_as_many_as_fit_once_and_then_those(monkeypatch):
+    run = alone()
+    run.record = {}
+    assert rows_of(run, -1, monkeypatch, free=10e9) == 32, "at most, on a CPU"
+    assert run.record["chosen"]["device_batch_size"] == 32
+    assert run.settings["device_batch_size"] == 32, "of which half is tried if memory is out"
+    assert rows_of(run, -1, monkeypatch, free=1e6) == 32, "what it began with: the bits stay"
+    assert rows_of(run, 4, monkeypatch) == 4, "what is asked for counts"
+    assert rows_of(run, -1, monkeypatch) == 4, "and stays"
+    run.record = {"chosen": {"dtype": "float32"}}
+    assert rows_of(run, -1, monkeypatch, free=1e6) == 32, "of a run before rows were recorded"
+    run.record = {}
+    assert rows_of(run, -1, monkeypatch, free=1e6) == 1
+
+def test_rows_that_fit_leave_a_tenth_and_one_more_would_not(monkeypatch):
+    model, optimizer = make(2, 512, 64, "modern", FP32)
+    there = sum(memory.of_model(model, optimizer))
+    for free in (2e7, 3e7):
+        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        rows = memory.rows_that_fit(model, optimizer, FP32, False, 500)
+        needed = [memory.of_training(model, optimizer, n, 2, FP32, False) - there
+                  for n in (rows, rows + 1)]
+        assert 1 < rows < 500 and needed[0] <= 0.9 * free < needed[1]
+
 if __name__ == "__main__":
     compiled = "compiled" in sys.argv
     print("depth, vocabulary, tokens in a row, rows, micro-batches | arch | dtype | "
           "predicted MB | measured MB | ratio")
     shapes = [(2, 512, 256, 4, 1), (4, 512, 256, 4, 2), (6, 512, 128, 4, 1), (4, 8192, 256, 2, 2),
               (2, 8192, 512, 4, 1), (6, 2048, 256, 8, 1)]
+    if compiled:
+        shapes = [(2, 512, 256, 4, 1), (2, 8192, 256, 2, 1), (4, 2048, 256, 4, 2)]
     for arch, dtype in itertools.product(("modern", "nanochat_2025"), (FP32, BF16)):
-        for shape in shapes[:5:4] if compiled else shapes:
+        for shape in shapes:
             p, m = training_memory(*shape, arch, dtype, compiled)
             print(f"{shape} | {arch} | {str(dtype)[6:]} | {p / 1e6:.1f} | {m / 1e6:.1f} | "
                   f"{p / m:.3f}", flush=True)
