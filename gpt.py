@@ -68,8 +68,10 @@ BLOCK = 128  # queries at once
 
 def in_blocks_is_faster(q):
     """On a CPU in bfloat16 forward and backward take 0.54 of the time of torch's kernel at 512
-    tokens and 0.63 at 256 (LOG.md); in float32 they take as long."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) % BLOCK == 0
+    tokens and 0.63 at 256 (LOG.md); in float32 they take as long, and of more than 1,024 tokens the
+    weights, kept for the backward pass, would need much memory."""
+    T = q.size(2)
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and T % BLOCK == 0 and T <= 1024
 
 def attend_in_blocks(q, k, v):
     """Plain causal attention, q, k, v [B, H, T, D] -> [B, H, T, D]. Each block of queries looks

@@ -262,7 +262,8 @@ def sends(device):
 @functools.cache
 def trained(here, depth):
     """A few steps as in training, compiled in bfloat16 on a GPU. -> a dict of what was measured"""
-    torch.set_float32_matmul_precision("high")  # as in training
+    if here.cuda:
+        torch.set_float32_matmul_precision("high")  # as in training
     config = here.config(depth)
     dtype = torch.bfloat16 if here.cuda else torch.float32
     model, optimizer = make(config, here.device, dtype)

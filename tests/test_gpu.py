@@ -1,4 +1,15 @@
-"""What is checked of GPUs where there is none: devices and ranks that are faked."""
+"""
+What is checked of GPUs where there is none: devices and ranks that are faked; and tests/gpu.py, the
+checks for a machine that has one: its table and exit code, and that each check can fail.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import configurator
+import gpu
 from conftest import script
 
 def test_nothing_is_made_on_the_wrong_device_and_ranks_keep_and_send_their_share(tmp_path):
@@ -7,3 +18,120 @@ def test_nothing_is_made_on_the_wrong_device_and_ranks_keep_and_send_their_share
     assert out.stdout.count("on a faked device: ok") == 4, out.stdout
     assert out.stdout.count("a tensor on the CPU put in: FakeTensorDeviceMismatchError") == 2
     assert "d20 | modern | 1,024 |" in out.stdout
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return gpu.Here(torch.device("cpu"), tmp_path)
+
+def rows(said):
+    """{name: (result, measured)} of the table"""
+    cells = [line.split(" | ", 3) for line in said.splitlines() if " | " in line]
+    return {name: (result, measured) for name, result, _, measured in cells}
+
+def test_a_check_that_fails_or_dies_does_not_stop_the_others_and_the_table_counts(here, capsys):
+    def fine(_):
+        return True, "1 of 1"
+
+    def wrong(_):
+        return False, "off by 2"
+
+    def dies(_):
+        raise RuntimeError("CUDA error\nand a page about it")
+
+    def cannot(_):
+        return None, "needs two"
+    assert gpu.run_checks(here, [dies, wrong, cannot, fine]) == 2
+    said = capsys.readouterr().out
+    assert rows(said) == {
+        "check": ("result", "measured"), "fine": ("ok", "1 of 1"), "wrong": ("FAILED", "off by 2"),
+        "dies": ("FAILED", "RuntimeError: ['CUDA error']"), "cannot": ("skipped", "needs two")}
+    assert "1 ok, 2 failed, 1 skipped in" in said.splitlines()[-1]
+
+@pytest.mark.parametrize("required,code", [("", 0), ("1", 1)])
+def test_without_a_gpu_it_is_skipped_in_one_line(monkeypatch, capsys, required, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("GPU_TESTS_REQUIRED", required)
+    assert gpu.main([]) == code
+    said = capsys.readouterr().out
+    assert said.startswith("skipped: torch sees no NVIDIA GPU") and said.count("\n") == 1
+
+@pytest.mark.parametrize("result,code", [(True, 0), (None, 0), (False, 1)])
+def test_the_exit_code_says_whether_a_check_has_failed(monkeypatch, capsys, result, code):
+    def decoding_of_letters(_):
+        return result, "said"
+    monkeypatch.setattr(gpu, "CHECKS", [decoding_of_letters])
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "is put back")
+    assert gpu.main(["--device=cpu", "letters"]) == code
+    assert gpu.main(["--device=cpu", "nothing of the kind"]) == 2
+    assert "there are decoding_of_letters" in capsys.readouterr().out
+
+def test_the_checks_of_numbers_speed_and_memory_work_on_a_cpu(here, monkeypatch):
+    for check in (gpu.bf16_and_compile, gpu.mfu_of_d12, gpu.decoding):
+        ok, said = check(here)
+        assert ok, (check, said)
+    monkeypatch.setattr(gpu.optim.MuonAdamW, "step", lambda self: 0.0)
+    assert gpu.cpu_and_gpu(here)[0] is False, "a model that learns nothing is equal everywhere"
+
+def test_a_dtype_that_is_further_off_than_it_may_be_fails(here, monkeypatch):
+    monkeypatch.setitem(gpu.FURTHEST, (torch.bfloat16, False), (1e-9, 1e-9))
+    assert gpu.bf16_and_compile(here)[0] is False
+
+class Ended:
+    """A process that has ended with this code and has said this."""
+    def __init__(self, folder, code, said):
+        self.code, self.log = code, folder / "log"
+        self.log.write_text(said)
+
+    def wait(self, _):
+        return self.code
+
+    def poll(self):
+        return self.code
+
+    def send_signal(self, _):
+        """It comes too late."""
+
+    kill = poll
+
+PROCESSES = [gpu.resume, gpu.out_of_memory, gpu.two_ranks_on_one_card, gpu.one_rank_sends]
+
+@pytest.mark.parametrize("check", PROCESSES)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_process_that_did_something_else_fails_its_check(here, monkeypatch, check, code):
+    """With the GPU faked: every check starts what there is to start, with settings that exist."""
+    monkeypatch.setattr(gpu.Here, "cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(80e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started = []
+
+    def start(here, *words, **_):
+        started.append([str(word) for word in words])
+        return Ended(here.folder, code, "once upon a time\nno memory of it\n")
+    monkeypatch.setattr(gpu, "start", start)
+    ok, said = check(here)
+    assert ok is False and ("no memory of it" in said or code == 0), said
+    assert started
+    for words in started:
+        if "base_train.py" in words:
+            given = words[words.index("base_train.py") + 1:]
+            known = configurator.defaults("base_train.py")
+            assert {word[2:].partition("=")[0] for word in given} <= known.keys()
+
+def test_refused_and_halved_are_recognised(here, monkeypatch):
+    monkeypatch.setattr(gpu.Here, "cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(80e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused = "error: 2 processes were asked for on this machine and it has 1 GPUs"
+
+    def start(here, *words, NANOCHAT_OUTCOME=None):
+        settings = dict(str(word)[2:].partition("=")[::2] for word in words)
+        asked = int(settings["device_batch_size"])
+        if NANOCHAT_OUTCOME:
+            said = {"code": 2, "retry_with": [f"--device_batch_size={asked // 2}"]}
+            Path(NANOCHAT_OUTCOME).write_text(json.dumps(said))
+        return Ended(here.folder, 0, refused)
+    monkeypatch.setattr(gpu, "start", start)
+    assert gpu.two_ranks_on_one_card(here) == (True, refused)
+    ok, said = gpu.out_of_memory(here)
+    assert ok and "rows: out of memory" in said
