@@ -194,11 +194,11 @@ while True:
         micro_loss = forward(x, y) / batch_tokens
         micro_loss.backward()
         total += micro_loss.detach()
+    loss = ranks.all_reduce_sum(total)  # waits for the device, not for the optimizer
     # Adds up the gradients of all ranks. Where their norm is nan or inf it touches nothing: one bad
     # batch must not poison weights and momenta for good.
     norm = optimizer.step()
     optimizer.zero_grad()
-    loss = ranks.all_reduce_sum(total)
     step += 1
 
     # One bad step is left out; many in a row, or a loss that explodes, end the run before it has

@@ -14,8 +14,9 @@ import torch
 import common
 
 # bf16 without sparsity, FLOP/s (vendors' data sheets), looked up by a part of the device's name
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
-              "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
 
 @dataclass
 class Compute:

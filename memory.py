@@ -5,7 +5,7 @@ What is counted is what torch allocates: on CUDA torch.cuda.max_memory_allocated
 CPU torch's profiler does (measured()). The process itself, Python, torch and its compiler, takes a
 few hundred MB of the host more. tests/test_memory.py holds the formulas against what is measured:
 
-    python tests/test_memory.py          # as a table, with shapes that tests have no time for
+    PYTHONPATH=. python tests/test_memory.py   # as a table, with shapes that tests have no time for
 """
 import math
 import resource

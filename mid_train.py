@@ -184,10 +184,10 @@ while True:
         micro_loss = forward(x, y) / max(counted, 1)
         micro_loss.backward()
         total += micro_loss.detach()
+    loss = ranks.all_reduce_sum(total)
     # Adds up the gradients of all ranks; touches nothing where their norm is nan or inf.
     norm = optimizer.step()
     optimizer.zero_grad()
-    loss = ranks.all_reduce_sum(total)
     step += 1
 
     loss_guard.check_or_exit(step, loss, norm)

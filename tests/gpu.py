@@ -267,6 +267,7 @@ def trained(here, depth):
     config = here.config(depth)
     dtype = torch.bfloat16 if here.cuda else torch.float32
     model, optimizer = make(config, here.device, dtype)
+    torch._dynamo.reset()  # it gives up compiling a function for too many shapes
     forward = torch.compile(model, dynamic=False) if here.cuda else model
     turns = 4
     rows = 2

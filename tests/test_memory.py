@@ -1,7 +1,7 @@
 """memory.py: its formulas within a tenth of what is measured; and the rows that a device takes.
 
-    python tests/test_memory.py           # more shapes, as a table
-    python tests/test_memory.py compiled  # compiled: minutes
+    PYTHONPATH=. python tests/test_memory.py           # more shapes, as a table
+    PYTHONPATH=. python tests/test_memory.py compiled  # compiled: minutes
 """
 import itertools
 import sys
@@ -27,6 +27,7 @@ def make(depth, vocab, length, arch, dtype):
 def training_memory(depth, vocab, length, rows, turns, arch, dtype, compiled=False):
     """-> (predicted, measured) bytes of a step"""
     model, optimizer = make(depth, vocab, length, arch, dtype)
+    torch._dynamo.reset()  # it gives up compiling a function for too many shapes
     forward = torch.compile(model, dynamic=False) if compiled else model
     x = torch.randint(vocab, (rows, length))
 
