@@ -110,6 +110,15 @@ def test_rows_that_fit_leave_a_tenth_and_one_more_would_not(monkeypatch):
                   for n in (rows, rows + 1)]
         assert 1 < rows < 500 and needed[0] <= 0.9 * free < needed[1]
 
+@pytest.mark.parametrize("arch,rows", [("modern", 3), ("nanochat_2025", 6)])
+def test_d20_fits_a_card_of_24_gb(monkeypatch, arch, rows):
+    with torch.device("meta"):  # shapes alone
+        model = gpt.GPT(gpt.config_from_depth(20, 32768, 2048, arch), BF16)
+    optimizer = optim.make_optimizer(model, RATES, 1.0, 0.1, BF16)
+    left = 23.5e9 - sum(memory.of_model(model, optimizer))  # CUDA itself takes some
+    monkeypatch.setattr(memory, "free", lambda device: left)
+    assert memory.rows_that_fit(model, optimizer, BF16, True, 32) == rows
+
 if __name__ == "__main__":
     compiled = "compiled" in sys.argv
     print("depth, vocabulary, tokens in a row, rows, micro-batches | arch | dtype | "
