@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+import gpt
+
 # What the backward pass of a layer finds saved, for each token and channel of the residual stream:
 # (numbers in the compute dtype, float32 numbers). Counted from torch.autograd.graph's
 # saved_tensors_hooks (eager) and from measured peaks (compiled, which computes cheap ones again).
@@ -42,45 +44,62 @@ def of_step(model, optimizer):
     for_muon = (2 + 0.375 * optimizer.ns_dtype.itemsize) * largest
     return stacked / world + stacked + for_muon / world
 
-def of_activations(config, rows, dtype, compiled):
-    """Bytes that the forward pass of `rows` rows leaves for the backward pass, and that this needs
-    when it begins."""
+def of_activations(config, rows, dtype, compiled, device):
+    """Bytes that the forward pass of `rows` rows leaves for the backward pass, and that the loss of
+    a chunk, or the backward pass where it begins, needs beside them."""
     size = dtype.itemsize
     tokens = rows * config.sequence_len
     in_dtype, in_float32 = SAVED[config.arch, compiled]
     channels = tokens * config.n_embd
-    saved = config.n_layer * channels * (in_dtype * size + in_float32 * 4)
+    of_layer = channels * (in_dtype * size + in_float32 * 4)
+    queries = torch.empty(rows, 1, config.sequence_len, 0, dtype=dtype, device=device)
+    if gpt.in_blocks_is_faster(queries):  # softmax weights in two dtypes, keys and values again
+        of_layer += 5 * channels * config.sequence_len // gpt.BLOCK
+    head = config.n_embd * config.vocab_size
+    saved = config.n_layer * of_layer
     saved += 4 * channels * size  # the embedding, its norm, the last norm and its gradient
-    if size < 4:  # each matrix is cast once, and kept
-        saved += size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
-    logits = tokens * config.vocab_size
-    if compiled:  # the logits and their gradient
-        return saved + logits * (size + 4)
-    # the capped logits and their log softmax, and the gradients of both
+    saved += 4 * head             # the gradient of lm_head's weights
+    cast = 0
+    if size < 4:  # each matrix is cast once, and kept until the backward pass; the head's is not
+        saved += size * 12 * config.n_layer * config.n_embd ** 2
+        cast = size * head
+    chunk = min(tokens, gpt.CHUNK) * config.vocab_size
+    if compiled:
+        return saved + cast + 2 * 4 * chunk  # logits and their gradient
+    # the tanh, logits, their softmax and its difference from the targets, in float32; and of the
+    # chunk before the gradient
+    loss = cast + 5.25 * 4 * chunk
+    if tokens > gpt.CHUNK:
+        loss += size * chunk
     mlp = 3 * 4 * channels * size  # gradients inside the first MLP that is met
-    return saved + max(4 * 4 * logits, mlp)
+    return saved + max(loss, mlp, 4 * head)
 
 def of_training(model, optimizer, rows, turns, dtype, compiled):
     """
     The peak of training, in bytes. rows: of a micro-batch; turns: micro-batches of a step on this
-    rank; dtype: what is computed in. The peak is where a backward pass begins, or where the
+    rank; dtype: what is computed in. The peak is where a forward pass ends, or where the
     optimizer works.
     """
     weights, states = of_model(model, optimizer)
     gradients = sum(p.nbytes for p in model.parameters())
-    activations = of_activations(model.config, rows, dtype, compiled)
+    device = model.lm_head.weight.device
+    activations = of_activations(model.config, rows, dtype, compiled, device)
     if turns > 1:  # those of the micro-batches before are there
         activations += gradients
     return weights + states + max(activations, gradients + of_step(model, optimizer))
 
-def of_decoding(model, rows, prompt, new, dtype):
-    """The peak of decoding, in bytes: rows prompts of `prompt` tokens, each continued by at most
-    `new`. It is where the prompts go through the MLP of a layer."""
+def of_decoding(model, rows, prompt, new):
+    """The peak of engine.generate, in bytes: rows different prompts of `prompt` tokens, each
+    continued by at most `new`. It is where the prompts go through the MLP of a layer."""
     config = model.config
+    size = model.dtype.itemsize
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    kv_dim = config.n_kv_head * config.head_dim
-    cache = 2 * config.n_layer * rows * (prompt + new) * kv_dim * dtype.itemsize
-    return weights + cache + 13.5 * rows * prompt * config.n_embd * dtype.itemsize
+    packed = size * sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
+    on_cpu = model.lm_head.weight.device.type == "cpu"
+    of_token = 2 * config.n_layer * config.n_kv_head * config.head_dim  # keys and values
+    cache = rows * (prompt + new) * of_token * (4 if on_cpu else size)
+    prefilled = rows * prompt * size * (of_token + 13.5 * config.n_embd)
+    return weights + packed + cache + prefilled
 
 def free(device):
     """Bytes that this process can still get on a device; elsewhere than on CUDA what Linux says is
@@ -105,10 +124,16 @@ def rows_that_fit(model, optimizer, dtype, compiled, most):
 # -------------------------------------------------------------------------------------------------
 # measuring
 
-def measured(function):
-    """-> the most bytes that were allocated on the CPU at once while function() ran, what was there
-    before not counted. Torch's profiler hears of every block, those inside compiled code and inside
-    operations too; the process's own size would add Python, and pages that are kept when freed."""
+def measured(function, device):
+    """-> the most bytes that were allocated on a device at once while function() ran, what was
+    there before not counted. On a CPU torch's profiler hears of every block, those inside compiled
+    code and inside operations too; the process's own size would add Python, and pages that are kept
+    when freed."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                 profile_memory=True) as profiler:
         kept = function()

@@ -8,7 +8,6 @@ What a CPU cannot show, checked on one NVIDIA GPU: bash tests/gpu.sh
 A check takes Here and gives (ok, what was measured); ok is None where it could not be made.
 """
 import functools
-import importlib
 import json
 import os
 import random
@@ -29,13 +28,13 @@ import torch.distributed as dist
 import checkpoint
 import common
 import compute
+import engine
 import gpt
 import memory
 import optim
 import pipeline
 import tokenizer as tok
 
-decoder = importlib.import_module("engine" if (REPO / "engine.py").exists() else "gpt")
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
 # (dtype, compiled): the furthest that a loss and a gradient may be from float32 eager, as shares;
@@ -92,7 +91,8 @@ def loss_and_gradient(here, dtype, compiled):
     config = gpt.config_from_depth(4, 8192, 512) if here.cuda else here.config(12)
     model, _ = make(config, here.device, dtype)
     forward = torch.compile(model, dynamic=False) if compiled else model
-    loss = forward(*batch(config, 8, here.device))
+    x, y = batch(config, 8, here.device)
+    loss = forward(x, y) / y.numel()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -119,7 +119,8 @@ def cpu_and_gpu(here):
     for device in (torch.device("cpu"), here.device):
         model, optimizer = make(config, device, torch.float32)
         for step in range(10):
-            loss = model(*batch(config, 4, device, seed=step % 2))
+            x, y = batch(config, 4, device, seed=step % 2)
+            loss = model(x, y) / y.numel()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -205,7 +206,7 @@ def out_of_memory(here):
     if not here.cuda:
         return None, "needs a GPU: a CPU's memory belongs to others, too"
     config = gpt.config_from_depth(4, BYTES.vocab_size, 2048)
-    row = memory.of_activations(config, 1, torch.bfloat16, True)
+    row = memory.of_activations(config, 1, torch.bfloat16, True, here.device)
     rows = 2 * round(0.75 * torch.cuda.mem_get_info()[1] / row)
     outcome = here.folder / "outcome"
     words = base_train(here, max_seq_len=2048, total_batch_size=2048 * rows, tag="large",
@@ -246,7 +247,8 @@ def sends(device):
         if through_the_group:
             optimizer.world = 2  # it sends where this is more than 1; there is only itself
         for step in range(2):
-            model(*batch(config, 4, device, seed=step)).backward()
+            x, y = batch(config, 4, device, seed=step)
+            (model(x, y) / y.numel()).backward()
             norm = optimizer.step()
             optimizer.zero_grad()
         ends.append((norm, [p.detach() for p in model.parameters()]))
@@ -281,19 +283,14 @@ def trained(here, depth):
             began = time.perf_counter()
             for turn in range(turns):
                 x, y = batch(config, rows, here.device, seed=turn)
-                (forward(x, y, reduction="sum") / (turns * y.numel())).backward()
+                (forward(x, y) / (turns * y.numel())).backward()
             optimizer.step()
             optimizer.zero_grad()
             wait(here.device)
             times.append(time.perf_counter() - began)
 
     weights, states = memory.of_model(model, optimizer)
-    if here.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        steps()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = memory.measured(steps) + weights + states
+    peak = memory.measured(steps, here.device) + weights + states
     fastest = min(times)
     tokens_per_second = turns * rows * config.sequence_len / fastest
     flops = compute.peak_flops(here.device)
@@ -359,7 +356,7 @@ def decoding(here):
         seconds = {}
         for tokens in (few, few, many):  # the first is slow
             began = time.perf_counter()
-            found = decoder.generate(model, Endless(), [[1, 2, 3]], tokens)
+            found = engine.generate(model, Endless(), [[1, 2, 3]], tokens)
             seconds[tokens] = time.perf_counter() - began
             assert len(found[0][0]) == tokens
         of_one = (seconds[many] - seconds[few]) / (many - few)
