@@ -192,7 +192,7 @@ class Decoder:
         self.lengths = []  # tokens in each slot in use
         self.last = torch.zeros(0, config.n_embd, device=device)  # [n, n_embd], as in KVCache
         self.prefilled = {}  # prompt -> its keys and values of each layer, last, logits
-        self.eps = torch.tensor(torch.finfo(torch.float32).eps, device=device)  # as F.rms_norm
+        self.eps = torch.full((), torch.finfo(torch.float32).eps, device=device)  # as F.rms_norm
         if max_len > model.rotary.size(1):
             model.grow_rotary(max_len)
         cos, sin = model.rotary[:, :max_len].float()
