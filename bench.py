@@ -12,10 +12,10 @@ The sections:
     machine    memory bandwidth; the rate of matrix products, at the training's shapes and large
     training   steps of the reference model (depth 4, vocabulary 8,192, rows of 512), compiled; what
                they spend their time on; the first step, with its compilation
-    decoding   tokens a second behind a prompt of 107, weights read a second
+    decoding   tokens a second behind a prompt of 107, weights of 8 bits too; weights read a second
     core       the items of CORE's bundle on a random model; hours for all of them, from that
     start      each script's --help; status.py; base_train.py to its first step
-    memory     peaks of a training step and of decoding
+    memory     peaks of a training step and of decoding, beside what memory.py predicts
     learning   trains by a recipe, once a seed, and measures bits per byte (see LEADERBOARD.md)
 
 Every part runs in a process of its own, in a temporary folder: nothing of yours is read but the
@@ -209,6 +209,8 @@ def decoding(figures, computing, work):
             figures.add(f"decoding d{depth}, batch {rows}", rows / found[rows], "tokens/s")
         figures.add(f"batch 16 over batch 1, d{depth}", 16 * found[1] / found[16], "times",
                     at_least=10)
+        for rows, seconds in found["int8"].items():
+            figures.add(f"decoding d{depth}, int8, batch {rows}", rows / seconds, "tokens/s")
         reading = found["weights"] / found[1]
         figures.add(f"weights read, d{depth}, batch 1", reading / 1e9, "GB/s")
         # the caches of some machines hold all of a d4
@@ -310,10 +312,13 @@ def start(figures, computing, work):
 # memory
 
 def memory(figures, computing, work):
-    peak = training_run(computing)["peak"]
-    figures.add(f"peak of training, {device_batch_size} rows at once", peak / 1e6, "MB")
-    for depth, found in decoding_runs(computing):
-        figures.add(f"peak of decoding d{depth}", found["peak"] / 1e6, "MB")
+    runs = [(f"training, {device_batch_size} rows at once", training_run(computing))]
+    runs += [(f"decoding d{depth}", found) for depth, found in decoding_runs(computing)]
+    for name, found in runs:
+        figures.add(f"peak of {name}", found["peak"] / 1e6, "MB")
+        figures.add(f"tensors of {name}", found["allocated"] / 1e6, "MB")
+        off = 100 * abs(found["predicted"] / found["allocated"] - 1)
+        figures.add(f"memory.py's formula for {name}, off by", off, "%", at_most=10)
 
 # -------------------------------------------------------------------------------------------------
 # learning

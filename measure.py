@@ -5,9 +5,7 @@ threads and compile, as pairs.
 """
 import functools
 import math
-import resource
 import statistics
-import sys
 import time
 from collections import Counter
 from itertools import chain, islice, pairwise
@@ -22,7 +20,9 @@ import compute
 import configurator
 import core_eval
 import data as dataset
+import engine
 import gpt
+import memory
 import models
 import optim
 import texts
@@ -44,13 +44,6 @@ def wait(device):
     """Until all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-def peak_memory(device):
-    """Bytes that this process has had at most: of the GPU, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def best_seconds(function, device, least=0.3):
     """The shortest of several calls: at least four, and `least` seconds of them. The first is not
@@ -118,6 +111,7 @@ def training(computing, micro_rows, repeat):
     """
     Steps of the reference model as base_train.py makes them. repeat: steps of each size; 0: only
     the first. -> {"first": its seconds, "flops": of a token, "peak": bytes,
+    "allocated", "predicted": bytes of a step of the last size, measured and as memory.py has it,
     "steps": {tokens of a step: {"data", "passes", "optimizer": seconds}},
     "within": {"attention", "products of the head", "other products": share of the passes}}
     """
@@ -137,7 +131,7 @@ def training(computing, micro_rows, repeat):
 
     def passes(pairs, tokens):
         for x, y in pairs:
-            (forward(x, y, reduction="sum") / tokens).backward()
+            (forward(x, y) / tokens).backward()
         wait(device)
 
     def step(tokens, number):
@@ -161,7 +155,12 @@ def training(computing, micro_rows, repeat):
         times = [step(tokens, 2 + i) for i in range(repeat)]
         parts = map(statistics.median, zip(*times))
         found["steps"][tokens] = dict(zip(("data", "passes", "optimizer"), parts))
-    found["peak"] = peak_memory(device)
+    found["peak"] = memory.peak()
+    allocated = memory.measured(lambda: step(tokens, 1), device)
+    found["allocated"] = allocated + sum(memory.of_model(model, optimizer))
+    turns = tokens // (LENGTH * micro_rows)
+    found["predicted"] = memory.of_training(model, optimizer, micro_rows, turns, chosen.dtype,
+                                            chosen.compile)
     if device.type == "cpu":
         pairs = batches(BATCHES[0], 0)
         with torch.profiler.profile(record_shapes=True) as profile:
@@ -190,26 +189,42 @@ def shares(events):
 
 def decoding(computing, depth, tokens):
     """-> {rows: seconds of a token of each, for 1 and 16; "weights": bytes that one needs at least;
-    "peak": bytes}. The gaps between tokens are measured, their median counts."""
+    "peak": bytes; "int8": {rows: seconds} with weights of 8 bits, on a CPU; "allocated",
+    "predicted": bytes of decoding a few rows, measured and as memory.py has it}. The gaps between
+    tokens are measured, their median counts."""
     chosen = choose(computing)
     model = gpt.GPT(gpt.config_from_depth(depth, VOCAB, 2048), chosen.dtype)
     model.init_weights(0)
     model.to(chosen.device).eval()
     never = SimpleNamespace(special=lambda name: -1, bos=-1)  # no token ends an answer
     used = sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
-    found = {"weights": used * chosen.dtype.itemsize}
-    for rows in (1, 16):
-        prompts = common.rng(0, rows).integers(VOCAB, size=(rows, PROMPT)).tolist()
+    found = {"weights": used * chosen.dtype.itemsize, "int8": {}}
+
+    def prompts(rows):
+        return common.rng(0, rows).integers(VOCAB, size=(rows, PROMPT)).tolist()
+
+    def seconds(rows, packed=None):
         uniforms = common.rng(1, rows).random((rows, tokens))
         came = []  # when the first row's tokens came
 
-        def note(row, token, came=came):
+        def note(row, token):
             if row == 0:
                 came.append(time.perf_counter())
-        gpt.generate(model, never, prompts, tokens, temperature=1.0, top_k=50, uniforms=uniforms,
-                     on_token=note)
-        found[rows] = statistics.median(after - before for before, after in pairwise(came))
-    found["peak"] = peak_memory(chosen.device)
+        engine.generate(model, never, prompts(rows), tokens, temperature=1.0, top_k=50,
+                        uniforms=uniforms, on_token=note, packed=packed)
+        return statistics.median(after - before for before, after in pairwise(came))
+
+    for rows in (1, 16):
+        found[rows] = seconds(rows)
+    found["peak"] = memory.peak()
+    if chosen.device.type == "cpu":
+        packed = engine.Packed(model, 16, "int8")
+        found["int8"] = {rows: seconds(rows, packed) for rows in (1, 16)}
+        del packed
+    few = prompts(4)
+    allocated = memory.measured(lambda: engine.generate(model, never, few, 2), chosen.device)
+    found["allocated"] = allocated + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    found["predicted"] = memory.of_decoding(model, len(few), PROMPT, 2)
     return found
 
 # -------------------------------------------------------------------------------------------------
@@ -256,10 +271,10 @@ def bits_per_byte(model, tokenizer, documents, length=LENGTH, rows_at_once=8):
     nats = 0.0
     with torch.inference_mode():
         for at in range(0, len(rows), rows_at_once):
-            y, counts = gpt.pad_right(rows[at:at + rows_at_once])
+            y, counts = engine.pad_right(rows[at:at + rows_at_once])
             y[torch.arange(y.size(1)) >= counts[:, None]] = -1  # padding is not counted
             x = torch.cat([torch.full_like(y[:, :1], tokenizer.bos), y[:, :-1].clamp(min=0)], 1)
-            losses = model(x.to(device), y.to(device), reduction="none")
+            losses = model.nats(x.to(device), y.to(device))
             nats += losses.double().sum().item()
     return nats / (math.log(2) * sum(len(text.encode()) for text in documents))
 
@@ -273,6 +288,6 @@ def learned(computing, folder, tag, path):
     prompts = ["Once upon a time", "The most important", "She said that"]
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     uniforms = common.rng(0, 3).random((len(prompts), 64))
-    said = gpt.generate(model, tokenizer, asked, 64, temperature=0.7, uniforms=uniforms)
+    said = engine.generate(model, tokenizer, asked, 64, temperature=0.7, uniforms=uniforms)
     samples = [prompt + tokenizer.decode(tokens) for prompt, (tokens, _) in zip(prompts, said)]
     return bits_per_byte(model, tokenizer, documents), samples

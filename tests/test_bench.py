@@ -55,8 +55,7 @@ class Halves(torch.nn.Module):
         self.bos = bos
         self.rows = []
 
-    def forward(self, x, y, reduction):
-        assert reduction == "none"
+    def nats(self, x, y):
         self.rows += [(a[b != -1].tolist(), b[b != -1].tolist()) for a, b in zip(x, y)]
         bits = torch.where(x == self.bos, 1.0, 2.0)
         return torch.where(y == -1, 0.0, bits * math.log(2))
@@ -100,14 +99,15 @@ def test_numbers_and_the_table(capsys, tmp_path):
 
 MACHINE = {"bandwidth": 20e9, "computed in": "bfloat16", "words": "",
            "rates": {"float32": (80e9, 90e9), "bfloat16": (200e9, 400e9)}}
-TRAINING = {"first": 30.0, "flops": 20e6, "peak": 1e9,
+TRAINING = {"first": 30.0, "flops": 20e6, "peak": 1e9, "allocated": 8e8, "predicted": 7e8,
             "steps": {4096: {"data": 0.1, "passes": 0.8, "optimizer": 0.1},
                       16384: {"data": 0.1, "passes": 1.8, "optimizer": 0.1}},
             "within": {"attention": 0.25, "products of the head": 0.5, "other products": 0.2}}
 
 def test_sections_compute_shares_and_ratios(monkeypatch):
     measured = {"machine": MACHINE, "training": TRAINING, "core": {"a": (2.0, 2, 3600)},
-                "decoding": {1: 0.02, 16: 0.04, "weights": 200e6, "peak": 5e8}}
+                "decoding": {1: 0.02, 16: 0.04, "int8": {1: 0.01, 16: 0.02}, "weights": 200e6,
+                             "peak": 5e8, "allocated": 4e8, "predicted": 4.2e8}}
     monkeypatch.setattr(bench, "in_child", lambda function, *args: measured[function])
     figures = bench.Figures()
     bench.training(figures, (), None)
@@ -128,7 +128,12 @@ def test_sections_compute_shares_and_ratios(monkeypatch):
         "optimizer, of a step of 4,096 tokens": (10.0, ""),
         "first step, cold compilation": (30.0, True),
         "peak of training, 8 rows at once": (1000.0, ""),
+        "tensors of training, 8 rows at once": (800.0, ""),
+        "memory.py's formula for training, 8 rows at once, off by": (12.5, False),
         "peak of decoding d20": (500.0, ""),
+        "memory.py's formula for decoding d20, off by": (5.0, True),
+        "decoding d12, int8, batch 1": (100.0, ""),
+        "decoding d12, int8, batch 16": (800.0, ""),
         "decoding d12, batch 1": (50.0, ""),
         "decoding d12, batch 16": (400.0, ""),
         "batch 16 over batch 1, d12": (8.0, False),
@@ -148,10 +153,12 @@ def test_the_measurements_run(monkeypatch, tmp_path):
     assert all(seconds > 0 for seconds in found["steps"][64].values())
     assert all(0 < share < 1 for share in found["within"].values())
     assert sum(found["within"].values()) < 1
+    assert found["predicted"] == pytest.approx(found["allocated"], rel=0.1)
     assert measure.training(SMALL, 2, 0)["steps"] == {}
 
     found = measure.decoding(SMALL, 1, 4)
-    assert found[1] > 0 and found[16] > 0
+    assert found[1] > 0 and found[16] > 0 and found["int8"][1] > 0 and found["int8"][16] > 0
+    assert found["predicted"] == pytest.approx(found["allocated"], rel=0.1)
     assert found["weights"] == 4 * (12 * 128 * 128 + 300 * 128 + 12 + 12), "every matrix, fp32"
 
     (tmp_path / "eval_data").mkdir()
