@@ -1,0 +1,12 @@
+# What two cores learn of English in five minutes (LEADERBOARD.md)
+#   python bench.py --sections=learning --minutes=5 --vocab_size=4096 --data=FOLDER --held_out=FILE
+depth = 2
+max_seq_len = 256
+total_batch_size = 4096
+num_steps = 1800
+matrix_lr = 0.22
+embedding_lr = 3.4
+unembedding_lr = 0.045
+eval_every = 0
+sample_every = 0
+eval_tokens = 200_000
