@@ -53,7 +53,9 @@ def of_activations(config, rows, dtype, compiled, device):
     channels = tokens * config.n_embd
     of_layer = channels * (in_dtype * size + in_float32 * 4)
     queries = torch.empty(rows, 1, config.sequence_len, 0, dtype=dtype, device=device)
-    if gpt.in_blocks_is_faster(queries):  # softmax weights in two dtypes, keys and values again
+    if gpt.in_blocks_is_faster(queries):
+        # for each block of a row, with heads of 128: 3 bytes of softmax weights, in float32 and in
+        # bfloat16 and of half the keys, and 2 of copied keys and values
         of_layer += 5 * channels * config.sequence_len // gpt.BLOCK
     head = config.n_embd * config.vocab_size
     saved = config.n_layer * of_layer
@@ -66,13 +68,13 @@ def of_activations(config, rows, dtype, compiled, device):
     chunk = min(tokens, gpt.CHUNK) * config.vocab_size
     if compiled:
         return saved + cast + 2 * 4 * chunk  # logits and their gradient
-    # the tanh, logits, their softmax and its difference from the targets, in float32; and of the
-    # chunk before the gradient
+    # in float32 the tanh, the logits, their softmax, the targets and the difference of both, and a
+    # byte for which is right; of the chunk before there is still the gradient
     loss = cast + 5.25 * 4 * chunk
     if tokens > gpt.CHUNK:
         loss += size * chunk
     mlp = 3 * 4 * channels * size  # gradients inside the first MLP that is met
-    return saved + max(loss, mlp, 4 * head)
+    return saved + max(loss, mlp)
 
 def of_training(model, optimizer, rows, turns, dtype, compiled):
     """
@@ -90,7 +92,8 @@ def of_training(model, optimizer, rows, turns, dtype, compiled):
 
 def of_decoding(model, rows, prompt, new):
     """The peak of engine.generate, in bytes: rows different prompts of `prompt` tokens, each
-    continued by at most `new`. It is where the prompts go through the MLP of a layer."""
+    continued by at most `new`. It is where the prompts go through the MLP of a layer, or where
+    the head's weights are packed, the last of them."""
     config = model.config
     size = model.dtype.itemsize
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -99,7 +102,10 @@ def of_decoding(model, rows, prompt, new):
     of_token = 2 * config.n_layer * config.n_kv_head * config.head_dim  # keys and values
     cache = rows * (prompt + new) * of_token * (4 if on_cpu else size)
     prefilled = rows * prompt * size * (of_token + 13.5 * config.n_embd)
-    return weights + packed + cache + prefilled
+    packing = model.lm_head.weight.nbytes  # a copy, and one more in another dtype
+    if size < 4:
+        packing += size * model.lm_head.weight.numel()
+    return weights + packed + max(cache + prefilled, packing)
 
 def free(device):
     """Bytes that this process can still get on a device; elsewhere than on CUDA what Linux says is

@@ -67,8 +67,8 @@ def test_training_takes_what_is_predicted(shape):
     predicted, measured = training_memory(*shape)
     assert predicted == pytest.approx(measured, rel=0.05)  # found: within 0.025
 
-@pytest.mark.parametrize("shape", [(2, 512, 4, 20, 4, FP32), (4, 512, 8, 100, 4, FP32),
-                                   (2, 512, 16, 100, 40, BF16)])
+@pytest.mark.parametrize("shape", [(2, 8192, 1, 20, 4, FP32), (4, 512, 8, 100, 4, FP32),
+                                   (2, 512, 16, 100, 40, BF16), (2, 8192, 1, 20, 4, BF16)])
 def test_decoding_takes_what_is_predicted(shape):
     predicted, measured = decoding_memory(*shape)
     assert predicted == pytest.approx(measured, rel=0.1)
