@@ -87,6 +87,7 @@ from compute import choose_compute
 
 tokenizer = models.load_tokenizer_of(folder, step, data)
 compute = choose_compute(Ranks(0, 0, 1), settings)
+common.check(weights != "int8" or compute.device.type == "cpu", "--weights=int8 needs --device=cpu")
 model = models.load_to_use(folder, step, compute.device, compute.dtype)
 packed = engine.Packed(model, 1, weights)
 context = model.config.sequence_len

@@ -90,6 +90,7 @@ compute = measured.compute
 common.print0(f"{source} {folder.name}, step {step:,}: {run.ranks.world} x {compute}; tasks: "
               f"{', '.join(tasks)}")
 model = models.load_to_use(folder, step, compute.device, compute.dtype)
+packed = engine.Packed(model, rows)
 
 # -------------------------------------------------------------------------------------------------
 # whether some items of a task are answered rightly: a list of bool, None if stopped
@@ -115,7 +116,7 @@ def categorical(items, prompts):
 def generative(items, prompts):
     """What is right of the greedy answers."""
     answers = engine.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
-                              calculate=execution.calculate, keep_going=going)
+                              calculate=execution.calculate, keep_going=going, packed=packed)
     if not going():
         return None
     texts = [tokenizer.decode(tokens) for tokens, _ in answers]

@@ -67,13 +67,12 @@ def choose_compute(ranks, settings, recorded=None):
         torch.set_float32_matmul_precision("high")
     # Else the threads of a compiled step add up the gradient of an embedding in any order, and two
     # runs of one seed differ in their last bits. Measured: it costs no time on a CPU. On CUDA it
-    # does, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment: who sets that wants it. A
-    # few operations there (none of a training step) have no such form: they only warn.
+    # does, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment: who sets that wants it.
     if name == "cpu" or (name == "cuda" and "CUBLAS_WORKSPACE_CONFIG" in os.environ):
         if compiled:
-            torch.use_deterministic_algorithms(True, warn_only=name == "cuda")
+            torch.use_deterministic_algorithms(True)
         else:  # the same, but it does not import the compiler, which takes a second and a half
-            torch.set_deterministic_debug_mode("warn" if name == "cuda" else "error")
+            torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
     if name == "cpu":
         keep_freed_memory()

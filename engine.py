@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP
 
 # --------------------------------------------------------------------------------------------------
@@ -122,23 +121,23 @@ def float_product(weight, dtype, rows):
     """weight [out, in] -> a function x [n, in] -> x @ weight.T [n, out], both float32, computed in
     dtype. rows: n at most."""
     weight = weight.to(dtype)
-    # On a CPU oneDNN's own order of the weights, which torch.compile's freezing uses too: 8192 x
-    # 8192, 16 rows, float32: 7 -> 21 GB/s. Its calls take 10 us longer: not for small matrices.
-    small = dtype == torch.float32 and weight.numel() < (2 ** 20 if rows == 1 else 2 ** 17)
-    if weight.device.type != "cpu" or small or not has_onednn(dtype):
+    if not is_reordered(weight, dtype, rows):
         return lambda x: F.linear(x.to(dtype), weight).float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: multiply(x.to(dtype), packed, None, "none", [], "").float()
 
-def has_onednn(dtype):
-    """Whether torch has oneDNN's products for this dtype on this CPU."""
+def is_reordered(weight, dtype, rows):
+    """Whether a weight is kept in oneDNN's own order, which torch.compile's freezing uses too: on a
+    CPU, where torch has its products for this dtype. 8192 x 8192, 16 rows, float32: 7 -> 21 GB/s
+    (LOG.md). Its calls take 10 us longer: not for small matrices in float32."""
     ops = torch.ops.mkldnn
-    if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
+    has_ops = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
+    if weight.device.type != "cpu" or not has_ops:
         return False
     if dtype == torch.bfloat16:
         return ops._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    return dtype == torch.float32 and weight.numel() >= (2 ** 20 if rows == 1 else 2 ** 17)
 
 class Packed:
     """A model's matrices as products, copied: a later change of the weights is not seen."""
@@ -146,13 +145,9 @@ class Packed:
     @torch.inference_mode()
     def __init__(self, model, rows, weights="auto"):
         """rows: how many run at once, at most. weights: "auto", in the model's compute dtype, or
-        "int8": a quarter of float32's bytes to read for each token. Failure (code 2) where int8 is
-        asked for and the model is not on a CPU."""
-        on_cpu = model.lm_head.weight.device.type == "cpu"
-        common.check(on_cpu or weights != "int8", "--weights=int8 needs --device=cpu")
-
+        "int8", on a CPU alone: a quarter of float32's bytes to read for each token."""
         def product(*parts):
-            weight = torch.cat(parts)
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0].detach()
             if weights == "int8":
                 return int8_product(weight.float())
             return float_product(weight, model.dtype, rows)
@@ -193,9 +188,7 @@ class Decoder:
         self.last = torch.zeros(0, config.n_embd, device=device)  # [n, n_embd], as in KVCache
         self.prefilled = {}  # prompt -> its keys and values of each layer, last, logits
         self.eps = torch.full((), torch.finfo(torch.float32).eps, device=device)  # as F.rms_norm
-        if max_len > model.rotary.size(1):
-            model.grow_rotary(max_len)
-        cos, sin = model.rotary[:, :max_len].float()
+        cos, sin = model.rotary_table(max_len)
         # [max_len, 2, head_dim], for x * cos + roll(x) * sin
         self.rotary = torch.cat([cos, cos, sin, -sin], dim=-1).view(max_len, 2, -1)
         self.scale = config.head_dim ** -0.5
@@ -316,7 +309,8 @@ def sample(logits, temperature, top_k, uniforms):
     that a draw depends on its own number alone and not on who else is in the batch."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    if logits.device.type == "mps":  # Apple's GPUs have no float64
+    # Apple's GPUs have no float64, and CUDA has no deterministic cumsum
+    if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
         logits = logits.cpu()
     uniforms = torch.as_tensor(uniforms, device=logits.device)
     top_k = top_k if 0 < top_k < logits.size(-1) else 0
@@ -324,7 +318,8 @@ def sample(logits, temperature, top_k, uniforms):
         kept = logits.topk(top_k).indices.sort(dim=-1).values  # in the order of the vocabulary
         logits = logits.gather(-1, kept)
     # float32's rounding is far below any draw, but a sum of 32,768 numbers would add it up
-    cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
     drawn = passed.sum(dim=-1, keepdim=True).clamp(max=logits.size(-1) - 1)
     if top_k:
@@ -350,7 +345,7 @@ def tool_reply(tokens, tokenizer, calculate):
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None,
              calculate=None, max_rows=64, on_token=None, keep_going=lambda: True, packed=None):
-    """Continues each prompt (a list of token ids) until <|assistant_end|>, <|bos|> or
+    """Continues each prompt (a list of one or more token ids) until <|assistant_end|>, <|bos|> or
     max_new_tokens. -> list of (tokens, forced) per prompt, the closing token left out; forced[i]
     is True where the tool spoke. uniforms: float64 [len(prompts), max_new_tokens], needed when
     temperature > 0. calculate: text -> text or None, the tool. max_rows: answers that grow at once.

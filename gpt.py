@@ -149,6 +149,10 @@ class Block(nn.Module):
 
 CHUNK = 1024  # tokens whose logits exist at once
 
+def chunk_of(tokens):
+    """How many of so many tokens: all in at most 16 chunks, since the compiler writes each out."""
+    return max(CHUNK, -(-tokens // 16))
+
 class SummedLoss(torch.autograd.Function):
     """The weighted sum of cross-entropies behind lm_head and the softcap. The logits of all tokens
     never exist at once: of a chunk of them loss and gradients are made in one turn (as in the Liger
@@ -163,7 +167,8 @@ class SummedLoss(torch.autograd.Function):
         loss = torch.zeros((), device=h.device)
         grad_weight = torch.zeros_like(weight)
         grads_h = []
-        for part, wanted, scale in zip(*(t.split(CHUNK) for t in (h, targets, weights))):
+        chunk = chunk_of(len(h))
+        for part, wanted, scale in zip(*(t.split(chunk) for t in (h, targets, weights))):
             bent = torch.tanh(F.linear(part, cast).float() / SOFTCAP)
             logits = SOFTCAP * bent
             right = vocabulary == wanted[:, None]
@@ -202,11 +207,12 @@ class GPT(nn.Module):
                 str(layer): nn.Embedding(config.vocab_size, kv_dim)
                 for layer in range(config.n_layer) if has_value_embedding(config, layer)
             })
-        self.grow_rotary(config.sequence_len)
+        table = self.rotary_table(config.sequence_len)
+        self.register_buffer("rotary", table, persistent=False)
 
-    def grow_rotary(self, length):
-        """A table of cosines and sines for positions below `length`, float32 [2, length, 1, D/2].
-        A table, since torch.compile would leave out the rounding to bfloat16."""
+    def rotary_table(self, length):
+        """Cosines and sines for positions below `length`, float32 [2, length, 1, D/2]. A table,
+        since torch.compile would leave out the rounding to bfloat16."""
         head_dim = self.config.head_dim
         device = self.lm_head.weight.device
         base = 100_000.0 if self.config.modern else 10_000.0
@@ -215,7 +221,7 @@ class GPT(nn.Module):
         table = torch.stack([angles.cos(), angles.sin()])
         if not self.config.modern:  # nanochat's was bfloat16, and its weights trained with it
             table = table.bfloat16().float()
-        self.register_buffer("rotary", table, persistent=False)
+        return table
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -270,9 +276,10 @@ class GPT(nn.Module):
             cache.extend(T, counts)
             positions = cache.positions
             end = cache.end
-        if end > self.rotary.size(1):
-            self.grow_rotary(2 * end)
-        cos, sin = self.rotary[:, positions].to(dtype)  # each [1 or B, T, 1, D/2]
+        table = self.rotary
+        if end > table.size(1):
+            table = self.rotary_table(end)
+        cos, sin = table[:, positions].to(dtype)  # each [1 or B, T, 1, D/2]
         x = norm(self.transformer.wte(idx).to(dtype))
         if self.config.modern:
             x = self.smear(x, cache)

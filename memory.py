@@ -3,17 +3,15 @@ How much memory training and decoding take, in bytes, from the shape of the mode
 
 What is counted is what torch allocates: on CUDA torch.cuda.max_memory_allocated() measures it, on a
 CPU torch's profiler does (measured()). The process itself, Python, torch and its compiler, takes a
-few hundred MB of the host more. tests/test_memory.py holds the formulas against what is measured:
-
-    PYTHONPATH=. python tests/test_memory.py   # as a table, with shapes that tests have no time for
+few hundred MB of the host more. tests/test_memory.py holds the formulas against what is measured,
+and the memory section of bench.py.
 """
-import math
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
+import engine
 import gpt
 
 # What the backward pass of a layer finds saved, for each token and channel of the residual stream:
@@ -65,13 +63,13 @@ def of_activations(config, rows, dtype, compiled, device):
     if size < 4:  # each matrix is cast once, and kept until the backward pass; the head's is not
         saved += size * 12 * config.n_layer * config.n_embd ** 2
         cast = size * head
-    chunk = min(tokens, gpt.CHUNK) * config.vocab_size
+    chunk = min(tokens, gpt.chunk_of(tokens)) * config.vocab_size
     if compiled:
         return saved + cast + 2 * 4 * chunk  # logits and their gradient
     # in float32 the tanh, the logits, their softmax, the targets and the difference of both, and a
     # byte for which is right; of the chunk before there is still the gradient
     loss = cast + 5.25 * 4 * chunk
-    if tokens > gpt.CHUNK:
+    if tokens > gpt.chunk_of(tokens):
         loss += size * chunk
     mlp = 3 * 4 * channels * size  # gradients inside the first MLP that is met
     return saved + max(loss, mlp)
@@ -97,27 +95,24 @@ def of_decoding(model, rows, prompt, new):
     config = model.config
     size = model.dtype.itemsize
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    packed = size * sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
+
+    def is_copied(name, weight):
+        together = name.endswith(("c_q", "c_k", "c_v"))  # one product
+        return together or weight.dtype != model.dtype or engine.is_reordered(weight, model.dtype,
+                                                                              rows)
+    packed = size * sum(m.weight.numel() for name, m in model.named_modules()
+                        if isinstance(m, gpt.Linear) and is_copied(name, m.weight))
     on_cpu = model.lm_head.weight.device.type == "cpu"
     of_token = 2 * config.n_layer * config.n_kv_head * config.head_dim  # keys and values
     cache = rows * (prompt + new) * of_token * (4 if on_cpu else size)
     prefilled = rows * prompt * size * (of_token + 13.5 * config.n_embd)
-    packing = model.lm_head.weight.nbytes  # a copy, and one more in another dtype
-    if size < 4:
-        packing += size * model.lm_head.weight.numel()
+    packing = size * model.lm_head.weight.numel() if size < 4 else 0
     return weights + packed + max(cache + prefilled, packing)
 
 def free(device):
-    """Bytes that this process can still get on a device; elsewhere than on CUDA what Linux says is
-    available, and without Linux no limit is known."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return math.inf
-    return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+    """Bytes that this process can still get on a CUDA device."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
 
 def rows_that_fit(model, optimizer, dtype, compiled, most):
     """How many rows, at most `most` and at least 1, a micro-batch can have on the model's device,

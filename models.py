@@ -187,6 +187,6 @@ def load_model(folder, step, device, dtype):
 
 def load_to_use(folder, step, device, dtype):
     """What find_model has found -> model that is not trained any more: its weights are kept in
-    dtype. That takes half the memory in bfloat16 and no cast at each use, and gives the same bits.
-    """
+    dtype. In bfloat16 that takes half the memory and no cast at each use; a forward pass gives the
+    same bits."""
     return load_model(folder, step, device, dtype)[0].to(dtype)

@@ -132,14 +132,15 @@ def rows_at_once(run, model, optimizer, compute, rows):
     if asked == -1 and chosen:
         asked = chosen.get("device_batch_size", OLD_DEFAULT)
     if asked == -1:
-        most = memory.MOST_TOKENS // model.config.sequence_len or 1
-        if compute.device.type != "cuda":
-            most = OLD_DEFAULT
-        fitting = memory.rows_that_fit(model, optimizer, compute.dtype, compute.compile, most)
-        asked = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
-    run.settings["device_batch_size"] = asked  # of which half is tried where memory runs out
+        asked = OLD_DEFAULT
+        if compute.device.type == "cuda":
+            most = memory.MOST_TOKENS // model.config.sequence_len or 1
+            fitting = memory.rows_that_fit(model, optimizer, compute.dtype, compute.compile, most)
+            asked = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
     run.update_record(chosen={**compute.recorded(), "device_batch_size": asked})
-    return dataset.fit_micro_rows(rows, asked, run.ranks.world)
+    micro_rows = dataset.fit_micro_rows(rows, asked, run.ranks.world)
+    run.settings["device_batch_size"] = micro_rows  # of which half is tried where memory runs out
+    return micro_rows
 
 # -------------------------------------------------------------------------------------------------
 # a loss that goes wrong

@@ -1,4 +1,3 @@
 # The toy world's own tasks: python chat_eval.py config/toy_chat_eval.py --source=rl
 data = "toy"
 max_new_tokens = 96
-rows = 128

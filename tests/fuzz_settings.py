@@ -155,7 +155,9 @@ def makes_sense(settings):
             return False
         if name.endswith("_lr") and not 0 <= value <= 1000:
             return False
-        if name.endswith(("_ratio", "_fraction")) and name != "lr_fraction" and not 0 <= value <= 1:
+        share = name.endswith(("_ratio", "_fraction"))
+        share = share and name not in ("lr_fraction", "aspect_ratio")
+        if share and not 0 <= value <= 1:
             return False
         if name == "tag" and not re.fullmatch(r"|[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", value):
             return False

@@ -104,6 +104,13 @@ def test_a_model_to_use_keeps_its_weights_in_its_dtype_and_computes_the_same_bit
     idx = torch.tensor([prompts()[2]])
     assert torch.equal(to_use(idx), to_train(idx))
 
+def test_generating_leaves_nothing_in_the_model_that_training_cannot_use():
+    model = small()
+    before = {name: id(t) for name, t in model.named_buffers()}
+    engine.generate(model, BYTES, prompts(), model.config.sequence_len + 10)
+    assert {name: id(t) for name, t in model.named_buffers()} == before
+    assert not any(t.is_inference() for t in model.buffers())
+
 @needs_nanochat
 @torch.inference_mode()
 def test_int8_costs_less_than_five_thousandths_of_a_bit_per_byte(tmp_path):

@@ -104,6 +104,9 @@ class Largest(TorchDispatchMode):
         self.numel = max([self.numel, *made])
         return result
 
+def test_chunks_are_few_enough_to_compile():
+    assert [gpt.chunk_of(tokens) for tokens in (64, 16 * 1024, 64 * 1024)] == [1024, 1024, 4096]
+
 def test_logits_are_never_whole(monkeypatch):
     monkeypatch.setattr(gpt, "CHUNK", 64)
     model = small()

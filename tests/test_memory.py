@@ -80,18 +80,21 @@ def test_more_ranks_keep_less_each():
     assert memory.of_step(model, optimizer) < 0.6 * whole
 
 def rows_of(run, asked, monkeypatch, free=None, rows=64):
-    """What training.rows_at_once says at --device_batch_size=asked, with `free` bytes free."""
+    """What training.rows_at_once says at --device_batch_size=asked: on a GPU with `free` bytes
+    free, or on a CPU."""
+    device = CPU
     if free is not None:
+        device = torch.device("cuda")
         monkeypatch.setattr(memory, "free", lambda device: free)
     run.settings = {"device_batch_size": asked}
     model, optimizer = make(2, 512, 64, "modern", FP32)
-    here = compute.Compute(CPU, FP32, 1, False)
+    here = compute.Compute(device, FP32, 1, False)
     return training.rows_at_once(run, model, optimizer, here, rows)
 
 def test_rows_are_as_many_as_fit_once_and_then_those(monkeypatch):
     run = alone()
     run.record = {}
-    assert rows_of(run, -1, monkeypatch, free=10e9) == 32, "at most, on a CPU"
+    assert rows_of(run, -1, monkeypatch) == 32, "on a CPU"
     assert run.record["chosen"]["device_batch_size"] == 32
     assert run.settings["device_batch_size"] == 32, "of which half is tried if memory is out"
     assert rows_of(run, -1, monkeypatch, free=1e6) == 32, "what it began with: the bits stay"
@@ -99,8 +102,10 @@ def test_rows_are_as_many_as_fit_once_and_then_those(monkeypatch):
     assert rows_of(run, -1, monkeypatch) == 4, "and stays"
     run.record = {"chosen": {"dtype": "float32"}}
     assert rows_of(run, -1, monkeypatch, free=1e6) == 32, "of a run before rows were recorded"
-    run.record = {}
-    assert rows_of(run, -1, monkeypatch, free=1e6) == 1
+    for free, rows in ((1e6, 1), (10e9, 64)):
+        run.record = {}
+        assert rows_of(run, -1, monkeypatch, free) == rows
+    assert run.settings["device_batch_size"] == 64, "not more than a step has"
 
 def test_rows_that_fit_leave_a_tenth_and_one_more_would_not(monkeypatch):
     model, optimizer = make(2, 512, 64, "modern", FP32)

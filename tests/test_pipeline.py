@@ -332,7 +332,7 @@ def test_a_dry_run_installs_nothing_site_env_is_read_and_an_old_python_is_named(
     del usual["NANOCHAT_BASE_DIR"]
     out = bash(tmp_path, "--dry-run", "--only=report", env=usual)
     assert out.returncode == 0, out
-    assert out.stdout == "state: /there\npython report.py --data=toy --tag=d4\n"
+    assert out.stdout == "state: /there\npython report.py --data=toy --tag=d2\n"
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "python3").write_text(

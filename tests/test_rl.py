@@ -22,9 +22,9 @@ rewards = iter(REWARDS)
 tasks.correct = lambda item, text: next(rewards)
 real, weights = gpt.GPT.forward, []
 def forward(self, *args, **kwargs):
-    nats = real(self, *args, **kwargs)
-    nats.register_hook(lambda g: weights.extend(g.tolist()))
-    return nats
+    loss = real(self, *args, **kwargs)
+    loss.register_hook(lambda g: weights.extend((g * kwargs["weights"]).tolist()))
+    return loss
 gpt.GPT.forward = forward
 sys.argv = ["chat_rl.py", "--data=toy", "--num_steps=21", "--problems_per_step=1", "--samples=4",
             "--max_new_tokens=8", "--eval_every=0", "--eval_problems=2", "--eval_samples=2",
