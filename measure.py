@@ -257,12 +257,14 @@ def core(computing, folder, n):
 # -------------------------------------------------------------------------------------------------
 # learning
 
-def bits_per_byte(model, tokenizer, documents, length=LENGTH, rows_at_once=8):
+def bits_per_byte(model, tokenizer, documents, rows_at_once=8):
     """
-    Bits per byte of texts, each cut into rows of bos and at most `length` tokens: every token but
+    Bits per byte of texts, each cut into rows of bos and at most LENGTH tokens, or fewer where the
+    model was trained on shorter rows: it has never seen a position behind those. Every token but
     bos is predicted once, from what stands before it in its row. Nats of all tokens, divided by
     ln 2 times the bytes of the texts in UTF-8. model: a gpt.GPT; documents: list of str -> float
     """
+    length = min(LENGTH, model.config.sequence_len)
     device = model.lm_head.weight.device
     rows = []
     for text in documents:

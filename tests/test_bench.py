@@ -49,9 +49,10 @@ def test_help_and_what_is_refused_in_one_line(state, tmp_path):
 class Halves(torch.nn.Module):
     """Gives the token behind <|bos|> a probability of 1/2, every other one of 1/4."""
 
-    def __init__(self, bos):
+    def __init__(self, bos, sequence_len):
         super().__init__()
         self.lm_head = SimpleNamespace(weight=torch.zeros(1))
+        self.config = SimpleNamespace(sequence_len=sequence_len)
         self.bos = bos
         self.rows = []
 
@@ -60,21 +61,24 @@ class Halves(torch.nn.Module):
         bits = torch.where(x == self.bos, 1.0, 2.0)
         return torch.where(y == -1, 0.0, bits * math.log(2))
 
-def test_bits_per_byte_by_hand():
+def test_bits_per_byte_by_hand(monkeypatch):
     tokenizer = Tokenizer({**BYTES.ranks, b"ab": 256})
     bos, ab, c, d, e = tokenizer.bos, 256, *b"cde"
-    model = Halves(bos)
-    found = measure.bits_per_byte(model, tokenizer, ["abcde", "é", ""], length=2, rows_at_once=2)
+    model = Halves(bos, 2)
+    found = measure.bits_per_byte(model, tokenizer, ["abcde", "é", ""], rows_at_once=2)
     assert model.rows == [([bos, ab], [ab, c]), ([bos, d], [d, e]), ([bos, 195], [195, 169])]
     assert found == pytest.approx((3 + 3 + 3) / (5 + 2)), "bits of 3 rows, bytes of two texts"
-    whole = measure.bits_per_byte(Halves(bos), tokenizer, ["abcde"], length=512)
+    whole = measure.bits_per_byte(Halves(bos, 2048), tokenizer, ["abcde"])
     assert whole == pytest.approx((1 + 2 + 2 + 2) / 5)
+    monkeypatch.setattr(measure, "LENGTH", 3)
+    cut = measure.bits_per_byte(Halves(bos, 2048), tokenizer, ["abcde"])
+    assert cut == pytest.approx((1 + 2 + 2 + 1) / 5), "no row is longer, whatever the model's are"
 
 def test_bits_per_byte_of_a_model_that_knows_nothing():
     model = gpt.GPT(gpt.GPTConfig(16, BYTES.vocab_size, 1, 1, 1, 32))
     model.init_weights(0)
     torch.nn.init.zeros_(model.lm_head.weight)
-    found = measure.bits_per_byte(model, BYTES, ["some text", "x" * 40], length=16)
+    found = measure.bits_per_byte(model, BYTES, ["some text", "x" * 40])
     assert found == pytest.approx(math.log2(BYTES.vocab_size))
 
 # ---- figures
