@@ -37,6 +37,7 @@ def share_of_cores():
 if CORES:
     os.sched_setaffinity(0, share_of_cores())
 BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
+RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 needs_nanochat = pytest.mark.skipif(not (SHARED / "nanochat_checkpoint").exists(),
                                     reason="no nanochat checkpoint at hand (NANOCHAT_TEST_DATA)")
 needs_venv = pytest.mark.skipif(not (REPO / ".venv/matches").exists(),

@@ -25,14 +25,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import engine
 import gpt
 import optim
-import tokenizer as tok
+from conftest import BYTES, RATES
 
-RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 READ = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 ARCHS = ("modern", "nanochat_2025")
 WORLDS = (1, 8, 64, 1024)
-BYTES = tok.Tokenizer({bytes([i]): i for i in range(256)})  # ids are byte values
-
 class Watched(TorchDispatchMode):
     """Notes the operations that make a tensor on the CPU. Reading a number off the device, of which
     a fake one has none, gives 0."""

@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 import engine
 import gpt
 import optim
-from conftest import BYTES, SHARED, nanochats_own, needs_nanochat, script
+from conftest import BYTES, RATES, SHARED, nanochats_own, needs_nanochat, script
 
 torch.set_num_threads(1)
-RATES = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 
 def small(arch="modern", n_kv_head=2, seed=0):
     model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch))
