@@ -34,6 +34,8 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer
 DEPTH, VOCAB, LENGTH = 4, 8192, 512  # the reference model
 BATCHES = (4096, 16384)              # tokens of its steps
 PROMPT = 107                         # tokens before decoding begins
+# a tokenizer whose tokens never end an answer
+ENDLESS = SimpleNamespace(special=lambda name: -1, bos=-1)
 DOCUMENTS = 500                      # of the held-out file
 
 def choose(computing):
@@ -61,17 +63,20 @@ def best_seconds(function, device, least=0.3):
 # -------------------------------------------------------------------------------------------------
 # machine
 
+def bandwidth(device):
+    """-> bytes a second that are read from memory, the best of three ways to read much of it"""
+    size = 2 ** 28 if device.type == "cuda" else 2 ** 26  # 268 MB or more: caches hold less
+    numbers = torch.ones(size, device=device)
+    matrix = numbers.view(2 ** 13, -1)
+    vector = matrix[0].clone()
+    reading = [lambda: numbers.max(), lambda: numbers.sum(), lambda: matrix @ vector]
+    return numbers.nbytes / min(best_seconds(read, device) for read in reading)
+
 def machine(computing):
     """-> {"bandwidth": bytes/s, "rates": {dtype: (FLOP/s of a step's products, of a large one)},
     "computed in": the dtype that the probe picks, "words": what there is}"""
     chosen = choose(computing)
     device = chosen.device
-    numbers = torch.ones(2 ** 26, device=device)  # 268 MB, more than caches hold
-    matrix = numbers.view(2 ** 13, -1)
-    vector = matrix[0].clone()
-    reading = [lambda: numbers.max(), lambda: numbers.sum(), lambda: matrix @ vector]
-    bandwidth = numbers.nbytes / min(best_seconds(read, device) for read in reading)
-
     with torch.device("meta"):
         model = gpt.GPT(gpt.config_from_depth(DEPTH, VOCAB, LENGTH))
     shapes = Counter(tuple(m.weight.shape) for m in model.modules()
@@ -92,41 +97,49 @@ def machine(computing):
         once = best_seconds(functools.partial(torch.mm, large, large), device)
         rates[name] = flops / seconds, 2 * 2048 ** 3 / once
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    return {"bandwidth": bandwidth, "rates": rates,
+    return {"bandwidth": bandwidth(device), "rates": rates,
             "computed in": chosen.recorded()["dtype"],
             "words": f"torch {torch.__version__}, {where}: {chosen}"}
 
 # -------------------------------------------------------------------------------------------------
 # training
 
-def random_plan(tokens):
-    """The Plan of about `tokens` random tokens in documents of 200 to 1,000, as of a file."""
+def random_plan(tokens, vocab, length):
+    """The Plan of rows of `length` of about `tokens` random tokens below `vocab`, in documents of
+    200 to 1,000, as of a file."""
     drawn = common.rng(0, 1)
     lengths = drawn.integers(200, 1000, size=tokens // 500)
-    numbers = drawn.integers(VOCAB - 9, size=lengths.sum()).astype(np.uint16)
+    numbers = drawn.integers(vocab - 9, size=lengths.sum()).astype(np.uint16)
     store = dataset.Store(numbers, None, lengths, {})
-    return dataset.text_plan([store], LENGTH + 1, VOCAB - 9)
+    return dataset.text_plan([store], length + 1, vocab - 9)
 
-def training(computing, micro_rows, repeat):
+def training(computing, micro_rows, repeat, config=None, turns=None):
     """
-    Steps of the reference model as base_train.py makes them. repeat: steps of each size; 0: only
-    the first. -> {"first": its seconds, "flops": of a token, "peak": bytes,
+    Steps as base_train.py makes them, of the reference model, or of one of this config. micro_rows:
+    of a micro-batch; -1: as many as fit, at most 32. repeat: steps of each size; 0: only the first.
+    turns: micro-batches of a step, None: as many as BATCHES has it.
+    -> {"first": its seconds, "rows": of a micro-batch, "flops": of a token, "peak": bytes,
     "allocated", "predicted": bytes of a step of the last size, measured and as memory.py has it,
     "steps": {tokens of a step: {"data", "passes", "optimizer": seconds}},
     "within": {"attention", "products of the head", "other products": share of the passes}}
     """
     chosen = choose(computing)
     device = chosen.device
-    model = gpt.GPT(gpt.config_from_depth(DEPTH, VOCAB, LENGTH), chosen.dtype)
+    config = config or gpt.config_from_depth(DEPTH, VOCAB, LENGTH)
+    length = config.sequence_len
+    model = gpt.GPT(config, chosen.dtype)
     model.init_weights(0)
     model.to(device)
     rates = configurator.defaults("base_train.py")
     optimizer = optim.make_optimizer(model, rates, 0.1, 0.0, chosen.dtype)
     forward = torch.compile(model, dynamic=False) if chosen.compile else model
-    plan = random_plan(8 * max(BATCHES))
+    if micro_rows == -1:
+        micro_rows = memory.rows_that_fit(model, optimizer, chosen.dtype, chosen.compile, 32)
+    sizes = [turns * micro_rows * length] if turns else BATCHES
+    plan = random_plan(8 * max(sizes), config.vocab_size, length)
 
     def batches(tokens, number):
-        found = dataset.batch(plan, 0, number, tokens // LENGTH, micro_rows)
+        found = dataset.batch(plan, 0, number, tokens // length, micro_rows)
         return [(to_device(x, device), to_device(y, device)) for x, y in found]
 
     def passes(pairs, tokens):
@@ -146,11 +159,11 @@ def training(computing, micro_rows, repeat):
         at.append(time.perf_counter())
         return [after - before for before, after in pairwise(at)]
 
-    found = {"first": sum(step(BATCHES[0], 0)), "flops": model.flops_per_token(),
-             "steps": {}, "within": {}}
+    found = {"first": sum(step(sizes[0], 0)), "rows": micro_rows,
+             "flops": model.flops_per_token(), "steps": {}, "within": {}}
     if repeat == 0:
         return found
-    for tokens in BATCHES:
+    for tokens in sizes:
         step(tokens, 1)
         times = [step(tokens, 2 + i) for i in range(repeat)]
         parts = map(statistics.median, zip(*times))
@@ -158,27 +171,28 @@ def training(computing, micro_rows, repeat):
     found["peak"] = memory.peak()
     allocated = memory.measured(lambda: step(tokens, 1), device)
     found["allocated"] = allocated + sum(memory.of_model(model, optimizer))
-    turns = tokens // (LENGTH * micro_rows)
-    found["predicted"] = memory.of_training(model, optimizer, micro_rows, turns, chosen.dtype,
+    found["predicted"] = memory.of_training(model, optimizer, micro_rows,
+                                            tokens // (length * micro_rows), chosen.dtype,
                                             chosen.compile)
     if device.type == "cpu":
-        pairs = batches(BATCHES[0], 0)
+        pairs = batches(sizes[0], 0)
         with torch.profiler.profile(record_shapes=True) as profile:
-            passes(pairs, BATCHES[0])
-        found["within"] = shares(profile.key_averages(group_by_input_shape=True))
+            passes(pairs, sizes[0])
+        events = profile.key_averages(group_by_input_shape=True)
+        found["within"] = shares(events, config.vocab_size)
     return found
 
-def shares(events):
+def shares(events, vocab):
     """What the time of a profile went to, each a share of all.  -> {"attention", "products of the
-    head", "other products": 0 to 1}. The head's are known by the vocabulary in their shapes. What
-    is left is mostly what the compiler has fused, norms and the loss among it."""
+    head", "other products": 0 to 1}. The head's are known by `vocab` in their shapes. What is left
+    is mostly what the compiler has fused, norms and the loss among it."""
     of = Counter()
     for event in events:
         what = "rest"
         if "attention" in event.key:
             what = "attention"
         elif event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            of_head = VOCAB in chain.from_iterable(event.input_shapes)
+            of_head = vocab in chain.from_iterable(event.input_shapes)
             what = "products of the head" if of_head else "other products"
         of[what] += event.self_cpu_time_total
     named = ("attention", "products of the head", "other products")
@@ -196,7 +210,6 @@ def decoding(computing, depth, tokens):
     model = gpt.GPT(gpt.config_from_depth(depth, VOCAB, 2048), chosen.dtype)
     model.init_weights(0)
     model.to(chosen.device).eval()
-    never = SimpleNamespace(special=lambda name: -1, bos=-1)  # no token ends an answer
     used = sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
     found = {"weights": used * chosen.dtype.itemsize, "int8": {}}
 
@@ -210,7 +223,7 @@ def decoding(computing, depth, tokens):
         def note(row, token):
             if row == 0:
                 came.append(time.perf_counter())
-        engine.generate(model, never, prompts(rows), tokens, temperature=1.0, top_k=50,
+        engine.generate(model, ENDLESS, prompts(rows), tokens, temperature=1.0, top_k=50,
                         uniforms=uniforms, on_token=note, packed=packed)
         return statistics.median(after - before for before, after in pairwise(came))
 
@@ -222,7 +235,7 @@ def decoding(computing, depth, tokens):
         found["int8"] = {rows: seconds(rows, packed) for rows in (1, 16)}
         del packed
     few = prompts(4)
-    allocated = memory.measured(lambda: engine.generate(model, never, few, 2), chosen.device)
+    allocated = memory.measured(lambda: engine.generate(model, ENDLESS, few, 2), chosen.device)
     found["allocated"] = allocated + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     found["predicted"] = memory.of_decoding(model, len(few), PROMPT, 2)
     return found

@@ -77,6 +77,43 @@ def test_a_dtype_that_is_further_off_than_it_may_be_fails(here, monkeypatch):
     monkeypatch.setitem(gpu.FURTHEST, (torch.bfloat16, False), (1e-9, 1e-9))
     assert gpu.bf16_and_compile(here)[0] is False
 
+# a step of 4,000 tokens in 2 s: 2,000 tokens/s of 1e9 FLOP
+MEASURED = {"rows": 8, "first": 30.0, "flops": 1e9, "predicted": 1.05e9, "allocated": 1e9,
+            "steps": {4000: {"data": 0.1, "passes": 1.7, "optimizer": 0.2}}}
+DECODED = {1: 0.01, "weights": 1e9}  # 1,000 GB/s would read them in 0.001 s
+
+@pytest.mark.parametrize("check,change,result,says", [
+    (gpu.mfu_of_d12, {"peak": 7e12}, True, "MFU 28.6 %, 2,000 tokens/s, 8 rows at once"),
+    (gpu.mfu_of_d12, {"peak": 9e12}, False, "MFU 22.2 %"),
+    (gpu.mfu_of_d20, {"peak": 7e12}, False, "MFU 28.6 %"),
+    (gpu.mfu_of_d20, {"peak": None}, None, "no peak of this device is known"),
+    (gpu.memory_against_the_formula, {}, True, "d20 with 8 rows: predicted 1.05 GB, measured 1.00"),
+    (gpu.memory_against_the_formula, {"predicted": 1.11e9}, False, "predicted 1.11"),
+    (gpu.memory_against_the_formula, {"predicted": 0.89e9}, False, "predicted 0.89"),
+    (gpu.decoding, {}, True, "d20 100 tokens/s, 10.0 times the reading (goal: 1.3; MISSED)"),
+    (gpu.decoding, {1: 0.0012}, True, "1.2 times the reading (goal: 1.3; ok)"),
+    (gpu.decoding, {1: 0.2}, False, "d12 5 tokens/s"),
+    (gpu.decoding, {torch.float32: 0.1}, False, "float32 1.0e-01 below the best logit"),
+    (gpu.decoding, {torch.bfloat16: 2.0}, False, "bfloat16 2.0e+00 below the best logit")])
+def test_good_numbers_pass_and_bad_ones_fail(here, monkeypatch, check, change, result, says):
+    """With the GPU and what is measured on it faked."""
+    numbers = {"peak": 7e12, torch.float32: 1e-4, torch.bfloat16: 0.1, **MEASURED, **DECODED,
+               **change}
+    monkeypatch.setattr(gpu.Here, "cuda", property(lambda self: True))
+    monkeypatch.setattr(gpu.compute, "peak_flops", lambda device: numbers["peak"])
+    monkeypatch.setattr(gpu.measure, "training", lambda *_: numbers)
+    monkeypatch.setattr(gpu.measure, "decoding", lambda *_: numbers)
+    monkeypatch.setattr(gpu.measure, "bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(gpu, "furthest_from_best", lambda here, dtype: numbers[dtype])
+    ok, said = check(here)
+    assert ok is result and says in said, said
+
+@pytest.mark.parametrize("dtype", gpu.MOST_BELOW)
+def test_a_cache_that_forgets_the_token_before_gives_wrong_tokens(here, monkeypatch, dtype):
+    assert gpu.furthest_from_best(here, dtype) <= gpu.MOST_BELOW[dtype]
+    monkeypatch.setattr(gpu.engine.Decoder, "smear", lambda self, x: x)
+    assert gpu.furthest_from_best(here, dtype) > gpu.MOST_BELOW[dtype]
+
 class Ended:
     """A process that has ended with this code and has said this."""
     def __init__(self, folder, code, said):
@@ -135,3 +172,4 @@ def test_refused_and_halved_are_recognised(here, monkeypatch):
     assert gpu.two_ranks_on_one_card(here) == (True, refused)
     ok, said = gpu.out_of_memory(here)
     assert ok and "rows: out of memory" in said
+    assert 10 <= int(said.split()[0]) < 100, "more would be thousands of chunks of the loss"
