@@ -1,23 +1,16 @@
-"""memory.py: its formulas within a tenth of what is measured; and the rows that a device takes.
-
-    PYTHONPATH=. python tests/test_memory.py           # more shapes, as a table
-    PYTHONPATH=. python tests/test_memory.py compiled  # compiled: minutes
-"""
-import itertools
-import sys
-
+"""memory.py: its formulas within a tenth of what is measured; and the rows that a device takes."""
 import pytest
 import torch
 
 import compute
 import engine
 import gpt
+import measure
 import memory
 import optim
 import training
-from conftest import alone
+from conftest import RATES, alone
 
-RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.004, "scalar_lr": 0.5}
 FP32, BF16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
 
@@ -26,36 +19,26 @@ def make(depth, vocab, length, arch, dtype):
     model.init_weights(0)
     return model, optim.make_optimizer(model, RATES, 1.0, 0.1, dtype)
 
-def training_memory(depth, vocab, length, rows, turns, arch, dtype, compiled=False):
+def training_memory(depth, vocab, length, rows, turns, arch, dtype):
     """-> (predicted, measured) bytes of a step"""
     model, optimizer = make(depth, vocab, length, arch, dtype)
-    torch._dynamo.reset()  # it gives up compiling a function for too many shapes
-    forward = torch.compile(model, dynamic=False) if compiled else model
     x = torch.randint(vocab, (rows, length))
 
     def step():
         for _ in range(turns):
-            forward(x, x).backward()
+            model(x, x).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    if compiled:
-        step()  # what the compiler itself allocates does not count
     measured = sum(memory.of_model(model, optimizer)) + memory.measured(step, CPU)
-    return memory.of_training(model, optimizer, rows, turns, dtype, compiled), measured
-
-class Endless:
-    """A tokenizer whose tokens never end an answer."""
-    bos = -1
-
-    def special(self, _):
-        return -1
+    return memory.of_training(model, optimizer, rows, turns, dtype, False), measured
 
 def decoding_memory(depth, vocab, rows, prompt, new, dtype):
     """-> (predicted, measured) bytes of generating"""
     model, _ = make(depth, vocab, 512, "modern", dtype)
     prompts = [[row + 1] * prompt for row in range(rows)]
-    measured = memory.measured(lambda: engine.generate(model, Endless(), prompts, new), CPU)
+    measured = memory.measured(lambda: engine.generate(model, measure.ENDLESS, prompts, new),
+                               CPU)
     measured += sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     return memory.of_decoding(model, rows, prompt, new), measured
 
@@ -125,17 +108,3 @@ def test_d20_fits_a_card_of_24_gb(monkeypatch, arch, rows):
     left = 23.5e9 - sum(memory.of_model(model, optimizer))  # CUDA itself takes some
     monkeypatch.setattr(memory, "free", lambda device: left)
     assert memory.rows_that_fit(model, optimizer, BF16, True, 32) == rows
-
-if __name__ == "__main__":
-    compiled = "compiled" in sys.argv
-    print("depth, vocabulary, tokens in a row, rows, micro-batches | arch | dtype | "
-          "predicted MB | measured MB | ratio")
-    shapes = [(2, 512, 256, 4, 1), (4, 512, 256, 4, 2), (6, 512, 128, 4, 1), (4, 8192, 256, 2, 2),
-              (2, 8192, 512, 4, 1), (6, 2048, 256, 8, 1)]
-    if compiled:
-        shapes = [(2, 512, 256, 4, 1), (2, 8192, 256, 2, 1), (4, 2048, 256, 4, 2)]
-    for arch, dtype in itertools.product(("modern", "nanochat_2025"), (FP32, BF16)):
-        for shape in shapes:
-            p, m = training_memory(*shape, arch, dtype, compiled)
-            print(f"{shape} | {arch} | {str(dtype)[6:]} | {p / 1e6:.1f} | {m / 1e6:.1f} | "
-                  f"{p / m:.3f}", flush=True)
