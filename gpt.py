@@ -64,28 +64,6 @@ def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
-BLOCK = 128  # queries at once
-
-def in_blocks_is_faster(q):
-    """On a CPU in bfloat16 forward and backward take 0.54 of the time of torch's kernel at 512
-    tokens and 0.63 at 256 (LOG.md); in float32 they take as long, and of more than 1,024 tokens the
-    weights, kept for the backward pass, would need much memory."""
-    T = q.size(2)
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and T % BLOCK == 0 and T <= 1024
-
-def attend_in_blocks(q, k, v):
-    """Plain causal attention, q, k, v [B, H, T, D] -> [B, H, T, D]. Each block of queries looks
-    only at the keys up to its end: most of what the mask would throw away is not computed."""
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
-    parts = []
-    for start in range(0, q.size(2), BLOCK):
-        end = start + BLOCK
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float() * q.size(3) ** -0.5
-        seen = F.pad(future, (start, 0))
-        weights = scores.masked_fill(seen, -torch.inf).softmax(dim=-1)
-        parts.append(weights.to(q.dtype) @ v[:, :, :end])
-    return torch.cat(parts, dim=2)
-
 def has_value_embedding(config, layer):
     """Every second layer, the last one included."""
     return config.modern and layer % 2 == (config.n_layer - 1) % 2
@@ -121,11 +99,8 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
             mask = cache.mask
         grouped = self.config.n_kv_head != self.config.n_head
-        if cache is None and in_blocks_is_faster(q) and not grouped:
-            y = attend_in_blocks(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                               enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=grouped)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -147,7 +122,7 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), ve, cos, sin, cache)
         return x + self.mlp(norm(x))
 
-CHUNK = 1024  # tokens whose logits exist at once
+CHUNK = 2048  # tokens whose logits exist at once
 
 def chunk_of(tokens):
     """How many of so many tokens: all in at most 16 chunks, since the compiler writes each out."""
@@ -156,7 +131,7 @@ def chunk_of(tokens):
 class SummedLoss(torch.autograd.Function):
     """The weighted sum of cross-entropies behind lm_head and the softcap. The logits of all tokens
     never exist at once: of a chunk of them loss and gradients are made in one turn (as in the Liger
-    kernels, arXiv 2410.10989). A fifth faster than the plain form, too (LOG.md)."""
+    kernels, arXiv 2410.10989). A sixth faster than the plain form, too (LOG.md)."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, weights):

@@ -42,7 +42,7 @@ def of_step(model, optimizer):
     for_muon = (2 + 0.375 * optimizer.ns_dtype.itemsize) * largest
     return stacked / world + stacked + for_muon / world
 
-def of_activations(config, rows, dtype, compiled, device):
+def of_activations(config, rows, dtype, compiled):
     """Bytes that the forward pass of `rows` rows leaves for the backward pass, and that the loss of
     a chunk, or the backward pass where it begins, needs beside them."""
     size = dtype.itemsize
@@ -50,11 +50,6 @@ def of_activations(config, rows, dtype, compiled, device):
     in_dtype, in_float32 = SAVED[config.arch, compiled]
     channels = tokens * config.n_embd
     of_layer = channels * (in_dtype * size + in_float32 * 4)
-    queries = torch.empty(rows, 1, config.sequence_len, 0, dtype=dtype, device=device)
-    if gpt.in_blocks_is_faster(queries):
-        # for each block of a row, with heads of 128: 3 bytes of softmax weights, in float32 and in
-        # bfloat16 and of half the keys, and 2 of copied keys and values
-        of_layer += 5 * channels * config.sequence_len // gpt.BLOCK
     head = config.n_embd * config.vocab_size
     saved = config.n_layer * of_layer
     saved += 4 * channels * size  # the embedding, its norm, the last norm and its gradient
@@ -82,8 +77,7 @@ def of_training(model, optimizer, rows, turns, dtype, compiled):
     """
     weights, states = of_model(model, optimizer)
     gradients = sum(p.nbytes for p in model.parameters())
-    device = model.lm_head.weight.device
-    activations = of_activations(model.config, rows, dtype, compiled, device)
+    activations = of_activations(model.config, rows, dtype, compiled)
     if turns > 1:  # those of the micro-batches before are there
         activations += gradients
     return weights + states + max(activations, gradients + of_step(model, optimizer))

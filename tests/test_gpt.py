@@ -1,6 +1,5 @@
 """gpt.py: gradients, the shape, and a checkpoint that nanochat made."""
 
-from functools import partial
 
 import numpy as np
 import torch
@@ -86,7 +85,7 @@ def test_loss_and_gradients_by_chunks_are_those_of_all_logits(monkeypatch):
     losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1,
                              reduction="none").view(y.shape)
     whole = gradients(model, (losses * weights).sum())
-    for chunk in (1024, 64):  # 64 does not divide the 150 tokens
+    for chunk in (2048, 64):  # 64 does not divide the 150 tokens
         monkeypatch.setattr(gpt, "CHUNK", chunk)
         loss = model(x, y, weights)
         torch.testing.assert_close(loss, (losses * weights).sum())
@@ -104,7 +103,7 @@ class Largest(TorchDispatchMode):
         return result
 
 def test_chunks_are_few_enough_to_compile():
-    assert [gpt.chunk_of(tokens) for tokens in (64, 16 * 1024, 64 * 1024)] == [1024, 1024, 4096]
+    assert [gpt.chunk_of(tokens) for tokens in (64, 32 * 1024, 64 * 1024)] == [2048, 2048, 4096]
 
 def test_logits_are_never_whole(monkeypatch):
     monkeypatch.setattr(gpt, "CHUNK", 64)
@@ -115,17 +114,6 @@ def test_logits_are_never_whole(monkeypatch):
         model.nats(x, x)
     most_else = 8 * 64 * 4 * model.config.n_embd  # of the MLP
     assert largest.numel == most_else < 8 * 64 * BYTES.vocab_size
-
-def test_attention_in_blocks_is_causal_attention():
-    generator = torch.Generator().manual_seed(1)
-    both = []
-    for attend in (gpt.attend_in_blocks, partial(F.scaled_dot_product_attention, is_causal=True)):
-        q, k, v = torch.randn(3, 2, 2, 384, 32, generator=generator.manual_seed(1)).unbind()
-        inputs = [t.requires_grad_() for t in (q, k, v)]
-        y = attend(*inputs)
-        both.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    for ours, theirs in zip(*both):
-        torch.testing.assert_close(ours, theirs)
 
 def test_the_switch_turns_the_additions_off():
     plain = {n for n, _ in small("nanochat_2025").named_parameters()}
