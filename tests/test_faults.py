@@ -141,7 +141,8 @@ def test_out_of_memory_on_the_second_of_two_ranks_is_the_outcome(prepared, folde
     out = script(prepared, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                  tmp_path / "faulty.py", timeout=200, env={"NANOCHAT_OUTCOME": str(outcome)})
     assert out.returncode != 0 and "error: rank 1: ran out of memory in base_train" in out.stderr
-    assert json.loads(outcome.read_text())["retry_with"] == ["--device_batch_size=4"]
+    # of the 8 rows of a step each rank took 4 at once
+    assert json.loads(outcome.read_text())["retry_with"] == ["--device_batch_size=2"]
 
 def test_a_try_out_that_is_asked_to_stop_does(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=9", "--try_out=True"],
