@@ -143,8 +143,7 @@ for sample in samples:
 # -------------------------------------------------------------------------------------------------
 # CORE
 
-usual_gb = 0.2 if compute.device.type == "cpu" else 4.0  # on a CPU more is no faster
-budget = 1e9 * (memory_gb or usual_gb)
+budget = 1e9 * memory_gb or core_eval.usual_budget(compute.device)
 results = {}
 for task in core_tasks:
     def answers(numbers, task=task):

@@ -355,11 +355,15 @@ def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
         y = np.where(counted[:, 1:], tokens[:, 1:], -1)
         yield tokens[:, :-1], y
 
-def fit_micro_rows(total_rows, device_rows, world):
-    """The largest number of rows a device can take at once that divides the batch evenly. Failure
-    where none does.  example: (256, 48, 8) -> 32"""
+def check_shared(total_rows, world):
+    """Failure where the ranks cannot share a batch evenly."""
     fitting = [str(n) for n in range(world, 0, -1) if total_rows % n == 0]
     common.check(total_rows % world == 0, f"a batch of {total_rows} rows cannot be divided by "
                  f"{world} ranks: use {' or '.join(fitting)} ranks")
+
+def fit_micro_rows(total_rows, device_rows, world):
+    """The largest number of rows a device can take at once that divides the batch evenly. Failure
+    where none does.  example: (256, 48, 8) -> 32"""
+    check_shared(total_rows, world)
     each = total_rows // world
     return max(d for d in range(1, min(device_rows, each) + 1) if each % d == 0)

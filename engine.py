@@ -140,7 +140,7 @@ def is_reordered(weight, dtype, rows):
     return dtype == torch.float32 and weight.numel() >= (2 ** 20 if rows == 1 else 2 ** 17)
 
 class Packed:
-    """A model's matrices as products, copied: a later change of the weights is not seen."""
+    """A model's matrices as products. Some are copies: of use while the weights do not change."""
 
     @torch.inference_mode()
     def __init__(self, model, rows, weights="auto"):
@@ -175,7 +175,7 @@ class Decoder:
         packed: the model's weights, if they are packed already."""
         config = model.config
         device = model.lm_head.weight.device
-        # torch's attention to a single query is eight times slower in bfloat16 on a CPU
+        # torch's attention to a single query is 5 to 7 times slower in bfloat16 on a CPU (LOG.md)
         self.dtype = torch.float32 if device.type == "cpu" else model.dtype
         shape = (config.n_layer, rows, max_len, 2 * config.n_kv_head, config.head_dim)
         self.model = model
@@ -263,12 +263,12 @@ class Decoder:
                 x = torch.add(first[i], x, alpha=self.own_share[i])
             x = x + attn_proj(self.attend(i, qkv(self.norm(x))))
             x += mlp_proj(mlp_fc(self.norm(x)).relu_().square_())
-        # tanh(z / SOFTCAP) by a sigmoid, which torch computes five times as fast on a CPU
+        # tanh(z / SOFTCAP) by a sigmoid, which torch computes 3 to 5 times as fast on a CPU
         half = self.packed.head(self.norm(x)).mul_(2 / SOFTCAP).sigmoid_()
         return half.mul_(2 * SOFTCAP).sub_(SOFTCAP)
 
     def norm(self, x, out=None):
-        """F.rms_norm, in half its time for rows as short as these"""
+        """F.rms_norm, in two thirds of its time for rows as short as these (LOG.md)"""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         mean_square = torch.addcmul(self.eps, size, size, value=1 / x.size(-1))
         return torch.mul(x, mean_square.rsqrt_(), out=out)

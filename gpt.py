@@ -1,5 +1,5 @@
 """
-The model: a decoder-only transformer whose one dial is depth.
+The model: a decoder-only transformer whose dial is depth; the width follows from it.
 
 In arch="modern": value embeddings with gates (after ResFormer, arXiv 2410.17897), per-layer scalars
 on the residual stream and on the embedding, smear (both modded-nanogpt), sharper attention. All of

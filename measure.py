@@ -236,7 +236,7 @@ def decoding(computing, depth, tokens):
         del packed
     few = prompts(4)
     allocated = memory.measured(lambda: engine.generate(model, ENDLESS, few, 2), chosen.device)
-    found["allocated"] = allocated + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    found["allocated"] = allocated + memory.of_weights(model)
     found["predicted"] = memory.of_decoding(model, len(few), PROMPT, 2)
     return found
 
@@ -257,7 +257,7 @@ def core(computing, folder, n):
     model = gpt.GPT(gpt.config_from_depth(DEPTH, tokenizer.vocab_size, 2048), chosen.dtype)
     model.init_weights(0)
     model.to(chosen.device).eval()
-    budget = 0.2e9 if chosen.device.type == "cpu" else 4e9  # as base_eval.py has it
+    budget = core_eval.usual_budget(chosen.device)
     found = {}
     core_eval.evaluate(model, tokenizer, tasks[0], range(1), 2048, budget)  # warms up
     for task in tasks:

@@ -6,6 +6,7 @@ CPU torch's profiler does (measured()). The process itself, Python, torch and it
 few hundred MB of the host more. tests/test_memory.py holds the formulas against what is measured,
 and the memory section of bench.py.
 """
+import bisect
 import resource
 import sys
 
@@ -22,11 +23,14 @@ SAVED = {("nanochat_2025", False): (14, 4), ("modern", False): (16, 4),
 
 MOST_TOKENS = 2 ** 16  # of a micro-batch: more at once make no GPU faster
 
+def of_weights(model):
+    """Bytes of its weights and tables."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
 def of_model(model, optimizer):
     """-> (bytes of weights and tables, of optimizer states on this rank)"""
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     states = sum(t.nbytes for bucket in optimizer.buckets for t in bucket.state.values())
-    return weights, states
+    return of_weights(model), states
 
 def of_step(model, optimizer):
     """Bytes that optimizer.step() takes for itself: copies of the gradients and of the weights that
@@ -88,7 +92,6 @@ def of_decoding(model, rows, prompt, new):
     the head's weights are packed, the last of them."""
     config = model.config
     size = model.dtype.itemsize
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
     def is_copied(name, weight):
         together = name.endswith(("c_q", "c_k", "c_v"))  # one product
@@ -101,7 +104,7 @@ def of_decoding(model, rows, prompt, new):
     cache = rows * (prompt + new) * of_token * (4 if on_cpu else size)
     prefilled = rows * prompt * size * (of_token + 13.5 * config.n_embd)
     packing = size * model.lm_head.weight.numel() if size < 4 else 0
-    return weights + packed + max(cache + prefilled, packing)
+    return of_weights(model) + packed + max(cache + prefilled, packing)
 
 def free(device):
     """Bytes that this process can still get on a CUDA device."""
@@ -112,9 +115,10 @@ def rows_that_fit(model, optimizer, dtype, compiled, most):
     """How many rows, at most `most` and at least 1, a micro-batch can have on the model's device,
     where the model and the optimizer are already. A tenth of what is free is left free."""
     room = 0.9 * free(model.lm_head.weight.device) + sum(of_model(model, optimizer))
-    fitting = [rows for rows in range(1, most + 1)
-               if of_training(model, optimizer, rows, 2, dtype, compiled) <= room]
-    return max(fitting, default=1)
+
+    def needed(rows):  # more for more rows
+        return of_training(model, optimizer, rows, 2, dtype, compiled)
+    return max(1, bisect.bisect_right(range(1, most + 1), room, key=needed))
 
 # -------------------------------------------------------------------------------------------------
 # measuring

@@ -83,7 +83,7 @@ common.check(total_batch_size == -1 or total_batch_size % length == 0,
              f"not {total_batch_size}")
 rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
 batch_tokens = rows * length
-dataset.fit_micro_rows(rows, rows, run.ranks.world)  # whether the ranks can share a batch
+dataset.check_shared(rows, run.ranks.world)
 
 store = dataset.tokenize_conversations(
     run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)

@@ -124,8 +124,8 @@ OLD_DEFAULT = 32  # --device_batch_size, before it could be left open
 def rows_at_once(run, model, optimizer, compute, rows):
     """
     How many of a step's `rows` rows a device takes at once: --device_batch_size or, where that is
-    -1, as many as the run has recorded, else as many as fit by memory.py's formula. Recorded with
-    what else was chosen: another number would round otherwise. On a CPU at most 32. Collective.
+    -1, as many as the run has recorded, else as many as fit a GPU by memory.py's formula, elsewhere
+    32. Recorded with what else was chosen: another number would round otherwise. Collective.
     """
     asked = run.settings["device_batch_size"]
     chosen = run.record.get("chosen")

@@ -213,8 +213,7 @@ def out_of_memory(here):
     if not here.cuda:
         return None, "needs a GPU: a CPU's memory belongs to others, too"
     config = gpt.config_from_depth(16, BYTES.vocab_size, 2048)
-    one, two = (memory.of_activations(config, rows, torch.bfloat16, False)
-                for rows in (1, 2))
+    one, two = (memory.of_activations(config, rows, torch.bfloat16, False) for rows in (1, 2))
     row = two - one
     rows = 2 * round(0.75 * torch.cuda.mem_get_info()[1] / row)
     outcome = here.folder / "outcome"

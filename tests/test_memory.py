@@ -39,7 +39,7 @@ def decoding_memory(depth, vocab, rows, prompt, new, dtype):
     prompts = [[row + 1] * prompt for row in range(rows)]
     measured = memory.measured(lambda: engine.generate(model, measure.ENDLESS, prompts, new),
                                CPU)
-    measured += sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    measured += memory.of_weights(model)
     return memory.of_decoding(model, rows, prompt, new), measured
 
 @pytest.mark.parametrize("shape", [
