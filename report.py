@@ -204,8 +204,10 @@ def section(stage, states, folder):
     if meta:
         speeds = [line["clock"]["tokens_per_second"] for line in stage.metrics if "clock" in line]
         speed = f", {statistics.median(speeds):,.0f} tokens/s (median)" if speeds else ""
+        peak = record.get("peak_bytes")
+        memory = f", {peak / 1e9:,.2f} GB of memory at most" if peak else ""
         lines.append(f"- step {meta['step']:,} of {meta['num_steps']:,}, "
-                     f"{common.duration(meta.get('seconds', 0.0))} of training{speed}")
+                     f"{common.duration(meta.get('seconds', 0.0))} of training{speed}{memory}")
     for kind, key, title, digits in CURVES:
         line = points(stage.metrics, kind, key)
         if not line or (stage.name, key) == ("rl", "loss"):

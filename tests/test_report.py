@@ -20,7 +20,8 @@ STAGES = {"base": ("base_train", "base_checkpoints"), "mid": ("mid_train", "mid_
 TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee", "facts")
 SHOWN = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "Facts")
 SCORES = {"mid": 0.3, "sft": 0.7, "rl": 0.8}
-BASE = {"parameters": 5242936, "settings": {"data": "toy", "tag": "", "depth": 4, "num_steps": 40}}
+BASE = {"parameters": 5242936, "peak_bytes": 1.234e9,
+        "settings": {"data": "toy", "tag": "", "depth": 4, "num_steps": 40}}
 MIXTURE = ["smoltalk", "gsm8k*2", "identity*2", "spellingbee:80000", "mine.jsonl"]
 
 # ---- state folders
@@ -144,6 +145,7 @@ def test_everything_done(whole):
     assert "training loss, nats: 4.1000 at the end" in base
     assert "validation, bits per byte: 1.0000 at the end" in base
     assert "step 40 of 40" in base and "2m00s of training" in base and "1,020 tokens/s" in base
+    assert "1.23 GB of memory at most" in base
     assert "command: `python base_train.py --data=toy --seed=1`" in base
     mid = section(text, "Midtraining")
     assert "taken out of the mixture: `mmlu_aux`, `gsm8k`, `simplespelling:200000`" in mid
