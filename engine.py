@@ -18,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP
+from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP, key_channels
 
 # --------------------------------------------------------------------------------------------------
 # prompts: through the model's own forward, which takes several tokens a row
 
 class KVCache:
     """Keys and values of `rows` sequences, each with its own length. kv: for each layer a tensor
-    [2, rows, n_kv_head, max_len, head_dim]. A pass calls extend once and update in each layer."""
+    [2, rows, n_kv_head, max_len + 1, head_dim], where a key's channels that are offset stand at the
+    next token, which sees them. A pass calls extend once and update in each layer."""
 
     def __init__(self, config, rows, max_len, device, dtype):
-        shape = (2, rows, config.n_kv_head, max_len, config.head_dim)
+        shape = (2, rows, config.n_kv_head, max_len + 1, config.head_dim)
+        self.offset = int(config.key_offset)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
@@ -59,8 +61,11 @@ class KVCache:
         """Stores k, v [rows, n_kv_head, T, head_dim] of the new tokens.
         -> those of all tokens, [2, rows, n_kv_head, end, head_dim]"""
         kv = self.kv[layer]
-        for i, new in enumerate((k, v)):
-            kv[i, self.rows, :, self.positions] = new.transpose(1, 2)
+        kv[1, self.rows, :, self.positions] = v.transpose(1, 2)
+        own, before = key_channels(kv[0])
+        new_own, new_before = key_channels(k.transpose(1, 2))
+        own[self.rows, :, self.positions] = new_own
+        before[self.rows, :, self.positions + self.offset] = new_before
         return kv[..., :self.end, :]
 
     def select(self, rows):
@@ -177,12 +182,14 @@ class Decoder:
         device = model.lm_head.weight.device
         # torch's attention to a single query is 5 to 7 times slower in bfloat16 on a CPU (LOG.md)
         self.dtype = torch.float32 if device.type == "cpu" else model.dtype
+        max_len += 1  # as in KVCache, for offset keys
         shape = (config.n_layer, rows, max_len, 2 * config.n_kv_head, config.head_dim)
         self.model = model
         self.packed = packed or Packed(model, rows)
         # keys and values of a token stand side by side
         self.kv = torch.zeros(shape, device=device, dtype=self.dtype)
-        self.flat = self.kv.flatten(1, 2).unbind()  # of each layer, for writing
+        keys, values = self.kv.flatten(1, 2).chunk(2, dim=2)
+        self.kept = list(zip(*key_channels(keys), values))  # of each layer, for writing
         self.max_len = max_len
         self.lengths = []  # tokens in each slot in use
         self.last = torch.zeros(0, config.n_embd, device=device)  # [n, n_embd], as in KVCache
@@ -215,8 +222,8 @@ class Decoder:
         for key in keys:
             slot, T = len(self.lengths), len(key)
             for kv, made in zip(self.kv, self.prefilled[key][0]):
-                # [2, n_kv_head, T, head_dim] -> [T, 2 * n_kv_head, head_dim]
-                kv[slot, :T] = made[:, :, :T].flatten(0, 1).transpose(0, 1)
+                # [2, n_kv_head, T + 1, head_dim] -> [T + 1, 2 * n_kv_head, head_dim]
+                kv[slot, :T + 1] = made[:, :, :T + 1].flatten(0, 1).transpose(0, 1)
             self.lengths.append(T)
         if self.model.config.modern:
             lasts = [self.prefilled[key][1].float() for key in keys]
@@ -231,7 +238,7 @@ class Decoder:
         """The row of a slot is finished."""
         T, end = self.lengths.pop(), len(self.lengths)
         if slot < end:
-            self.kv[:, slot, :T] = self.kv[:, end, :T]
+            self.kv[:, slot, :T + 1] = self.kv[:, end, :T + 1]
             self.lengths[slot] = T
         if self.model.config.modern:
             self.last[slot] = self.last[end]
@@ -293,8 +300,10 @@ class Decoder:
             gate = torch.sigmoid(qkv[:, -KV:]).unsqueeze(-1)
             ve = F.embedding(self.idx, self.value_embeds[layer]).view(v.shape)
             v.addcmul_(gate, ve.float(), value=3.0)
-        q, new = heads.to(self.dtype).split([H, 2 * KV], dim=1)
-        self.flat[layer].index_copy_(0, self.places, new)
+        q, k, v = heads.to(self.dtype).split([H, KV, KV], dim=1)
+        places = (self.places, self.places + config.key_offset, self.places)
+        for kept, place, new in zip(self.kept[layer], places, (*key_channels(k), v)):
+            kept.index_copy_(0, place, new)
         # queries that share a key stand as if they followed one another
         y = F.scaled_dot_product_attention(q.unflatten(1, (KV, -1)), *self.seen[layer], self.mask,
                                            scale=self.scale)

@@ -2,11 +2,11 @@
 The model: a decoder-only transformer whose dial is depth; the width follows from it.
 
 In arch="modern": value embeddings with gates (after ResFormer, arXiv 2410.17897), per-layer scalars
-on the residual stream and on the embedding, smear (both modded-nanogpt), sharper attention. All of
-it is off in arch="nanochat_2025", the plain model of November 2025 whose checkpoints load as they
-are. In both: rotary positions (2104.09864), QK norm (2010.04245), RMSNorm without parameters,
-squared ReLU (2109.08668), untied embeddings, norm after the embedding, logit softcap (Gemma 2,
-2408.00118), grouped-query attention (2305.13245), no biases.
+on the residual stream and on the embedding, smear, offset keys (all three modded-nanogpt), sharper
+attention. All of it is off in arch="nanochat_2025", the plain model of November 2025 whose
+checkpoints load as they are. In both: rotary positions (2104.09864), QK norm (2010.04245), RMSNorm
+without parameters, squared ReLU (2109.08668), untied embeddings, norm after the embedding, logit
+softcap (Gemma 2, 2408.00118), grouped-query attention (2305.13245), no biases.
 
 Weights are kept in float32; every matrix is cast to the compute dtype where it is used.
 """
@@ -30,6 +30,7 @@ class GPTConfig:
     n_kv_head: int = 10
     n_embd: int = 1280
     arch: str = "modern"  # or "nanochat_2025"
+    key_offset: bool = False  # whether half the channels of a key are of the token before
 
     @property
     def modern(self):
@@ -39,12 +40,14 @@ class GPTConfig:
     def head_dim(self):
         return self.n_embd // self.n_head
 
-def config_from_depth(depth, vocab_size, sequence_len, arch="modern", aspect_ratio=64):
+def config_from_depth(depth, vocab_size, sequence_len, arch="modern", aspect_ratio=64,
+                      key_offset=True):
     """depth -> GPTConfig: width depth * aspect_ratio, rounded up to whole heads of 128.
     example: 20 -> 1280 wide, 10 heads"""
     n_head = -(-depth * aspect_ratio // HEAD_DIM)
     n_embd = n_head * HEAD_DIM
-    return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_embd, arch)
+    return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_embd, arch,
+                     key_offset and arch == "modern")
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),))
@@ -63,6 +66,19 @@ def rotate(x, cos, sin):
     nanochat's weights expect."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+def key_channels(k):
+    """keys [..., D] -> views [..., 2, D/4]: the channels that stay, and those that are offset. Both
+    of a rotary pair, D/2 apart, are of one kind."""
+    return k.unflatten(-1, (2, 2, -1)).unbind(-2)
+
+def offset_keys(k):
+    """k [B, H, T, D] -> the same, where half the channels are those of the token before: who looks
+    for a token finds what came behind it, in one layer and not in two (induction, arXiv 2209.11895;
+    modded-nanogpt). 0.08 bits per byte less after two minutes on a core (LOG.md)."""
+    own, before = key_channels(k)
+    before = F.pad(before[:, :, :-1], (0, 0, 0, 0, 1, 0))  # zeros before the first token
+    return torch.stack([own, before], dim=-2).flatten(-3)
 
 def has_value_embedding(config, layer):
     """Every second layer, the last one included."""
@@ -98,6 +114,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             mask = cache.mask
+        elif self.config.key_offset:
+            k = offset_keys(k)
         grouped = self.config.n_kv_head != self.config.n_head
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            enable_gqa=grouped)

@@ -109,7 +109,8 @@ def comparable(settings, directory):
         settings["data"] = pipeline.whole_path(settings["data"])
     return settings
 
-ADDED = {"aspect_ratio": 64}  # settings that came later, with what held before they were there
+# settings that came later, with what held before they were there
+ADDED = {"aspect_ratio": 64, "key_offset": False}
 
 def changes(old, directory, settings, inputs=None):
     """What defines the result and is other than in the record `old`, in words. inputs=None:

@@ -15,7 +15,8 @@ from conftest import BYTES, RATES, SHARED, nanochats_own, needs_nanochat, script
 torch.set_num_threads(1)
 
 def small(arch="modern", n_kv_head=2, seed=0):
-    model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch))
+    model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch,
+                                  key_offset=arch == "modern"))
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():  # no zero projections: every part has to matter
@@ -122,6 +123,17 @@ def test_the_switch_turns_the_additions_off():
     assert added - {"transformer", "lm_head"} == {
         "resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate"}
     assert not any("lambda" in n or "ve_" in n or "smear" in n for n in plain)
+
+def test_half_the_channels_of_a_key_are_of_the_token_before():
+    keys = torch.arange(1, 9) + 10.0 * torch.arange(1, 4).view(1, 1, 3, 1)  # of three tokens
+    first, second, third = gpt.offset_keys(keys)[0, 0].tolist()
+    assert first == [11, 12, 0, 0, 15, 16, 0, 0]
+    assert second == [21, 22, 13, 14, 25, 26, 17, 18]
+    assert third == [31, 32, 23, 24, 35, 36, 27, 28]
+    assert gpt.config_from_depth(20, 512, 64).key_offset
+    assert not gpt.config_from_depth(20, 512, 64, "nanochat_2025").key_offset
+    old = {name: value for name, value in vars(small().config).items() if name != "key_offset"}
+    assert not gpt.GPTConfig(**old).key_offset, "a model saved before there was the setting"
 
 def test_depth_gives_the_shape():
     deep = gpt.config_from_depth(20, 65536, 2048)

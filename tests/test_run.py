@@ -305,6 +305,16 @@ def test_an_older_whole_checkpoint_is_gone_on_from(folder, capsys):
     assert "skipping the damaged checkpoint of step 9" in capsys.readouterr().out
     run.close(75, "stopped")
 
+def test_a_run_begun_before_a_setting_came_goes_on_with_what_held_then(folder, capsys):
+    run = start(folder, settings(depth=4), damage=None)
+    save(run, 3)
+    run.close(75, "stopped")
+    assert exit_code(start, folder, settings(depth=4, key_offset=True), damage=None) == 2
+    assert "key_offset was False, now True" in capsys.readouterr().err
+    run = start(folder, settings(depth=4, key_offset=False), damage=None)
+    assert run.saved_step == 3
+    run.close(75, "stopped")
+
 def put_another_runs_checkpoint_into(folder, step):
     """Somebody copies there what a run with other settings has saved."""
     other = folder.with_name("d5")
