@@ -250,7 +250,8 @@ class Decoder:
         n, device = len(tokens), self.last.device
         self.n, self.end = n, max(self.lengths) + 1
         self.idx, positions = torch.tensor([tokens, self.lengths], device=device)
-        self.places = positions + torch.arange(0, n * self.max_len, self.max_len, device=device)
+        place = positions + torch.arange(0, n * self.max_len, self.max_len, device=device)
+        self.places = place, place + self.model.config.key_offset, place  # as in self.kept
         self.cos, self.sin = self.rotary.index_select(0, positions).split(1, dim=1)
         self.mask = None
         if min(self.lengths) + 1 < self.end:
@@ -301,8 +302,7 @@ class Decoder:
             ve = F.embedding(self.idx, self.value_embeds[layer]).view(v.shape)
             v.addcmul_(gate, ve.float(), value=3.0)
         q, k, v = heads.to(self.dtype).split([H, KV, KV], dim=1)
-        places = (self.places, self.places + config.key_offset, self.places)
-        for kept, place, new in zip(self.kept[layer], places, (*key_channels(k), v)):
+        for kept, place, new in zip(self.kept[layer], self.places, (*key_channels(k), v)):
             kept.index_copy_(0, place, new)
         # queries that share a key stand as if they followed one another
         y = F.scaled_dot_product_attention(q.unflatten(1, (KV, -1)), *self.seen[layer], self.mask,

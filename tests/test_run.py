@@ -305,7 +305,7 @@ def test_an_older_whole_checkpoint_is_gone_on_from(folder, capsys):
     assert "skipping the damaged checkpoint of step 9" in capsys.readouterr().out
     run.close(75, "stopped")
 
-def test_a_run_begun_before_a_setting_came_goes_on_with_what_held_then(folder, capsys):
+def test_a_run_begun_before_a_setting_came_asks_for_what_held_then(folder, capsys):
     run = start(folder, settings(depth=4), damage=None)
     save(run, 3)
     run.close(75, "stopped")
