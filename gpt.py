@@ -75,7 +75,7 @@ def key_channels(k):
 def offset_keys(k):
     """k [B, H, T, D] -> the same, where half the channels are those of the token before: who looks
     for a token finds what came behind it, in one layer and not in two (induction, arXiv 2209.11895;
-    modded-nanogpt). 0.08 bits per byte less after two minutes on a core (LOG.md)."""
+    modded-nanogpt). 0.08 bits per byte less after three minutes on a core (LOG.md)."""
     own, before = key_channels(k)
     before = F.pad(before[:, :, :-1], (0, 0, 0, 0, 1, 0))  # zeros before the first token
     return torch.stack([own, before], dim=-2).flatten(-3)
