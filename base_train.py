@@ -28,6 +28,7 @@ aspect_ratio = 64            # the width is depth times this, rounded up to whol
 max_seq_len = 2048           # tokens in a row, the context that the model sees
 arch = "modern"              # modern, or nanochat_2025: the plain model of November 2025
 key_offset = True            # modern: whether half a key's channels are of the token before
+bigram_vocab_size = 0        # modern: rows of a table of embeddings of token pairs; 0: none
 tokens_per_param = 12.0      # training tokens per parameter (embeddings not counted)
 num_steps = -1               # number of steps, instead of --tokens_per_param; -1: derived
 target_flops = -1.0          # floating point operations in all, instead of both; -1: not given
@@ -102,7 +103,7 @@ ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(**known_files)
 config = gpt.config_from_depth(depth, tokenizer.vocab_size, max_seq_len, arch, aspect_ratio,
-                               key_offset)
+                               key_offset, bigram_vocab_size)
 model = gpt.GPT(config, compute.dtype)
 model.init_weights(seed)
 model.to(compute.device)

@@ -41,7 +41,7 @@ RANGES = {
     "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "workers": (0, 1024), "keep": (1, 10 ** 6),
     # the model: a vocabulary is 256 bytes, 9 special tokens and a merge or more
     "depth": (1, 999), "aspect_ratio": (1, 8192), "max_seq_len": (16, 2 ** 20),
-    "vocab_size": (266, 2 ** 20 - 1),
+    "vocab_size": (266, 2 ** 20 - 1), "bigram_vocab_size": (0, 2 ** 24),
     # how much
     "num_steps": COUNT, "max_steps": COUNT, "rewind": COUNT,
     "total_batch_size": (1, 2 ** 31),

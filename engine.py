@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP, key_channels
+from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP, bigram_ids, key_channels
 
 # --------------------------------------------------------------------------------------------------
 # prompts: through the model's own forward, which takes several tokens a row
@@ -33,11 +33,13 @@ class KVCache:
         self.offset = int(config.key_offset)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = None  # [rows, 1, n_embd]: the embedding of each row's last token, for smear
+        self.last = None  # [rows, 1]: the last token of each row
 
-    def extend(self, T, counts):
-        """Prepares, once for all layers, a pass over T more tokens in each row, of which counts
-        [rows] are real, or all: their positions [rows, T] and the mask of the keys they see."""
+    def extend(self, idx, counts):
+        """Prepares, once for all layers, a pass over more tokens in each row, idx [rows, T], of
+        which counts [rows] are real, or all: their positions [rows, T] and the mask of the keys
+        they see. -> the token before the first of each, [rows, 1]; of an empty cache the first"""
+        T = idx.size(1)
         longest = int(self.lengths.max())  # waits for the device
         device = self.lengths.device
         self.end = longest + T
@@ -47,14 +49,9 @@ class KVCache:
         if longest > 0:
             keys = torch.arange(self.end, device=device)
             self.mask = keys <= self.positions[:, None, :, None]  # [rows, 1, T, end]
-        self.counts = counts
         self.lengths = self.lengths + (T if counts is None else counts)
-
-    def before(self, x):
-        """x [rows, T, n_embd]: embeddings of the new tokens -> [rows, 1, n_embd], of the one before
-        the first of each row (of an empty cache the first itself). Keeps the last for next time."""
-        before = x[:, :1] if self.last is None else self.last
-        self.last = last_real(x, self.counts)[:, None]
+        before = idx[:, :1] if self.last is None else self.last
+        self.last = last_real(idx, counts)[:, None]
         return before
 
     def update(self, layer, k, v):
@@ -84,7 +81,8 @@ def pad_right(rows):
     return padded, torch.tensor([len(row) for row in rows])
 
 def last_real(x, counts):
-    """x [B, T, C] -> x[b, counts[b] - 1] of each row b, [B, C]; the last of all without counts"""
+    """x [B, T, ...] -> x[b, counts[b] - 1] of each row b, [B, ...]; the last of all without
+    counts"""
     if counts is None:
         return x[:, -1]
     return x[torch.arange(len(x), device=x.device), counts - 1]
@@ -191,9 +189,10 @@ class Decoder:
         keys, values = self.kv.flatten(1, 2).chunk(2, dim=2)
         self.kept = list(zip(*key_channels(keys), values))  # of each layer, for writing
         self.max_len = max_len
+        self.device = device
         self.lengths = []  # tokens in each slot in use
-        self.last = torch.zeros(0, config.n_embd, device=device)  # [n, n_embd], as in KVCache
-        self.prefilled = {}  # prompt -> its keys and values of each layer, last, logits
+        self.last = []  # and the last of them
+        self.prefilled = {}  # prompt -> its keys and values of each layer, logits
         self.eps = torch.full((), torch.finfo(torch.float32).eps, device=device)  # as F.rms_norm
         cos, sin = model.rotary_table(max_len)
         # [max_len, 2, head_dim], for x * cos + roll(x) * sin
@@ -216,40 +215,38 @@ class Decoder:
         new = [key for key in dict.fromkeys(keys) if key not in self.prefilled]
         if new:
             cache, logits = prefill(self.model, new, max(map(len, new)))
-            last = torch.zeros(len(new), 1) if cache.last is None else cache.last
             for i, key in enumerate(new):
-                self.prefilled[key] = [kv[:, i] for kv in cache.kv], last[i], logits[i]
+                self.prefilled[key] = [kv[:, i] for kv in cache.kv], logits[i]
         for key in keys:
             slot, T = len(self.lengths), len(key)
             for kv, made in zip(self.kv, self.prefilled[key][0]):
                 # [2, n_kv_head, T + 1, head_dim] -> [T + 1, 2 * n_kv_head, head_dim]
                 kv[slot, :T + 1] = made[:, :, :T + 1].flatten(0, 1).transpose(0, 1)
             self.lengths.append(T)
-        if self.model.config.modern:
-            lasts = [self.prefilled[key][1].float() for key in keys]
-            self.last = torch.cat([self.last, *lasts])
-        logits = torch.stack([self.prefilled[key][2] for key in keys])
+            self.last.append(key[-1])
+        logits = torch.stack([self.prefilled[key][1] for key in keys])
         # samples of one prompt come one after another, so the next to come may be of the last
-        layers, last, after = self.prefilled[keys[-1]]
-        self.prefilled = {keys[-1]: ([kv.clone() for kv in layers], last, after)}
+        layers, after = self.prefilled[keys[-1]]
+        self.prefilled = {keys[-1]: ([kv.clone() for kv in layers], after)}
         return logits
 
     def remove(self, slot):
         """The row of a slot is finished."""
-        T, end = self.lengths.pop(), len(self.lengths)
+        T, last = self.lengths.pop(), self.last.pop()
+        end = len(self.lengths)
         if slot < end:
             self.kv[:, slot, :T + 1] = self.kv[:, end, :T + 1]
             self.lengths[slot] = T
-        if self.model.config.modern:
-            self.last[slot] = self.last[end]
-            self.last = self.last[:end]
+            self.last[slot] = last
 
     def step(self, tokens):
         """tokens: the newest one of each slot in use, a list -> logits [n, V] after each"""
         modern = self.model.config.modern
-        n, device = len(tokens), self.last.device
+        n, device = len(tokens), self.device
         self.n, self.end = n, max(self.lengths) + 1
-        self.idx, positions = torch.tensor([tokens, self.lengths], device=device)
+        ids = torch.tensor([tokens, self.last, self.lengths], device=device)
+        self.idx, _, positions = ids
+        self.last = list(tokens)
         place = positions + torch.arange(0, n * self.max_len, self.max_len, device=device)
         self.places = place, place + self.model.config.key_offset, place  # as in self.kept
         self.cos, self.sin = self.rotary.index_select(0, positions).split(1, dim=1)
@@ -262,9 +259,8 @@ class Decoder:
         keys, values = self.kv[:, :n, :self.end].transpose(2, 3).chunk(2, dim=2)
         self.seen = list(zip(keys.unbind(), values.unbind()))  # each [n, n_kv_head, end, head_dim]
 
-        x = self.norm(self.model.transformer.wte(self.idx).float())
+        x = self.embed(ids[:2])
         if modern:
-            x = self.smear(x)
             first = (self.first_share * x).unbind()  # for each layer
         for i, (qkv, attn_proj, mlp_fc, mlp_proj) in enumerate(self.packed.layers):
             if modern:
@@ -281,11 +277,16 @@ class Decoder:
         mean_square = torch.addcmul(self.eps, size, size, value=1 / x.size(-1))
         return torch.mul(x, mean_square.rsqrt_(), out=out)
 
-    def smear(self, x):
-        """GPT.smear for one token a row, x [n, n_embd]"""
-        before, self.last = self.last, x
-        gate = torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], self.smear_gate))
-        return torch.addcmul(x, gate, before, value=self.smear_share)
+    def embed(self, ids):
+        """GPT.embed for one token a row: ids [2, n], the tokens and those before -> [n, n_embd]"""
+        config = self.model.config
+        x, before = self.norm(self.model.transformer.wte(ids).float())
+        if config.modern:
+            gate = torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], self.smear_gate))
+            x = torch.addcmul(x, gate, before, value=self.smear_share)
+        if config.bigram_vocab_size:
+            x = x + self.model.bigram_embeds(bigram_ids(ids[1], ids[0], config.bigram_vocab_size))
+        return x
 
     def attend(self, layer, qkv):
         """What gpt.Attention does between its products: qkv [n, ...], its queries, keys, values and

@@ -259,6 +259,8 @@ def make_optimizer(model, settings, scale, weight_decay, compute_dtype):
     groups = {  # a parameter belongs to the first whose word is in its name
         "wte": adamw(embedding_lr, (0.8, 0.995), 0.001),
         "value_embeds": adamw(embedding_lr, (0.8, 0.995), 0.01),
+        # a pair is met seldom; at the full rate they are worth nothing (LOG.md)
+        "bigram_embeds": adamw(0.1 * embedding_lr, (0.8, 0.995), 0.01),
         "lm_head": adamw(unembedding_lr, (0.8, 0.96), 0.01),
         # every layer multiplies by these: small steps
         "resid_lambdas": adamw(scalar_lr * 0.01, (0.8, 0.95), 0.05),

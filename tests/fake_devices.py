@@ -61,7 +61,7 @@ def make(config):
 def problem_of_training(arch):
     """-> None, or what is wrong with a forward, a backward and an optimizer step"""
     with FakeTensorMode(), Watched() as watched:
-        model, optimizer = make(gpt.config_from_depth(4, 512, 64, arch))
+        model, optimizer = make(gpt.config_from_depth(4, 512, 64, arch, bigram_vocab_size=100))
         idx = torch.zeros(3, 64, dtype=torch.long, device="gpu")
         try:
             model(idx, idx).backward()
@@ -78,7 +78,7 @@ def problem_of_decoding(arch):
     """-> None, or what is wrong with generating. Tensors are made on the CPU here, of the prompts
     and of the tokens that were drawn; mixing them with the device's is what is looked for."""
     with FakeTensorMode(), Watched():
-        model, _ = make(gpt.config_from_depth(2, 512, 64, arch))
+        model, _ = make(gpt.config_from_depth(2, 512, 64, arch, bigram_vocab_size=100))
         drawn = torch.zeros(3, 4, dtype=torch.float64)
         try:
             engine.generate(model, BYTES, [[1, 2], [3], [3]], 4, temperature=1.0, top_k=5,

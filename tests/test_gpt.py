@@ -15,8 +15,9 @@ from conftest import BYTES, RATES, SHARED, nanochats_own, needs_nanochat, script
 torch.set_num_threads(1)
 
 def small(arch="modern", n_kv_head=2, seed=0):
+    modern = arch == "modern"
     model = gpt.GPT(gpt.GPTConfig(64, BYTES.vocab_size, 3, 2, n_kv_head, 64, arch,
-                                  key_offset=arch == "modern"))
+                                  key_offset=modern, bigram_vocab_size=100 * modern))
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():  # no zero projections: every part has to matter
@@ -121,8 +122,12 @@ def test_the_switch_turns_the_additions_off():
     modern = {n for n, _ in small().named_parameters()}
     added = {"ve_gate" if "ve_gate" in n else n.split(".")[0] for n in modern}
     assert added - {"transformer", "lm_head"} == {
-        "resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate"}
-    assert not any("lambda" in n or "ve_" in n or "smear" in n for n in plain)
+        "resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate", "value_embeds", "ve_gate",
+        "bigram_embeds"}
+    assert not any(word in n for n in plain for word in ("lambda", "ve_", "smear", "embeds"))
+    config = gpt.config_from_depth(20, 512, 64, "nanochat_2025", key_offset=True,
+                                   bigram_vocab_size=100)
+    assert not config.key_offset and not config.bigram_vocab_size
 
 def test_half_the_channels_of_a_key_are_of_the_token_before():
     keys = torch.arange(1, 9) + 10.0 * torch.arange(1, 4).view(1, 1, 3, 1)  # of three tokens
@@ -131,9 +136,25 @@ def test_half_the_channels_of_a_key_are_of_the_token_before():
     assert second == [21, 22, 13, 14, 25, 26, 17, 18]
     assert third == [31, 32, 23, 24, 35, 36, 27, 28]
     assert gpt.config_from_depth(20, 512, 64).key_offset
-    assert not gpt.config_from_depth(20, 512, 64, "nanochat_2025").key_offset
-    old = {name: value for name, value in vars(small().config).items() if name != "key_offset"}
-    assert not gpt.GPTConfig(**old).key_offset, "a model saved before there was the setting"
+
+def test_a_model_saved_before_there_was_a_setting_is_without_what_it_turns_on():
+    added = ("key_offset", "bigram_vocab_size")
+    old = {name: value for name, value in vars(small().config).items() if name not in added}
+    assert not any(getattr(gpt.GPTConfig(**old), name) for name in added)
+
+def test_a_pair_of_tokens_has_an_embedding_of_its_own():
+    """Only what stands behind the pair 5, 9 changes with its embedding."""
+    model = small()
+    model.bigram_embeds = torch.nn.Embedding(model.config.bigram_vocab_size, 64)
+    model.bigram_embeds.weight.data.zero_()
+    tokens = [3, 9, 5, 7, 5, 9, 2]
+    pairs = list(zip([3, *tokens], tokens))  # nothing stands before the first but itself
+    rows = [(9 * 36313 ^ 5 * 27191) % 100 == (b * 36313 ^ a * 27191) % 100 for a, b in pairs]
+    assert rows == [False] * 5 + [True, False]
+    without = model(torch.tensor([tokens]))[0]
+    model.bigram_embeds.weight.data[(9 * 36313 ^ 5 * 27191) % 100] = 1.0
+    same = (model(torch.tensor([tokens]))[0] == without).all(dim=-1).tolist()
+    assert same == [True] * 5 + [False] * 2
 
 def test_depth_gives_the_shape():
     deep = gpt.config_from_depth(20, 65536, 2048)

@@ -307,7 +307,7 @@ def test_a_missing_gradient_counts_as_zeros():
 
 @pytest.mark.parametrize("arch", ["modern", "nanochat_2025"])
 def test_every_parameter_of_the_model_is_in_its_group(arch):
-    model = gpt.GPT(gpt.config_from_depth(2, 512, 32, arch))
+    model = gpt.GPT(gpt.config_from_depth(2, 512, 32, arch, bigram_vocab_size=100))
     model.init_weights(0)
     rates = {"matrix_lr": 0.01, "embedding_lr": 0.1, "unembedding_lr": 0.002, "scalar_lr": 0.25}
     optimizer = optim.make_optimizer(model, rates, 2.0, 0.1, torch.bfloat16)
@@ -321,7 +321,8 @@ def test_every_parameter_of_the_model_is_in_its_group(arch):
     rates = {"transformer.wte.weight": 0.2 * scale, "lm_head.weight": 0.004 * scale,
              "transformer.h.1.mlp.c_fc.weight": 0.02}
     if arch == "modern":
-        rates |= {"value_embeds.1.weight": 0.2 * scale, "resid_lambdas": 0.005, "x0_lambdas": 0.5,
+        rates |= {"value_embeds.1.weight": 0.2 * scale, "bigram_embeds.weight": 0.02 * scale,
+                  "resid_lambdas": 0.005, "x0_lambdas": 0.5,
                   "transformer.h.1.attn.ve_gate.weight": 0.5}
     for name, rate in rates.items():
         assert found[name]["lr"] == found[name]["initial_lr"] == pytest.approx(rate)

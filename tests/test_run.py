@@ -315,6 +315,15 @@ def test_a_run_begun_before_a_setting_came_asks_for_what_held_then(folder, capsy
     assert run.saved_step == 3
     run.close(75, "stopped")
 
+def test_to_the_plain_model_settings_of_the_modern_one_say_nothing(folder):
+    run = start(folder, settings(depth=4, arch="nanochat_2025"), damage=None)
+    save(run, 3)
+    run.close(75, "stopped")
+    modern = {"key_offset": True, "bigram_vocab_size": 9}
+    run = start(folder, settings(depth=4, arch="nanochat_2025", **modern), damage=None)
+    assert run.saved_step == 3
+    run.close(75, "stopped")
+
 def put_another_runs_checkpoint_into(folder, step):
     """Somebody copies there what a run with other settings has saved."""
     other = folder.with_name("d5")
