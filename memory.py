@@ -34,17 +34,18 @@ def of_model(model, optimizer):
 
 def of_step(model, optimizer):
     """Bytes that optimizer.step() takes for itself: copies of the gradients and of the weights that
-    travel stacked, and what Muon needs for its largest group."""
-    stacked = largest = 0
+    travel stacked, and what Muon or AdamW needs for its largest group."""
+    stacked = 0
+    largest = {"muon": 0, "adamw": 0}
     for bucket in optimizer.buckets:
         size = sum(p.nbytes for p in bucket.params)
         if bucket.stacked:
             stacked += size
-        if bucket.group["kind"] == "muon":
-            largest = max(largest, size)
+        kind = bucket.group["kind"]
+        largest[kind] = max(largest[kind], size)
     world = optimizer.world
-    for_muon = (2 + 0.375 * optimizer.ns_dtype.itemsize) * largest
-    return stacked / world + stacked + for_muon / world
+    for_muon = (2 + 0.375 * optimizer.ns_dtype.itemsize) * largest["muon"]
+    return stacked / world + stacked + max(for_muon, largest["adamw"]) / world
 
 def of_activations(config, rows, dtype, compiled):
     """Bytes that the forward pass of `rows` rows leaves for the backward pass, and that the loss of

@@ -14,14 +14,15 @@ from conftest import RATES, alone
 FP32, BF16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
 
-def make(depth, vocab, length, arch, dtype):
-    model = gpt.GPT(gpt.config_from_depth(depth, vocab, length, arch), dtype)
+def make(depth, vocab, length, arch, dtype, pairs=0):
+    config = gpt.config_from_depth(depth, vocab, length, arch, bigram_vocab_size=pairs)
+    model = gpt.GPT(config, dtype)
     model.init_weights(0)
     return model, optim.make_optimizer(model, RATES, 1.0, 0.1, dtype)
 
-def training_memory(depth, vocab, length, rows, turns, arch, dtype):
+def training_memory(depth, vocab, length, rows, turns, arch, dtype, pairs=0):
     """-> (predicted, measured) bytes of a step"""
-    model, optimizer = make(depth, vocab, length, arch, dtype)
+    model, optimizer = make(depth, vocab, length, arch, dtype, pairs)
     x = torch.randint(vocab, (rows, length))
 
     def step():
@@ -45,7 +46,7 @@ def decoding_memory(depth, vocab, rows, prompt, new, dtype):
 @pytest.mark.parametrize("shape", [
     (2, 512, 256, 4, 1, "modern", FP32), (3, 4096, 128, 2, 2, "nanochat_2025", FP32),
     (4, 512, 32, 2, 2, "modern", FP32), (2, 512, 512, 4, 1, "nanochat_2025", BF16),
-    (3, 512, 128, 4, 2, "modern", BF16)])
+    (3, 512, 128, 4, 2, "modern", BF16), (2, 512, 256, 4, 1, "modern", BF16, 32768)])
 def test_training_takes_what_is_predicted(shape):
     predicted, measured = training_memory(*shape)
     assert predicted == pytest.approx(measured, rel=0.05)  # found: within 0.025
