@@ -2,6 +2,7 @@
 data = "toy"
 mixture = ["smoltalk", "mmlu_aux:2500", "arc_easy:800", "arc_challenge:800", "gsm8k",
            "identity", "simplespelling:800", "spellingbee:4500"]
+max_steps = 280
 matrix_lr = 0.08
 embedding_lr = 0.6
 unembedding_lr = 0.016
