@@ -1,7 +1,7 @@
 # Supervised finetuning on the toy world: python chat_sft.py config/toy_sft.py
 data = "toy"
-mixture = ["smoltalk:6000", "mmlu_aux:1200", "arc_easy:600", "arc_challenge:600",
-           "gsm8k:1200", "identity", "simplespelling:200", "spellingbee:1500"]
+mixture = ["smoltalk:7000", "mmlu_aux:1000", "arc_easy:500", "arc_challenge:500",
+           "gsm8k:800", "identity", "simplespelling:200", "spellingbee:1000"]
 max_steps = 110
 matrix_lr = 0.08
 embedding_lr = 0.6
