@@ -1,11 +1,10 @@
-# Pretraining on the toy world: 3 million parameters, 2 more for token pairs; 2.5 million tokens
+# Pretraining on the toy world: 3 million parameters, 2.5 million tokens
 #   python base_train.py config/toy_base.py
 data = "toy"
 depth = 2
 aspect_ratio = 128
 max_seq_len = 256
 total_batch_size = 4096
-bigram_vocab_size = 8192
 num_steps = 600
 matrix_lr = 0.22
 embedding_lr = 3.4
