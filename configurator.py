@@ -65,7 +65,8 @@ RANGES = {
 ANY = (-1e18, 1e18)  # of a setting that you add yourself
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025"),
-           "source": pipeline.STAGES, "stage": pipeline.STAGES, "weights": ("auto", "int8")}
+           "source": pipeline.STAGES, "stage": pipeline.STAGES, "weights": ("auto", "int8"),
+           "precision": ("float32", "bfloat16")}
 
 class Settings(dict):
     """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given

@@ -3,8 +3,7 @@
 depth = 2
 max_seq_len = 256
 total_batch_size = 4096
-bigram_vocab_size = 32768
-num_steps = 1900
+num_steps = 1950
 matrix_lr = 0.22
 embedding_lr = 3.4
 unembedding_lr = 0.045
