@@ -163,10 +163,11 @@ def card(folder, step, name, parameters):
         rows = lines[lines.index("## Scores"):]
         scores = ["Scores over the stages of its training:", "",
                   *(line for line in rows if line.startswith("|")), ""]
-    return "\n".join([
-        "---", "pipeline_tag: text-generation", "library_name: transformers", "---", f"# {name}",
-        "", f"A nanochat of {parameters:,} parameters, stage {source}, step {step:,}, trained by "
-        f"commit {record.get('commit', 'unknown')}.", "", *scores])
+    commit = record.get("commit", "unknown")
+    what = (f"A nanochat of {parameters:,} parameters, stage {source}, step {step:,}, trained by "
+            f"commit {commit}.")
+    return "\n".join(["---", "pipeline_tag: text-generation", "library_name: transformers", "---",
+                      f"# {name}", "", what, "", *scores])
 
 def files_of(model, tokenizer):
     """-> {file: content} of the folder's JSON files."""
@@ -229,7 +230,11 @@ def main():
                  "embeddings, smear and scalars have no place in transformers, which knows the "
                  "plain model; train one with --arch=nanochat_2025 to export it")
     name = f"{source}_{folder.name}"
-    target = Path(out).expanduser() if out else pipeline.data_root(data) / "export" / name
+    target = Path(out).expanduser().absolute() if out else \
+        pipeline.data_root(data) / "export" / name
+    of_ours = common.read_json(target / "config.json").get("model_type") == "nanochat"
+    common.check(of_ours or not os.path.lexists(target), f"{target} is there and holds no export: "
+                 "name a new folder with --out")
     part = target.with_name(f".{target.name}.part")  # of an export that has died, too
     model, _ = models.load_model(folder, step, "cpu", torch.float32)
     readme = card(folder, step, name, sum(p.numel() for p in model.parameters()))

@@ -145,7 +145,8 @@ def test_an_export_is_compared_with_its_model_and_never_lost(state):
     out = script(state, "export.py", "--check=True")
     assert out.returncode == 0 and f"the same as {folder}" in out.stdout
     assert "| a | b |" not in (folder / "README.md").read_text()
-    (folder / "config.json").write_text("{}")
+    changed = '{"model_type": "nanochat"}'
+    (folder / "config.json").write_text(changed)
     (state / "report/report.md").write_text(report.format("d1"))
     out = script(state, "export.py", "--check=True")
     assert out.returncode == 1 and "different are config.json" in out.stderr
@@ -154,7 +155,20 @@ def test_an_export_is_compared_with_its_model_and_never_lost(state):
     kept = [path for path in folder.parent.iterdir() if path != folder]
     readme = (folder / "README.md").read_text()
     assert "| a | b |" in readme and "/home/me" not in readme and "Next" not in readme
-    assert len(kept) == 1 and (kept[0] / "config.json").read_text() == "{}"
+    assert len(kept) == 1 and (kept[0] / "config.json").read_text() == changed
+
+def test_what_is_no_export_stays_where_it_is(state, tmp_path):
+    tokenizer = tok.Tokenizer(RANKS)
+    saved(tokenizer, plain_model(tokenizer.vocab_size))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("letters", "file", "."):
+        out = script(state, "export.py", f"--out={tmp_path / name}")
+        assert out.returncode == 2 and "holds no export" in out.stderr, out.stderr
+    assert script(state, "export.py", "--out=.").returncode == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 def test_a_death_in_the_middle_leaves_no_half_export(state):
     tokenizer = tok.Tokenizer(RANKS)
