@@ -57,6 +57,17 @@ def load_meta(directory, step):
     repeated = repeated_meta(directory, step)
     return repeated or common.read_json(Path(directory) / names(step)[2])
 
+# settings that came later, with what held before they were there
+ADDED = {"aspect_ratio": 64, "key_offset": False, "bigram_vocab_size": 0}
+
+def as_today(settings):
+    """Recorded settings with those that came later; to the plain model, which has neither, the two
+    last say nothing."""
+    settings = {**ADDED, **settings}
+    if settings.get("arch") == "nanochat_2025":
+        settings.update(key_offset=False, bigram_vocab_size=0)
+    return settings
+
 def same_run(meta, other):
     """Whether the metas of two checkpoints are of one run: settings and inputs are the same, as
     Run.save has put them there. Those of earlier versions, which do not say, count as of the run in
@@ -66,7 +77,8 @@ def same_run(meta, other):
     one, two = [m.get("record", {}) for m in (meta, other)]
     if not (one and two):
         return True
-    plain = [{**r.get("settings", {}), "tag": ""} for r in (one, two)]  # a folder may be renamed
+    # a folder may be renamed
+    plain = [{**as_today(r.get("settings", {})), "tag": ""} for r in (one, two)]
     return plain[0] == plain[1] and one.get("inputs") == two.get("inputs")
 
 def fingerprint(directory, step):

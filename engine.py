@@ -38,7 +38,7 @@ class KVCache:
     def extend(self, idx, counts):
         """Prepares, once for all layers, a pass over more tokens in each row, idx [rows, T], of
         which counts [rows] are real, or all: their positions [rows, T] and the mask of the keys
-        they see. -> the token before the first of each, [rows, 1]; of an empty cache the first"""
+        they see. -> the token before the first of each, [rows, 1], None if the cache is empty"""
         T = idx.size(1)
         longest = int(self.lengths.max())  # waits for the device
         device = self.lengths.device
@@ -50,8 +50,7 @@ class KVCache:
             keys = torch.arange(self.end, device=device)
             self.mask = keys <= self.positions[:, None, :, None]  # [rows, 1, T, end]
         self.lengths = self.lengths + (T if counts is None else counts)
-        before = idx[:, :1] if self.last is None else self.last
-        self.last = last_real(idx, counts)[:, None]
+        before, self.last = self.last, last_real(idx, counts)[:, None]
         return before
 
     def update(self, layer, k, v):

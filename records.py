@@ -107,18 +107,14 @@ def comparable(settings, directory):
         settings["tag"] = directory.name
     if settings.get("data"):
         settings["data"] = pipeline.whole_path(settings["data"])
-    if settings.get("arch") == "nanochat_2025":  # it has none of these, whatever is asked for
-        settings.update(key_offset=False, bigram_vocab_size=0)
     return settings
-
-# settings that came later, with what held before they were there
-ADDED = {"aspect_ratio": 64, "key_offset": False, "bigram_vocab_size": 0}
 
 def changes(old, directory, settings, inputs=None):
     """What defines the result and is other than in the record `old`, in words. inputs=None:
     they are not known yet."""
-    changed = differences({**ADDED, **comparable(old["settings"], directory)},
-                          {**ADDED, **comparable(settings.defining, directory)})
+    before, now = (checkpoint.as_today(comparable(given, directory))
+                   for given in (old["settings"], settings.defining))
+    changed = differences(before, now)
     return changed + other_inputs(old["inputs"], old["inputs"] if inputs is None else inputs)
 
 # -------------------------------------------------------------------------------------------------

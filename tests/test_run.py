@@ -86,17 +86,17 @@ def test_a_record_of_a_training_that_has_saved_nothing_blocks_no_other(folder, s
     assert run.record["settings"]["depth"] == 5 and run.saved_step is None
     run.close(1, "over")
 
-@pytest.mark.parametrize("name", sorted(records.ADDED))
+@pytest.mark.parametrize("name", sorted(checkpoint.ADDED))
 def test_a_run_from_before_a_setting_was_there_goes_on_with_what_held_then(folder, name, capsys):
     run = start(folder, damage=None)
     save(run, 3)
     run.close(75, "stopped")
-    run = start(folder, settings(depth=4, **{name: records.ADDED[name]}), damage=None)
+    run = start(folder, settings(depth=4, **{name: checkpoint.ADDED[name]}), damage=None)
     assert run.saved_step == 3
     run.close(75, "stopped")
     other = settings(depth=4, **{name: 7})
     assert exit_code(start, folder, other, damage=None) == 2
-    assert f"{name} was {records.ADDED[name]}, now 7" in capsys.readouterr().err
+    assert f"{name} was {checkpoint.ADDED[name]}, now 7" in capsys.readouterr().err
 
 def test_what_starts_it_over_is_named_as_it_is_typed(folder, monkeypatch, capsys):
     run = start(folder, damage=None)
@@ -313,6 +313,8 @@ def test_a_run_begun_before_a_setting_came_asks_for_what_held_then(folder, capsy
     assert "key_offset was False, now True" in capsys.readouterr().err
     run = start(folder, settings(depth=4, key_offset=False), damage=None)
     assert run.saved_step == 3
+    save(run, 5)
+    assert checkpoint.steps(folder) == [5], "the older one is of the same run, and goes"
     run.close(75, "stopped")
 
 def test_to_the_plain_model_settings_of_the_modern_one_say_nothing(folder):
@@ -322,6 +324,8 @@ def test_to_the_plain_model_settings_of_the_modern_one_say_nothing(folder):
     modern = {"key_offset": True, "bigram_vocab_size": 9}
     run = start(folder, settings(depth=4, arch="nanochat_2025", **modern), damage=None)
     assert run.saved_step == 3
+    save(run, 5)
+    assert checkpoint.steps(folder) == [5]
     run.close(75, "stopped")
 
 def put_another_runs_checkpoint_into(folder, step):
