@@ -1,15 +1,15 @@
 """
 Takes a model to the programs that people already use: a folder that Hugging Face's transformers
-loads as it is (NanoChatForCausalLM), and so does what builds on it, such as vLLM and lm_eval.
+loads as it is (NanoChatForCausalLM).
 
     python export.py --data=toy --source=sft
     python export.py --data=toy --source=sft --check=True    # compares an export with its model
 
 transformers knows the plain model of November 2025. Train one with --arch=nanochat_2025: what a
 modern model has besides has no place there. The folder is export/<stage>_<tag> in the state folder;
-it is there whole or not at all, and one of before is put aside.
+it is there whole or not at all, and another one of before is put aside.
 """
-import filecmp
+import contextlib
 import json
 import os
 import re
@@ -23,6 +23,7 @@ import common
 import configurator
 import models
 import pipeline
+import tokenizer as tok
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model
@@ -35,7 +36,6 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 import torch  # only here: it takes seconds, and --help needs none of it
 
-import engine
 import gpt
 
 # -------------------------------------------------------------------------------------------------
@@ -62,9 +62,15 @@ def merge_of(token, ranks):
 
 def plain_pattern(pattern):
     """The pattern without possessive repeats, one of which means something else to the regular
-    expressions there. What stands behind them in ours never matches what they have taken.
+    expressions there. What stands behind them in ours never matches what they have taken. Failure
+    where the pattern is neither ours nor nanochat's.
     example: r"\\p{N}{1,2}+| ?+x" -> r"\\p{N}{1,2}| ?x" """
-    return re.sub(r"([?*+]|\{[\d,]+\})\+", r"\1", pattern)
+    def plain(text):
+        greedy = re.sub(r"([?*+]|\{[\d,]+\})\+", r"\1", text)
+        return re.sub(r"\[(\\p\{.\})\]", r"\1", greedy)  # [\p{L}] is \p{L}
+    common.check(plain(pattern) == plain(tok.PATTERN), "the tokenizer cuts texts by a pattern that "
+                 f"is not ours, which was not tried elsewhere: {pattern}")
+    return plain(pattern)
 
 def tokenizer_json(tokenizer):
     """A tokenizer.Tokenizer -> the content of its tokenizer.json, which begins a text with bos."""
@@ -102,8 +108,10 @@ CHAT_TEMPLATE = """\
 {{- '<|bos|>' -}}
 {%- set ns = namespace(system='') -%}
 {%- for message in messages -%}
-{%- if message.role == 'system' -%}
+{%- if message.role == 'system' and loop.first -%}
 {%- set ns.system = message.content + '\\n\\n' -%}
+{%- elif message.role not in ['user', 'assistant'] -%}
+{{- raise_exception('a system message comes first, then user and assistant take turns') -}}
 {%- else -%}
 {{- '<|' + message.role + '_start|>' + ns.system + message.content -}}
 {{- '<|' + message.role + '_end|>' -}}
@@ -129,12 +137,15 @@ def name_there(name):
         return f"model.layers.{layer}.{NAMES['.'.join(part)]}.weight"
     return name
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error)
+
 def write_safetensors(path, tensors):
     """Writes {name: tensor} in the format of huggingface.co/docs/safetensors: the length of a
     header, the header, the numbers."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
+        kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
         header[name] = {"dtype": kind, "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
@@ -147,6 +158,19 @@ def write_safetensors(path, tensors):
         f.flush()
         os.fsync(f.fileno())
 
+def read_safetensors(path):
+    """-> {name: tensor}, the file's own memory; one of DAMAGE where it is none."""
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + struct.unpack("<Q", content[:8].numpy().tobytes())[0]
+    header = json.loads(content[8:start].numpy().tobytes())
+    del header["__metadata__"]
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        numbers = content[start + begin:start + end].view(DTYPES[entry["dtype"]])
+        tensors[name] = numbers.view(entry["shape"])
+    return tensors
+
 # -------------------------------------------------------------------------------------------------
 # the folder
 
@@ -156,14 +180,16 @@ def card(folder, step, name, parameters):
     record = load_record(folder) or {}
     report = pipeline.report_dir(data) / "report.md"
     lines = [""]
-    if report.is_file():
-        lines = report.read_text(encoding="utf-8", errors="replace").splitlines()
+    with contextlib.suppress(OSError):
+        lines += report.read_text(encoding="utf-8", errors="replace").splitlines()
     scores = []
-    if "## Scores" in lines and lines[0].endswith(f", {folder.name}"):  # of this run
+    if "## Scores" in lines and lines[1].endswith(f", {folder.name}"):  # of this run
         rows = lines[lines.index("## Scores"):]
         scores = ["Scores over the stages of its training:", "",
                   *(line for line in rows if line.startswith("|")), ""]
     commit = record.get("commit", "unknown")
+    if record.get("difference"):
+        commit += " with changes"
     what = (f"A nanochat of {parameters:,} parameters, stage {source}, step {step:,}, trained by "
             f"commit {commit}.")
     return "\n".join(["---", "pipeline_tag: text-generation", "library_name: transformers", "---",
@@ -173,6 +199,7 @@ def files_of(model, tokenizer):
     """-> {file: content} of the folder's JSON files."""
     config = model.config
     stops = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]
+    # pad is one of eos: of another, bos for instance, generate() takes any in a prompt for padding
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": stops, "pad_token_id": stops[0]}
     return {
         "config.json": {
@@ -190,37 +217,49 @@ def files_of(model, tokenizer):
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>",
             "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>",
+            "padding_side": "left",
             "model_max_length": config.sequence_len, "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE},
     }
 
-def write_folder(there, model, tokenizer, readme):
-    """Writes everything into the new folder `there`."""
-    there.mkdir(parents=True)
-    for file, content in files_of(model, tokenizer).items():
-        common.atomic_write(there / file, json.dumps(content, indent=1) + "\n")
-    common.atomic_write(there / "README.md", readme)
-    dtype = getattr(torch, precision)
-    write_safetensors(there / "model.safetensors",
-                      {name_there(name): p.detach().to(dtype)
-                       for name, p in model.named_parameters()})
-    common.fsync_dir(there)
+def write_folder(there, files, tensors, readme):
+    """Writes everything into the new folder `there`; nothing of it stays where that fails."""
+    try:
+        there.mkdir(parents=True)
+        for file, content in files.items():
+            common.atomic_write(there / file, json.dumps(content, indent=1) + "\n")
+        common.atomic_write(there / "README.md", readme)
+        write_safetensors(there / "model.safetensors", tensors)
+        common.fsync_dir(there)
+    except BaseException:
+        shutil.rmtree(there, ignore_errors=True)
+        raise
 
-def parity(model, tokenizer):
-    """Prints how far the model is from itself with its weights as they are written."""
-    prompt = [tokenizer.bos, *tokenizer.encode("The capital of France is")]
-    answers, logits = [], []
-    for dtype in ("float32", precision):
-        for p in model.parameters():
-            p.data = p.data.to(getattr(torch, dtype)).float()
-        answers.append(engine.generate(model, tokenizer, [prompt], 64)[0][0])
-        with torch.inference_mode():
-            logits.append(model(torch.tensor([prompt + answers[0]])))
-    furthest = (logits[1] - logits[0]).abs().max()
-    same = sum(a == b for a, b in zip(*answers))
-    print(f"parity: with weights in {precision} logits differ by at most {furthest:.4f} (the "
-          f"largest is {logits[0].abs().max():.1f}), {same} of {len(answers[0])} likeliest tokens "
-          "are the same")
+def wrong_in(there, files, tensors):
+    """-> the names of the files in the folder `there` that are missing or not what was written."""
+    wrong = [file for file, content in files.items() if common.read_json(there / file) != content]
+    same = False
+    with contextlib.suppress(*DAMAGE):
+        found = read_safetensors(there / "model.safetensors")
+        same = found.keys() == tensors.keys() and all(
+            torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    return wrong if same else [*wrong, "model.safetensors"]
+
+TEXT = ("The capital of France is Paris, and the capital of Italy is Rome. If 5 apples cost 10 "
+        "dollars, then one apple costs 2 dollars. She said that it was late, and went home.\n")
+
+def parity(model, tokenizer, tensors):
+    """Says what the model loses with its weights as they are written; they then stay so."""
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(TEXT)][:model.config.sequence_len]])
+    with torch.inference_mode():
+        before = model(ids)
+        for name, p in model.named_parameters():
+            p.copy_(tensors[name_there(name)])
+        after = model(ids)
+    furthest, largest = (after - before).abs().max(), before.abs().max()
+    same = (before.argmax(-1) == after.argmax(-1)).sum()
+    return (f"with weights in {precision} logits differ by at most {furthest:.4f} (the largest is "
+            f"{largest:.1f}); the likeliest token is the same at {same} of {ids.numel()} places")
 
 def main():
     folder, step = models.find_model(source, data, tag)
@@ -230,33 +269,42 @@ def main():
                  "embeddings, smear and scalars have no place in transformers, which knows the "
                  "plain model; train one with --arch=nanochat_2025 to export it")
     name = f"{source}_{folder.name}"
-    target = Path(out).expanduser().absolute() if out else \
-        pipeline.data_root(data) / "export" / name
-    of_ours = common.read_json(target / "config.json").get("model_type") == "nanochat"
-    common.check(of_ours or not os.path.lexists(target), f"{target} is there and holds no export: "
-                 "name a new folder with --out")
-    part = target.with_name(f".{target.name}.part")  # of an export that has died, too
+    target = pipeline.data_root(data) / "export" / name
+    if out:
+        with pipeline.naming(f"--out={out}"):
+            target = Path(out).expanduser().resolve()
+    there = os.path.lexists(target)
+    if check:
+        common.check(there, f"there is no {target}: export it first, without --check")
+    elif out:
+        ours = common.read_json(target / "config.json").get("model_type") == "nanochat"
+        common.check(ours or not there, f"{target} is there and holds no export: name a new folder "
+                     "with --out")
+
     model, _ = models.load_model(folder, step, "cpu", torch.float32)
+    files = files_of(model, tokenizer)
     readme = card(folder, step, name, sum(p.numel() for p in model.parameters()))
-    with common.writing(target):
-        shutil.rmtree(part, ignore_errors=True)
-        write_folder(part, model, tokenizer, readme)
-        if check:
-            files = [path.name for path in part.iterdir() if path.name != "README.md"]
-            _, other, missing = filecmp.cmpfiles(part, target, files, shallow=False)
-            shutil.rmtree(part)
-            if other + missing:
-                common.fail(f"{target} is not what this model is exported to: missing or different "
-                            f"are {', '.join(sorted(other + missing))}", code=1)
-        else:
-            if os.path.lexists(target):
+    tensors = {name_there(name): p.detach().to(getattr(torch, precision))
+               for name, p in model.named_parameters()}
+    wrong = wrong_in(target, files, tensors)
+    if check and wrong:
+        common.fail(f"{target} is not what this model is exported to: missing or different are "
+                    f"{', '.join(wrong)}", code=1)
+    if wrong:
+        part = target.with_name(f".{target.name}.part")  # of an export that has died, too
+        with common.writing(target):
+            shutil.rmtree(part, ignore_errors=True)
+            write_folder(part, files, tensors, readme)
+            wrong = wrong_in(part, files, tensors)
+            if wrong:
+                common.fail(f"read back from {part}, {', '.join(wrong)} are damaged", code=1)
+            if there:
                 kept = common.aside_name(target)
                 target.rename(kept)
-                print(f"what was there is kept in {kept}")
+                print(f"another export was there; it is kept in {kept}")
             part.rename(target)
             common.fsync_dir(target.parent)
-    parity(model, tokenizer)
-    print(f"{'the same as' if check else 'exported to'} {target}")
+    print(f"{target} holds {name}, read back: {parity(model, tokenizer, tensors)}")
 
 if __name__ == "__main__":
     main()
