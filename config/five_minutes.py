@@ -3,7 +3,8 @@
 depth = 2
 max_seq_len = 256
 total_batch_size = 4096
-num_steps = 1950
+num_steps = 1750
+bigram_vocab_size = 32_768
 matrix_lr = 0.22
 embedding_lr = 3.4
 unembedding_lr = 0.045
