@@ -5,16 +5,15 @@ Talk to a model.
     python chat_cli.py -p "Who are you?"        # one answer, then back to the shell
     python chat_cli.py --source=base --data=toy # the base model goes on with what you type
 
-While it runs: /new starts a new conversation, /quit leaves, Ctrl-C stops an answer, a second one
-leaves.
+While it runs /help lists what else can be said; Ctrl-C stops an answer, a second one leaves.
 """
-import codecs
 import contextlib
+import json
 import os
 import secrets
-import shlex
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import common
@@ -22,7 +21,7 @@ import configurator
 import execution
 import models
 import pipeline
-import status
+import talk
 from ranks import Ranks
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
@@ -39,37 +38,8 @@ weights = "auto"             # auto (in dtype), or int8: faster on a CPU, less e
 threads = 0                  # CPU threads; 0: all cores
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
-STAGES = pipeline.STAGES
 common.check(prompt or "-p" not in sys.argv, "-p needs a prompt, as in -p \"Who are you?\"")
-
-# -------------------------------------------------------------------------------------------------
-# which model
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
-
-sets = [data] if data else status.data_sets()
-found = sorted(model for name in sets for model in models.trained(name))
-asked_for = [m for m in found if source in ("", m.stage) and tag in ("", m.tag)]
-usable = [m for m in asked_for if m.finished]
-if not found:
-    of_data = f" of {data}" if data else ""
-    common.fail(f"there is no {source or 'trained'} model{of_data} in {pipeline.base_dir()}",
-                next_command=shlex.join(["bash", "speedrun.sh", f"--data={data or 'toy'}"]))
-if usable:
-    data = usable[-1].data
-    chosen = max((m for m in usable if m.data == data),
-                 key=lambda m: (STAGES.index(m.stage), m.saved))
-    source, tag = chosen.stage, chosen.tag
-last = (asked_for or found)[-1]  # where none is usable find_model says what to do for one
-source, data, tag = source or last.stage, data or last.data, tag or last.tag
-with contextlib.redirect_stdout(sys.stderr):  # what it says is no answer
-    folder, step = models.find_model(source, data, tag)
-for m in found:
-    later = STAGES.index(m.stage) > STAGES.index(source)
-    if later and (m.data, m.tag) == (data, tag) and not m.finished:
-        say(f"({m.stage} {tag} is not finished: python status.py says why; this is the stage "
-            "before it)")
+source, data, tag = talk.choose(data, source, tag)
 
 # Ctrl-C stops an answer; where there is none to stop it leaves
 now = SimpleNamespace(answering=False, interrupted=False)
@@ -85,99 +55,194 @@ signal.signal(signal.SIGINT, on_interrupt)  # before torch is imported, which ta
 import engine
 from compute import choose_compute
 
-tokenizer = models.load_tokenizer_of(folder, step, data)
 compute = choose_compute(Ranks(0, 0, 1), settings)
 common.check(weights != "int8" or compute.device.type == "cpu", "--weights=int8 needs --device=cpu")
-model = models.load_to_use(folder, step, compute.device, compute.dtype)
-packed = engine.Packed(model, 1, weights)
-context = model.config.sequence_len
-longest_prompt = context - min(max_new_tokens, context // 2)  # the rest is kept for the answer
-COMMANDS = "(/new: new conversation, /quit: leave)"
 seed = secrets.randbits(32) if seed is None else seed
-drawn = "always the likeliest token"
-if temperature > 0:
-    drawn = f"temperature {temperature:g}, top_k {top_k or 'off'}, seed {seed}"
-say(f"{source} model {tag} of {data}, step {step:,}; {drawn}, max_new_tokens {max_new_tokens}, "
-    f"context of {context:,} tokens; {compute}")
-if not prompt:
-    say(COMMANDS)
+
+def load(stage):
+    """Takes the model of a stage. Failure where there is none."""
+    folder, step = talk.find(stage, data, tag)
+    now.tokenizer = models.load_tokenizer_of(folder, step, data)
+    now.model = models.load_to_use(folder, step, compute.device, compute.dtype)
+    now.packed = engine.Packed(now.model, 1, weights)
+    now.source, now.context = stage, now.model.config.sequence_len
+    drawn = "always the likeliest token"
+    if temperature > 0:
+        drawn = f"temperature {temperature:g}, top_k {top_k or 'off'}, seed {seed}"
+    talk.say(f"{talk.description(stage, data, tag, step)}; {drawn}, max_new_tokens "
+             f"{max_new_tokens}, context of {now.context:,} tokens; {compute}")
+    if stage == "base":
+        talk.say("the base model has not learnt to chat: it goes on with what you type")
+
+load(source)
 
 # -------------------------------------------------------------------------------------------------
-# answers
+# answers. A turn: what was said, and the token ids of the answer, None while there is none.
 
-MARKS = {tokenizer.special("<|python_start|>"): "[", tokenizer.special("<|python_end|>"): "]",
-         tokenizer.special("<|output_start|>"): "[= ", tokenizer.special("<|output_end|>"): "]"}
+MARKS = {now.tokenizer.special("<|python_start|>"): "[",
+         now.tokenizer.special("<|python_end|>"): "]",
+         now.tokenizer.special("<|output_start|>"): "[= ",
+         now.tokenizer.special("<|output_end|>"): "]"}
 
-def asked(text):
-    """What the user says, as token ids; the base model knows no turns, it goes on with the text."""
-    if source == "base":
-        return tokenizer.encode(text)
-    return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
+def ids_of(turn, system):
+    """The token ids of a turn. The base model knows none: it goes on with the text."""
+    if now.source == "base":
+        return now.tokenizer.encode(turn.said)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": turn.said})
+    ids = now.tokenizer.render_for_completion({"messages": messages})[1:]
+    if turn.answer is not None:
+        ids += [*turn.answer, now.tokenizer.special("<|assistant_end|>")]
+    return ids
 
-def prompt_of(turns):
-    """The token ids of all turns (lists of ids: what was asked and answered). The oldest leave the
-    list where the context would overflow; of a single one only the end is read."""
-    while len(turns) > 1 and 1 + sum(map(len, turns)) > longest_prompt:
-        say("(the conversation is longer than the model's context: its oldest turn is forgotten)")
+def prompt_of(turns, system=""):
+    """The token ids of all turns. The oldest leave the list where the context would overflow; of a
+    single one only the end is read."""
+    longest = now.context - min(max_new_tokens, now.context // 2)  # the rest is for the answer
+    of_turns = [ids_of(turn, "" if i else system) for i, turn in enumerate(turns)]
+    while len(turns) > 1 and 1 + sum(map(len, of_turns)) > longest:
+        talk.say("(the conversation is longer than the model's context: its oldest turn is "
+                 "forgotten)")
         del turns[0]
-    ids = [token for turn in turns for token in turn]
-    too_many = max(0, 1 + len(ids) - longest_prompt)
+        of_turns = [ids_of(turns[0], system), *of_turns[2:]]
+    ids = [token for ids_of_turn in of_turns for token in ids_of_turn]
+    too_many = max(0, 1 + len(ids) - longest)
     if too_many:
-        say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
-    return [tokenizer.bos, *ids[too_many:]]
+        talk.say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
+    return [now.tokenizer.bos, *ids[too_many:]]
 
 def keep_going():
     return not now.interrupted and not common.reader_is_gone()
 
 def answer(ids, number):
     """Streams the answer to the prompt `ids` to the terminal. -> its token ids"""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be cut in tokens
+    speech = talk.Speech(now.tokenizer)
 
-    def show(row, token):
-        if token in MARKS:
-            text = decoder.decode(b"", True) + MARKS[token]
-        else:
-            text = decoder.decode(tokenizer.decode_bytes([token]))
-        print(text, end="", flush=True)
-    most = min(max_new_tokens, context - len(ids))
+    def show(token):
+        print(speech.add(token)[1] + MARKS.get(token, ""), end="", flush=True)
+    most = min(max_new_tokens, now.context - len(ids))
     uniforms = common.rng(seed, number).random((1, max_new_tokens))
-    now.interrupted = False
-    now.answering = True
-    tokens, _ = engine.generate(model, tokenizer, [ids], most, temperature, top_k, uniforms,
+    now.interrupted, now.answering = False, True
+    began = time.perf_counter()
+    tokens, _ = engine.generate(now.model, now.tokenizer, [ids], most, temperature, top_k, uniforms,
                                 execution.calculate, on_token=show, keep_going=keep_going,
-                                packed=packed)[0]
-    now.answering = False
-    print(decoder.decode(b"", True), flush=True)
+                                packed=now.packed)[0]
+    now.seconds, now.answering = time.perf_counter() - began, False
+    print(speech.end()[1], flush=True)
     if len(tokens) == most:
         why = "raise --max_new_tokens" if most == max_new_tokens else "the context is full: /new"
-        say(f"(cut off after {most} tokens: {why})")
+        talk.say(f"(cut off after {most} tokens: {why})")
     return tokens
 
-# -------------------------------------------------------------------------------------------------
-
 if prompt:
-    answer(prompt_of([asked(prompt)]), 0)
+    answer(prompt_of([SimpleNamespace(said=prompt, answer=None)]), 0)
     raise SystemExit(130 if now.interrupted else 0)
-# the arrow keys in input(); a dumb terminal would show their codes
+
+# -------------------------------------------------------------------------------------------------
+# the conversation
+
+HELP = """/new, /clear      begin a new conversation
+/regen            another answer to what you said last
+/source STAGE     go on with the model of another stage: base, mid, sft, rl
+/temp NUMBER      sampling temperature; 0: always the likeliest token
+/topk NUMBER      sample from so many of the likeliest tokens; 0: from all
+/system TEXT      what every conversation begins with; alone: nothing
+/save FILE        write the conversation as a line of JSON, as chat_sft.py reads it
+/stats            tokens of the last answer, and how fast it came
+/help             this
+/quit             leave (or Ctrl-D)"""
+SHORT_HELP = "(/help: what else can be said, /quit: leave)"
+turns, system, number = [], "", 0
+
+def messages_of(turns):
+    """The conversation as a line of a file of conversations holds it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        speech = talk.Speech(now.tokenizer)
+        parts = talk.joined([*map(speech.add, turn.answer), speech.end()])
+        messages += [{"role": "user", "content": turn.said},
+                     {"role": "assistant",
+                      "content": [{"type": kind, "text": text} for kind, text in parts]}]
+    return {"messages": messages}
+
+def go_on():
+    """The answer to the last turn."""
+    global number
+    if now.source == "base":
+        del turns[:-1]
+    turns[-1].answer = answer(prompt_of(turns, system), number)
+    number += 1
+
+def command(word, rest):
+    """What begins with a slash. Failure where it cannot be done."""
+    global temperature, top_k, system
+    if word in ("/new", "/clear"):
+        turns.clear()
+        print("(a new conversation)")
+    elif word == "/regen":
+        common.check(turns, "/regen: nothing was said yet")
+        turns[-1].answer = None
+        go_on()
+    elif word == "/source":
+        common.check(rest in pipeline.STAGES, f"/source takes {', '.join(pipeline.STAGES)}")
+        load(rest)
+    elif word == "/temp":
+        temperature = configurator.convert("temperature", rest, temperature)
+    elif word == "/topk":
+        top_k = configurator.convert("top_k", rest, top_k)
+    elif word == "/system":
+        system = rest
+        turns.clear()
+        print("(a new conversation)")
+    elif word == "/save":
+        common.check(rest, "/save needs the name of a file")
+        path = os.path.expanduser(rest)
+        common.check(not os.path.exists(path), f"{rest} is there already")
+        common.check(turns, "/save: nothing was said yet")
+        try:
+            with open(path, "x", encoding="utf-8") as f:
+                f.write(json.dumps(messages_of(turns), ensure_ascii=False) + "\n")
+        except OSError as e:
+            common.fail(f"{rest} cannot be written: {e}")
+        print(f"(saved in {rest})")
+    elif word == "/stats":
+        common.check(turns, "/stats: nothing was said yet")
+        made = len(turns[-1].answer)
+        used = 1 + sum(len(ids_of(turn, "" if i else system)) for i, turn in enumerate(turns))
+        talk.say(f"({made} tokens in {now.seconds:.2f} s, {made / now.seconds:,.0f} tokens/s; the "
+                 f"conversation is {used:,} of {now.context:,} tokens)")
+    elif word == "/help":
+        talk.say(HELP)
+    else:
+        talk.say(SHORT_HELP)
+
+# the arrow keys in input(), and what was typed before; a dumb terminal would show their codes
+history = pipeline.base_dir() / "chat_history"
 if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-turns, number, said = [], 0, ""
+    with contextlib.suppress(ImportError, OSError):
+        import atexit
+        import readline
+
+        def keep_history():
+            with contextlib.suppress(OSError):
+                readline.set_history_length(1000)
+                readline.write_history_file(history)
+        atexit.register(keep_history)
+        readline.read_history_file(history)
+talk.say(SHORT_HELP)
+said = ""
 while said != "/quit" and not common.reader_is_gone():
     try:
         said = input("\n> ").strip()
     except EOFError:
         print()
         break
-    if said == "/new":
-        turns = []
-        print("(a new conversation)")
-    elif said.startswith("/") and said[1:].isalpha() and said != "/quit":
-        say(COMMANDS)
+    word, _, rest = said.partition(" ")
+    if said.startswith("/") and word[1:].isalpha() and said != "/quit":
+        try:
+            command(word, rest.strip())
+        except common.Failure as e:
+            talk.say(f"({e})")
     elif said not in ("", "/quit"):
-        if source == "base":
-            turns = []
-        turns.append(asked(said))
-        tokens = answer(prompt_of(turns), number)
-        turns[-1] += [*tokens, tokenizer.special("<|assistant_end|>")]
-        number += 1
+        turns.append(SimpleNamespace(said=said, answer=None))
+        go_on()

@@ -1,10 +1,10 @@
 """
 Generation: prompts in, tokens out, with the calculator. One path for the rollouts of RL, the
-evaluations, samples and the chat.
+evaluations, samples, the chat and the server.
 
     engine.generate(model, tokenizer, prompts, 64)  # -> [(tokens, forced), ...]
 
-Continuous batching (Orca, OSDI 2022): up to max_rows answers grow at once, each in a slot of its
+Continuous batching (Orca, OSDI 2022): the answers of a Batch grow at once, each in a slot of its
 own; where one is finished the next prompt takes its place. A prompt runs through the model itself.
 From there on each pass is one token a row, and what it costs is reading the weights and the
 overhead of each operation; Decoder writes the model's formula out for that case. What is drawn is a
@@ -12,6 +12,7 @@ function of the arguments alone, never of time.
 """
 import warnings
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -351,56 +352,110 @@ def tool_reply(tokens, tokenizer, calculate):
     return [tokenizer.special("<|output_start|>"), *tokenizer.encode(result),
             tokenizer.special("<|output_end|>")]
 
-@torch.inference_mode()
+@dataclass(eq=False)
+class Answer:
+    """A prompt and what has come behind it so far."""
+    prompt: list              # one or more token ids
+    most: int                 # tokens it may have at most, one or more
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0            # 0: all tokens
+    uniforms: object = None   # float64 [most], the draws; needed when temperature > 0
+    calculate: object = None  # text -> text or None, the tool
+    tokens: list = field(default_factory=list)   # the closing token left out
+    forced: list = field(default_factory=list)   # True where the tool spoke
+    pending: list = field(default_factory=list)  # what the tool has still to say
+    ended: str = ""           # "stop": by a closing token; "length": by most
+
+def draw(logits, answers):
+    """logits [n, V] of n answers, each with its own temperature and top_k -> the next token of
+    each, a list"""
+    alike = {}
+    for row, answer in enumerate(answers):
+        alike.setdefault((answer.temperature, answer.top_k), []).append(row)
+    drawn = [0] * len(answers)
+    for (temperature, top_k), rows in alike.items():
+        uniforms = None
+        if temperature > 0:
+            of_rows = [answers[row].uniforms[len(answers[row].tokens)] for row in rows]
+            uniforms = torch.tensor(of_rows, dtype=torch.float64)
+        of_rows = logits if len(alike) == 1 else logits[rows]
+        tokens = sample(of_rows, temperature, top_k, uniforms).tolist()
+        for row, token in zip(rows, tokens):
+            drawn[row] = token
+    return drawn
+
+class Batch:
+    """Answers that grow together, a token each at every step; one may come or go at any step."""
+
+    def __init__(self, model, tokenizer, rows, max_len, packed=None):
+        """rows: how many at once; max_len: tokens of a prompt and its answer at most; packed: the
+        model's Packed weights, if there are any already."""
+        self.decoder = Decoder(model, rows, max_len, packed)
+        self.tokenizer = tokenizer
+        self.stops = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+        self.rows = rows
+        self.answers = []  # in the slots of the decoder
+
+    def free(self):
+        return self.rows - len(self.answers)
+
+    @torch.inference_mode()
+    def step(self, new):
+        """Takes in new answers, free() at most, and gives each answer its next token.
+        -> [(answer, token)] of those that got one; answers that have ended leave"""
+        logits = []
+        if self.answers:
+            logits.append(self.decoder.step([answer.tokens[-1] for answer in self.answers]))
+        if new:
+            logits.append(self.decoder.add([answer.prompt for answer in new]))
+            self.answers += new
+        got = []
+        for answer, token in zip(self.answers, draw(torch.cat(logits), self.answers)):
+            tool_speaks = len(answer.pending) > 0
+            if tool_speaks:
+                token = answer.pending.pop(0)
+            if token in self.stops:
+                answer.ended = "stop"
+                continue
+            answer.tokens.append(token)
+            answer.forced.append(tool_speaks)
+            if answer.calculate is not None:
+                answer.pending += tool_reply(answer.tokens, self.tokenizer, answer.calculate)
+            if len(answer.tokens) == answer.most:
+                answer.ended = "length"
+            got.append((answer, token))
+        self.remove([answer for answer in self.answers if answer.ended])
+        return got
+
+    def remove(self, answers):
+        """These answers grow no more."""
+        slots = [slot for slot, answer in enumerate(self.answers) if answer in answers]
+        for slot in reversed(slots):  # so that a slot before keeps its number
+            self.decoder.remove(slot)
+            self.answers[slot] = self.answers[-1]
+            self.answers.pop()
+
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None,
              calculate=None, max_rows=64, on_token=None, keep_going=lambda: True, packed=None):
     """Continues each prompt (a list of one or more token ids) until <|assistant_end|>, <|bos|> or
     max_new_tokens. -> list of (tokens, forced) per prompt, the closing token left out; forced[i]
     is True where the tool spoke. uniforms: float64 [len(prompts), max_new_tokens], needed when
     temperature > 0. calculate: text -> text or None, the tool. max_rows: answers that grow at once.
-    on_token(row, token): called for each token as it comes, row the number of its prompt.
-    keep_going(): looked at before each token; False ends early. packed: Packed(model, max_rows),
-    where more is to be generated with the same weights."""
-    stops = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    tokens = [[] for _ in prompts]
-    forced = [[] for _ in prompts]
-    pending = [[] for _ in prompts]  # what the tool has still to say
-    waiting = deque(range(len(prompts)) if max_new_tokens > 0 else ())
-    rows = []  # in each slot of the decoder the number of a prompt
-    decoder = None
-    while (waiting or rows) and keep_going():
-        if decoder is None:
-            longest = max(map(len, prompts)) + max_new_tokens
-            decoder = Decoder(model, min(max_rows, len(prompts)), longest, packed)
-        logits = []
-        if rows:
-            logits.append(decoder.step([tokens[row][-1] for row in rows]))
-        free = min(max_rows - len(rows), len(waiting))
-        if free:
-            new = [waiting.popleft() for _ in range(free)]
-            logits.append(decoder.add([prompts[row] for row in new]))
-            rows += new
-        drawn = None
-        if uniforms is not None:
-            drawn = uniforms[rows, [len(tokens[row]) for row in rows]]
-        sampled = sample(torch.cat(logits), temperature, top_k, drawn).tolist()
-        finished = []
-        for slot, row in enumerate(rows):
-            tool_speaks = len(pending[row]) > 0
-            token = pending[row].pop(0) if tool_speaks else sampled[slot]
-            if token in stops:
-                finished.append(slot)
-                continue
-            tokens[row].append(token)
-            forced[row].append(tool_speaks)
-            if calculate is not None:
-                pending[row] += tool_reply(tokens[row], tokenizer, calculate)
+    on_token(token): called for each token as it comes. keep_going(): looked at before each token;
+    False ends early. packed: Packed(model, max_rows), where more is to be generated with the same
+    weights."""
+    if not prompts or max_new_tokens < 1:
+        return [([], []) for _ in prompts]
+    if uniforms is None:
+        uniforms = [None] * len(prompts)
+    answers = [Answer(prompt, max_new_tokens, temperature, top_k, draws, calculate)
+               for prompt, draws in zip(prompts, uniforms)]
+    longest = max(map(len, prompts)) + max_new_tokens
+    batch = Batch(model, tokenizer, min(max_rows, len(prompts)), longest, packed)
+    waiting = deque(answers)
+    while (waiting or batch.answers) and keep_going():
+        new = [waiting.popleft() for _ in range(min(batch.free(), len(waiting)))]
+        for _, token in batch.step(new):
             if on_token is not None:
-                on_token(row, token)
-            if len(tokens[row]) == max_new_tokens:
-                finished.append(slot)
-        for slot in reversed(finished):  # so that a slot before keeps its number
-            decoder.remove(slot)
-            rows[slot] = rows[-1]
-            rows.pop()
-    return list(zip(tokens, forced))
+                on_token(token)
+    return [(answer.tokens, answer.forced) for answer in answers]

@@ -14,6 +14,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,10 +80,9 @@ def problem_of_decoding(arch):
     and of the tokens that were drawn; mixing them with the device's is what is looked for."""
     with FakeTensorMode(), Watched():
         model, _ = make(gpt.config_from_depth(2, 512, 64, arch, bigram_vocab_size=100))
-        drawn = torch.zeros(3, 4, dtype=torch.float64)
         try:
             engine.generate(model, BYTES, [[1, 2], [3], [3]], 4, temperature=1.0, top_k=5,
-                            uniforms=drawn)
+                            uniforms=np.zeros((3, 4)))
         except RuntimeError as e:
             return f"{type(e).__name__}: {e}"
     return None

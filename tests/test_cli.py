@@ -138,7 +138,8 @@ def test_one_prompt_from_the_furthest_stage_and_the_same_again_with_a_seed(state
     first = drawn(1)
     assert first.returncode == 0, first.stderr
     said = first.stderr.splitlines()[-2]
-    assert said.startswith("sft model d1 of toy, step 40; temperature 1, top_k off, seed 1, ")
+    assert re.match(r"sft model d1 of toy, step 40, \d+s old; temperature 1, top_k off, seed 1, ",
+                    said)
     assert "max_new_tokens 12, context of 64 tokens; cpu, float32, 1 threads" in said
     assert "rl d1 is not finished" in first.stderr and len(first.stdout) > 1
     assert drawn(1).stdout == first.stdout
@@ -206,7 +207,7 @@ def in_process(state, monkeypatch):
                 if not keep_going():
                     break
                 came.append(token)
-                on_token(0, token)
+                on_token(token)
                 after(i)
             return [(came, [False] * len(came))]
         monkeypatch.setattr(engine, "generate", generate)
