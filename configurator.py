@@ -52,6 +52,7 @@ RANGES = {
     "eval_tokens": WHOLE, "max_prompt": (2, 2 ** 20), "max_new_tokens": ROWS,
     # at once
     "device_batch_size": ROWS, "rollout_rows": ROWS, "rows": ROWS, "memory_gb": (0, 10 ** 5),
+    "port": (0, 65535), "max_waiting": (0, 10 ** 6), "max_body": (1, 2 ** 30),
     # learning rates, as in the scripts' comments
     "matrix_lr": RATE, "embedding_lr": RATE, "unembedding_lr": RATE, "lr_fraction": RATE,
     "scalar_lr": (0, 1000), "weight_decay": (0, 100), "warmup_ratio": (0, 1),

@@ -314,10 +314,11 @@ class Decoder:
 # generation
 
 def sample(logits, temperature, top_k, uniforms):
-    """logits [B, V] -> the next token of each row, [B] int64. Temperature 0 is greedy; else the
-    inverse of the cumulative distribution at uniforms [B] (float64 in [0, 1), array or tensor), so
-    that a draw depends on its own number alone and not on who else is in the batch."""
-    if temperature == 0.0:
+    """logits [B, V] -> the next token of each row, [B] int64. Temperature 0 (or so little that
+    float32 would not know it from 0) is greedy; else the inverse of the cumulative distribution at
+    uniforms [B] (float64 in [0, 1), array or tensor), so that a draw depends on its own number
+    alone and not on who else is in the batch."""
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     # Apple's GPUs have no float64, and CUDA has no deterministic cumsum
     if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
@@ -376,8 +377,8 @@ def draw(logits, answers):
     for (temperature, top_k), rows in alike.items():
         uniforms = None
         if temperature > 0:
-            of_rows = [answers[row].uniforms[len(answers[row].tokens)] for row in rows]
-            uniforms = torch.tensor(of_rows, dtype=torch.float64)
+            numbers = [answers[row].uniforms[len(answers[row].tokens)] for row in rows]
+            uniforms = torch.tensor(numbers, dtype=torch.float64)
         of_rows = logits if len(alike) == 1 else logits[rows]
         tokens = sample(of_rows, temperature, top_k, uniforms).tolist()
         for row, token in zip(rows, tokens):
@@ -387,6 +388,7 @@ def draw(logits, answers):
 class Batch:
     """Answers that grow together, a token each at every step; one may come or go at any step."""
 
+    @torch.inference_mode()
     def __init__(self, model, tokenizer, rows, max_len, packed=None):
         """rows: how many at once; max_len: tokens of a prompt and its answer at most; packed: the
         model's Packed weights, if there are any already."""
@@ -427,6 +429,7 @@ class Batch:
         self.remove([answer for answer in self.answers if answer.ended])
         return got
 
+    @torch.inference_mode()
     def remove(self, answers):
         """These answers grow no more."""
         slots = [slot for slot, answer in enumerate(self.answers) if answer in answers]
@@ -449,7 +452,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
     if uniforms is None:
         uniforms = [None] * len(prompts)
     answers = [Answer(prompt, max_new_tokens, temperature, top_k, draws, calculate)
-               for prompt, draws in zip(prompts, uniforms)]
+               for prompt, draws in zip(prompts, uniforms, strict=True)]
     longest = max(map(len, prompts)) + max_new_tokens
     batch = Batch(model, tokenizer, min(max_rows, len(prompts)), longest, packed)
     waiting = deque(answers)

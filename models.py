@@ -2,6 +2,7 @@
 Finding and loading trained models, by stage (base, mid, sft, rl), data set and tag (d4, ...).
 Everything here only reads.
 """
+import contextlib
 import os
 import shlex
 import time
@@ -35,7 +36,11 @@ def saved_at(folder):
     saved = list(folder.glob("manifest_*.json"))
     if not saved and checkpoint.made_by_nanochat(folder) is not None:
         saved = folder.glob("model_*.pt")
-    return max((path.stat().st_mtime for path in saved), default=None)
+    times = []
+    for path in saved:
+        with contextlib.suppress(FileNotFoundError):  # a training that goes on removes old ones
+            times.append(path.stat().st_mtime)
+    return max(times, default=None)
 
 def is_finished(folder):
     return finished_step(folder) is not None

@@ -21,6 +21,7 @@ import engine
 import gpt
 import models
 import pipeline
+import talk
 import tokenizer as tok
 from conftest import BYTES, REPO, ends, environment, exit_code, save_model, script
 
@@ -192,6 +193,74 @@ def test_no_escape_codes_where_the_terminal_is_dumb(state):
     assert process.wait(60) == 0 and b"(a new conversation)" in said
     assert b"\x1b" not in said
 
+def test_what_can_be_said_besides(state, tmp_path):
+    make("base", seed=1)
+    make("sft", seed=2)
+    saved = tmp_path / "talk.jsonl"
+    said = ["/regen", "/stats", f"/save {saved}", "/nothing", "/help", "hello", "/stats", "/regen",
+            f"/save {saved}", f"/save {saved}", "/save /no/such/folder/x", "/temp hot", "/temp -1",
+            "/temp 0", "/topk 5", "/regen", "/regen", "/source rl", "/source x", "/source base",
+            "Once", "/source sft", "/system Be kind.", "hello again", "/clear"]
+    out = chat(state, "--seed=1", "--temperature=1", "--top_k=0", said="\n".join(said) + "\n")
+    assert out.returncode == 0 and "Traceback" not in out.stderr, out.stderr
+    for words in ("/regen: nothing was said", "/stats: nothing was said", "/save: nothing was said",
+                  "tokens/s; the conversation is", "is there already", "cannot be written",
+                  "--temperature takes", "--temperature must be 0 to 100", "/source takes",
+                  "there is no rl model d1", "base model d1 of toy", "has not learnt to chat",
+                  "another answer to what you said last"):
+        assert words in out.stderr, words
+    assert out.stderr.count("/help: what else can be said") == 2, "at the start, and /nothing"
+    shown = out.stdout.split("\n> ")
+    first, second, third, fourth = (shown[said.index("hello") + 1], shown[8], shown[16], shown[17])
+    assert first != second, "other draws"
+    assert third == fourth, "without draws"
+    conversation, = common.read_json_lines(saved)
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+    tok.messages_of(conversation)  # as chat_sft.py reads it
+    assert "(a new conversation)" in shown[-2]
+
+def test_a_system_message_stands_before_the_first_turn(in_process, state, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    said = iter(["/system Be kind.", "Hi", "there", "/quit"])
+    in_process(list(b"ok"), lambda i: asked.append(in_process.prompt), prompt=None)
+    for ids, turns in ((asked[0], ["Hi"]), (asked[-1], ["Hi", "ok", "there"])):
+        messages = [{"role": "system", "content": "Be kind."}]
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text}
+                     for i, text in enumerate(turns)]
+        assert ids == BYTES.render_for_completion({"messages": messages})
+
+def test_it_says_what_it_talks_with_and_whether_its_parent_is_still_the_same(state):
+    make("mid")
+    make("sft")
+    folder = pipeline.state_path("sft", "toy", "d1")
+    record = common.read_json(folder / "phase.json")
+    parent = checkpoint.fingerprint(pipeline.state_path("mid", "toy", "d1"), 40)
+    again = "trained from mid, which was trained again since, "
+    for weights, words in ((parent, "trained from mid, "), ("another", again)):
+        record["inputs"] = {"mid": weights}
+        common.atomic_write(folder / "phase.json", json.dumps(record))
+        said = talk.description("sft", "toy", "d1", 40)
+        assert said.startswith(f"sft model d1 of toy, step 40, {words}") and said.endswith(" old")
+
+def test_what_was_typed_before_is_there_again(state):
+    make("sft")
+    for typed in (b"remember me\n/quit\n", b"\x1b[A\x1b[A\n/quit\n"):
+        screen, terminal = pty.openpty()
+        process = subprocess.Popen([sys.executable, "chat_cli.py", *COMPUTE, "--max_new_tokens=2"],
+                                   cwd=REPO, stdin=terminal, stdout=terminal, stderr=terminal,
+                                   env={**environment(state), "TERM": "xterm"})
+        os.close(terminal)
+        said = b""
+        while b"> " not in said:
+            said += os.read(screen, 4096)
+        os.write(screen, typed)
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while part := os.read(screen, 4096):
+                said += part
+        assert process.wait(60) == 0 and b"remember me" in said
+    assert (state / "chat_history").read_text().splitlines()[:2] == ["remember me", "/quit"]
+
 @pytest.fixture
 def in_process(state, monkeypatch):
     """in_process(answer, after, ...) runs chat_cli.py in this process on a model that answers with
@@ -199,7 +268,7 @@ def in_process(state, monkeypatch):
     make("sft")
     handler = signal.getsignal(signal.SIGINT)
 
-    def start(answer, after=lambda i: None, *args):
+    def start(answer, after=lambda i: None, *args, prompt="Hi"):
         def generate(model, tokenizer, prompts, max_new_tokens, temperature, top_k, uniforms,
                      calculate, on_token, keep_going, packed):
             start.prompt, came = prompts[0], []
@@ -211,11 +280,12 @@ def in_process(state, monkeypatch):
                 after(i)
             return [(came, [False] * len(came))]
         monkeypatch.setattr(engine, "generate", generate)
-        command = ["chat_cli.py", "--data=toy", *COMPUTE, "-p", "Hi", *args]
+        asked = [] if prompt is None else ["-p", prompt]
+        command = ["chat_cli.py", "--data=toy", *COMPUTE, *asked, *args]
         monkeypatch.setattr(sys, "argv", command)
-        with ends() as end:
+        with ends() if prompt else contextlib.nullcontext() as end:
             runpy.run_path(str(REPO / "chat_cli.py"), run_name="__main__")
-        return end.code
+        return end.code if prompt else 0
     yield start
     signal.signal(signal.SIGINT, handler)
 
