@@ -107,8 +107,6 @@ def adopt_model(directory, step):
 
 def main():
     found = False
-    common.check(stage in ("", *pipeline.STAGES),
-                 f"--stage must be base, mid, sft or rl, not {stage!r}")
     status.check_folder(data)
     directory = pipeline.tokenizer_dir(data)
     if (directory / "tokenizer.pkl").exists() and tok.damage(directory) is not None:

@@ -101,9 +101,6 @@ model = models.load_to_use(folder, step, compute.device, compute.dtype)
 length = model.config.sequence_len
 common.print0(f"base {folder.name}, step {step:,}: {run.ranks.world} x {compute}")
 
-def going():
-    return run.stop_reason() is None
-
 def bits_per_byte(stores):
     """Of the first eval_tokens of a split; None if stopped. Failure (code 2) where it does not fill
     a row. Collective."""
@@ -121,13 +118,13 @@ def write_samples():
     """Greedy continuations of PROMPTS, and four texts out of nothing, drawn.
     -> [{"prompt", "text"}], None if stopped"""
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    said = engine.generate(model, tokenizer, asked, 24, keep_going=going)
+    said = engine.generate(model, tokenizer, asked, 24, keep_going=run.going)
     uniforms = np.stack([common.rng(seed, i).random(64) for i in range(4)])
     said += engine.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms,
-                            keep_going=going)
+                            keep_going=run.going)
     texts = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
              for prompt, (tokens, _) in zip([*PROMPTS, "", "", "", ""], said)]
-    return texts if going() else None
+    return texts if run.going() else None
 
 for split, stores in splits.items():
     piece = f"{split} bpb"
@@ -147,7 +144,8 @@ budget = 1e9 * memory_gb or core_eval.usual_budget(compute.device)
 results = {}
 for task in core_tasks:
     def answers(numbers, task=task):
-        return core_eval.evaluate(model, tokenizer, task, numbers, max_prompt, budget, going)
+        return core_eval.evaluate(model, tokenizer, task, numbers, max_prompt, budget,
+                                  run.going)
     label, n = task["label"], len(task["items"])
     asked = range(n if core_items == -1 else min(core_items, n))
     results[label] = core_eval.summary(task, measured.outcomes(label, asked, answers))

@@ -72,6 +72,8 @@ from pathlib import Path
 # -------------------------------------------------------------------------------------------------
 # figures and their table
 
+WORDS = {"": "", True: "ok", False: "MISSED"}  # for whether a goal is met
+
 class Figures(list):
     """Dicts {"name", "value", "unit", "goal", "met"}, printed as they come."""
 
@@ -83,13 +85,8 @@ class Figures(list):
         if at_least is not None:
             goal, met = f"at least {number(at_least)}", value >= at_least
         self.append({"name": name, "value": value, "unit": unit, "goal": goal, "met": met})
-        print(f"  {name}: {number(value)} {unit} {verdict(self[-1])}".rstrip(), flush=True)
-
-def verdict(figure):
-    """example: a figure that has not met its goal -> "(goal: at most 40; MISSED)" """
-    if not figure["goal"]:
-        return ""
-    return f"(goal: {figure['goal']}; {'ok' if figure['met'] else 'MISSED'})"
+        said = f" (goal: {goal}; {WORDS[met]})" if goal else ""
+        print(f"  {name}: {number(value)} {unit}{said}", flush=True)
 
 def number(value):
     """Four digits that count.  examples: 1.90314 -> "1.903", 2300.4 -> "2,300", 0 -> "0" """
@@ -103,14 +100,13 @@ def table(figures, other):
     """
     yield "| figure | measured | " + ("ratio | " if other else "") + "goal | |"
     yield "|---|---|" + ("---|" if other else "") + "---|---|"
-    words = {"": "", True: "ok", False: "MISSED"}
     for figure in figures:
         ratio = ""
         if other:
             before = other.get(figure["name"])
             ratio = f"{figure['value'] / before:.2f} | " if before else "- | "
         yield (f"| {figure['name']} | {number(figure['value'])} {figure['unit']} | {ratio}"
-               f"{figure['goal'] or '-'} | {words[figure['met']]} |")
+               f"{figure['goal'] or '-'} | {WORDS[figure['met']]} |")
 
 def read_figures(path):
     """{name: value} of a file that --out has written. Failure where it is none."""

@@ -95,15 +95,12 @@ packed = engine.Packed(model, rows)
 # -------------------------------------------------------------------------------------------------
 # whether some items of a task are answered rightly: a list of bool, None if stopped
 
-def going():
-    return run.stop_reason() is None
-
 @torch.inference_mode()
 def categorical(items, prompts):
     """Right is the letter with the largest logit of the item's letters."""
     outcomes = []
     for start in range(0, len(items), rows):
-        if not going():
+        if not run.going():
             return None
         part = prompts[start:start + rows]
         logits = engine.prefill(model, part, max(map(len, part)))[1].cpu()
@@ -116,8 +113,8 @@ def categorical(items, prompts):
 def generative(items, prompts):
     """What is right of the greedy answers."""
     answers = engine.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
-                              calculate=execution.calculate, keep_going=going, packed=packed)
-    if not going():
+                              calculate=execution.calculate, keep_going=run.going, packed=packed)
+    if not run.going():
         return None
     texts = [tokenizer.decode(tokens) for tokens, _ in answers]
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's are processes of their own

@@ -123,8 +123,7 @@ def rollout(items, numbers, n, stream, turn):
                          for i in numbers for k in range(n)])
     answers = engine.generate(
         model, tokenizer, prompts, max_new_tokens, temperature, uniforms=uniforms,
-        calculate=execution.calculate, max_rows=rollout_rows,
-        keep_going=lambda: run.stop_reason() is None)
+        calculate=execution.calculate, max_rows=rollout_rows, keep_going=run.going)
     made = []
     for j, (tokens, forced) in enumerate(answers):
         right = tasks.correct(items[numbers[j // n]], tokenizer.decode(tokens))

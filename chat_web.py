@@ -352,7 +352,6 @@ from compute import choose_compute
 from serving import Service
 
 compute = choose_compute(Ranks(0, 0, 1), settings)
-common.check(weights != "int8" or compute.device.type == "cpu", "--weights=int8 needs --device=cpu")
 service = Service(data, tag, source, compute, weights, rows, max_waiting)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 address = f"http://[{host}]" if ":" in host else f"http://{host}"

@@ -50,6 +50,8 @@ def choose_compute(ranks, settings, recorded=None):
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if usable(kind))
     check_device(name)
+    common.check(settings.get("weights") != "int8" or name == "cpu",
+                 "--weights=int8 needs --device=cpu")
     device = torch.device(name, ranks.local_rank) if name == "cuda" else torch.device(name)
 
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

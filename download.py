@@ -58,8 +58,7 @@ def open_part(part):
     while True:
         # unbuffered: what came is kept when this process dies
         f = open(part, "a+b", buffering=0)  # noqa: SIM115
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(f, fcntl.LOCK_EX)
+        common.flock(f, fcntl.LOCK_EX)  # where the file system has locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(part.stat(), os.fstat(f.fileno())):
                 return f

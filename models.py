@@ -178,17 +178,14 @@ def put_weights(model, model_state):
                     f"({reason}): use the version that trained it (git checkout; its commit is in "
                     f"phase.json), or train anew ({pipeline.starting_over('base')})")
 
-def build_model(meta, model_state, device, dtype):
-    """A gpt.GPT with the given weights on `device`, computing in `dtype`."""
+def load_model(folder, step, device, dtype):
+    """What find_model has found -> (gpt.GPT in eval mode on `device`, computing in `dtype`, to go
+    on training; meta)"""
     from gpt import GPT, GPTConfig
+    model_state, _, meta = checkpoint.load(folder, step, optimizer=False)
     model = GPT(GPTConfig(**meta["model"]), dtype)
     put_weights(model, model_state)
-    return model.to(device)
-
-def load_model(folder, step, device, dtype):
-    """What find_model has found -> (model in eval mode, meta), to go on training"""
-    model_state, _, meta = checkpoint.load(folder, step, optimizer=False)
-    return build_model(meta, model_state, device, dtype).eval(), meta
+    return model.to(device).eval(), meta
 
 def load_to_use(folder, step, device, dtype):
     """What find_model has found -> model that is not trained any more: its weights are kept in

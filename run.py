@@ -231,6 +231,10 @@ class Run:
             self.stop = self.stop or TRIED_OUT
         return self.stop
 
+    def going(self):
+        """Whether nothing asks this process to stop. Not collective."""
+        return self.stop_reason() is None
+
     def should_stop(self):
         """Why all ranks should stop, or None. Collective."""
         mine = self.stop_reason()

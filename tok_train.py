@@ -69,7 +69,7 @@ def watch(what, total):
 
     def going(done):
         show(done)
-        return run.stop_reason() is None
+        return run.going()
     return going
 
 # -------------------------------------------------------------------------------------------------

@@ -302,7 +302,6 @@ def print_samples(run, model, tokenizer, prompts):
     if run.ranks.rank != 0:
         return
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    said = engine.generate(model, tokenizer, asked, 48,
-                           keep_going=lambda: run.stop_reason() is None)
+    said = engine.generate(model, tokenizer, asked, 48, keep_going=run.going)
     for prompt, (tokens, _) in zip(prompts, said):
         common.print0(f"  sample: {prompt + tokenizer.decode(tokens)!r}"[:300])

@@ -181,7 +181,7 @@ def test_weights_of_another_version_are_one_line(capsys):
     config = gpt.config_from_depth(1, 300, 64, "modern")
     state = gpt.GPT(config, torch.float32).state_dict()
     del state["smear_lambda"]
-    build = exit_code(models.build_model, {"model": vars(config)}, state, "cpu", torch.float32)
+    build = exit_code(models.put_weights, gpt.GPT(config), state)
     said = capsys.readouterr().err
     assert build == 2 and "smear_lambda" in said and said.count("\n") == 1
     assert "the version that trained it" in said
