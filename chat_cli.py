@@ -39,7 +39,7 @@ threads = 0                  # CPU threads; 0: all cores
 settings = configurator.configure(globals(), short={"-p": "prompt"})
 
 common.check(prompt or "-p" not in sys.argv, "-p needs a prompt, as in -p \"Who are you?\"")
-source, data, tag = talk.choose(data, source, tag)
+source, data, tag, found = talk.choose(data, source, tag)
 
 # Ctrl-C stops an answer; where there is none to stop it leaves
 now = SimpleNamespace(answering=False, interrupted=False)
@@ -58,9 +58,8 @@ from compute import choose_compute
 compute = choose_compute(Ranks(0, 0, 1), settings)
 seed = secrets.randbits(32) if seed is None else seed
 
-def load(stage):
-    """Takes the model of a stage. Failure where there is none."""
-    folder, step = talk.find(stage, data, tag)
+def load(stage, folder, step):
+    """Takes the model of a stage, as talk.find has found it."""
     now.tokenizer = models.load_tokenizer_of(folder, step, data)
     now.model = models.load_to_use(folder, step, compute.device, compute.dtype)
     now.packed = engine.Packed(now.model, 1, weights)
@@ -73,7 +72,7 @@ def load(stage):
     if stage == "base":
         talk.say("the base model has not learnt to chat: it goes on with what you type")
 
-load(source)
+load(source, *found)
 
 # -------------------------------------------------------------------------------------------------
 # answers. A turn: what was said, and the token ids of the answer, None while there is none.
@@ -97,7 +96,7 @@ def ids_of(turn, system):
 def prompt_of(turns, system=""):
     """The token ids of all turns. The oldest leave the list where the context would overflow; of a
     single one only the end is read."""
-    longest = now.context - min(max_new_tokens, now.context // 2)  # the rest is for the answer
+    longest = now.context - talk.room_for_answer(now.context, max_new_tokens)
     of_turns = [ids_of(turn, "" if i else system) for i, turn in enumerate(turns)]
     while len(turns) > 1 and 1 + sum(map(len, of_turns)) > longest:
         talk.say("(the conversation is longer than the model's context: its oldest turn is "
@@ -184,7 +183,7 @@ def command(word, rest):
         go_on()
     elif word == "/source":
         common.check(rest in pipeline.STAGES, f"/source takes {', '.join(pipeline.STAGES)}")
-        load(rest)
+        load(rest, *talk.find(rest, data, tag))
     elif word == "/temp":
         temperature = configurator.convert("temperature", rest, temperature)
     elif word == "/topk":

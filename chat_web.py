@@ -63,7 +63,7 @@ MOST_CLIENTS = 256  # connections at once
 
 token = token or os.environ.get("NANOCHAT_TOKEN", "")
 common.check(re.fullmatch("[!-~]*", token), "--token has to be of printable ASCII without spaces")
-source, data, tag = talk.choose(data, source, tag)
+source, data, tag, found = talk.choose(data, source, tag)
 page = (pipeline.REPO / "assets" / "chat.html").read_bytes()
 script = page.partition(b"<script>")[2].partition(b"</script>")[0]
 # no script but this one, and nothing from anywhere else
@@ -352,7 +352,7 @@ from compute import choose_compute
 from serving import Service
 
 compute = choose_compute(Ranks(0, 0, 1), settings)
-service = Service(data, tag, source, compute, weights, rows, max_waiting)
+service = Service(data, tag, source, found, compute, weights, rows, max_waiting)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 address = f"http://[{host}]" if ":" in host else f"http://{host}"
 secret = f"#{quote(token)}" if token else ""

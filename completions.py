@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 import talk
+import tokenizer as tok
 
 class Refused(Exception):
     """What is answered with an error: its HTTP status, and OpenAI's fields for it."""
@@ -118,8 +119,7 @@ def read_messages(messages):
     return read
 
 def is_part(part):
-    kinds = ("text", "python", "python_output")
-    return (isinstance(part, dict) and part.get("type") in kinds
+    return (isinstance(part, dict) and part.get("type") in tok.KINDS["assistant"]
             and isinstance(part.get("text"), str))
 
 def read_stops(stop):

@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-import engine
 import gpt
+from packed import is_reordered
 
 # What the backward pass of a layer finds saved, for each token and channel of the residual stream:
 # (numbers in the compute dtype, float32 numbers). Counted from torch.autograd.graph's
@@ -96,8 +96,7 @@ def of_decoding(model, rows, prompt, new):
 
     def is_copied(name, weight):
         together = name.endswith(("c_q", "c_k", "c_v"))  # one product
-        return together or weight.dtype != model.dtype or engine.is_reordered(weight, model.dtype,
-                                                                              rows)
+        return together or weight.dtype != model.dtype or is_reordered(weight, model.dtype, rows)
     packed = size * sum(m.weight.numel() for name, m in model.named_modules()
                         if isinstance(m, gpt.Linear) and is_copied(name, m.weight))
     on_cpu = model.lm_head.weight.device.type == "cpu"

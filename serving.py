@@ -52,9 +52,10 @@ class Job:
         return tokens, ended
 
 class Service:
-    def __init__(self, data, tag, source, compute, weights, rows, max_waiting):
-        """source: the stage of which the model is loaded at once; the others are when they are
-        asked for. rows: answers of each model at once. max_waiting: requests that may wait."""
+    def __init__(self, data, tag, source, found, compute, weights, rows, max_waiting):
+        """source: the stage of which the model is loaded at once, found: its (folder, step); the
+        others are when they are asked for. rows: answers of each model at once. max_waiting:
+        requests that may wait."""
         self.data, self.tag, self.compute, self.weights = data, tag, compute, weights
         self.rows, self.max_waiting = rows, max_waiting
         self.batches = {}       # stage -> its engine.Batch
@@ -63,7 +64,7 @@ class Service:
         self.taken = []         # those that begin with the next step
         self.changed = threading.Condition()  # guards waiting and ending
         self.ending = False
-        first = self.batch_of(source)
+        first = self.batch_of(source, found)
         self.tokenizer, self.context = first.tokenizer, first.decoder.model.config.sequence_len
 
     def stages(self):
@@ -82,8 +83,7 @@ class Service:
         except ValueError as e:
             raise Refused(str(e), param="messages") from None
         room = self.context - len(prompt)
-        # where a request does not say how long its answer may be, half the context is enough
-        least = 1 if request.most else min(most, self.context // 2)
+        least = 1 if request.most else talk.room_for_answer(self.context, most)
         check(room >= least, f"the messages are {len(prompt):,} tokens, and the model's context is "
               f"{self.context:,} with the answer", param="messages", code="context_length_exceeded")
         most = min(request.most or most, room)
@@ -130,10 +130,10 @@ class Service:
                     self.give_up(stage, new, Refused(f"{type(e).__name__}: what the server has "
                                                      "printed says more", status=500))
 
-    def batch_of(self, stage):
+    def batch_of(self, stage, found=None):
         """A stage's model is loaded when it is first asked for. Failure where that cannot be."""
         if stage not in self.batches:
-            folder, step = talk.find(stage, self.data, self.tag)
+            folder, step = found or talk.find(stage, self.data, self.tag)
             tokenizer = models.load_tokenizer_of(folder, step, self.data)
             model = models.load_to_use(folder, step, self.compute.device, self.compute.dtype)
             for other in self.batches.values():  # prompts are judged by these

@@ -19,9 +19,9 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 def choose(data, source, tag):
-    """What a person has asked for, "" where nothing -> (stage, data, tag) of a finished model: the
-    furthest stage, of the data set trained last. Failure (code 2) where there is none; says what
-    is not finished."""
+    """What a person has asked for, "" where nothing -> (stage, data, tag) of a finished model, the
+    furthest stage, of the data set trained last; and its (folder, step). Failure (code 2) where
+    there is none; says what is not finished."""
     sets = [data] if data else status.data_sets()
     found = sorted(model for name in sets for model in models.trained(name))
     asked_for = [m for m in found if source in ("", m.stage) and tag in ("", m.tag)]
@@ -36,13 +36,13 @@ def choose(data, source, tag):
         last = max((m for m in usable if m.data == newest), key=furthest)
         source, data, tag = last.stage, last.data, last.tag
     source, data, tag = source or last.stage, data or last.data, tag or last.tag
-    find(source, data, tag)
+    folder_and_step = find(source, data, tag)
     for m in found:
         later = pipeline.STAGES.index(m.stage) > pipeline.STAGES.index(source)
         if later and (m.data, m.tag) == (data, tag) and not m.finished:
             say(f"({m.stage} {tag} is not finished: python status.py says why; this is the stage "
                 "before it)")
-    return source, data, tag
+    return source, data, tag, folder_and_step
 
 def furthest(model):
     return pipeline.STAGES.index(model.stage), model.saved
@@ -81,6 +81,10 @@ def prompt_of(tokenizer, source, messages):
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
     return [tokenizer.bos, *tokenizer.encode(content)]
+
+def room_for_answer(context, most):
+    """How many tokens of the context a prompt has to leave, where an answer may have `most`."""
+    return min(most, context // 2)
 
 class Speech:
     """The tokens of an answer, one after another, as text. A character may be cut in tokens: it is
