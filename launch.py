@@ -31,6 +31,7 @@ import slurm
 import status
 import trial
 from lock import holder_name, living_holder
+from supervisor import Supervisor
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 HELP = "bash speedrun.sh --help"
@@ -67,7 +68,8 @@ class Plan:
         return pipeline.state_path(name, self.data, self.tag)
 
     def is_done(self, name):
-        return status.state_of(pipeline.find_phase(name), self.data, self.tag)[0] == "done"
+        return status.state_of(pipeline.find_phase(name), self.data, self.tag)[0] in (
+            "done", "stale")
 
 def split_at(words, mark):
     """example: (["a", "-", "b", "c"], "-") -> [["a"], ["b", "c"]]"""
@@ -188,69 +190,7 @@ def free_port():
         return server.getsockname()[1]
 
 # -------------------------------------------------------------------------------------------------
-# running one command
-
-@dataclass
-class Supervisor:
-    """Runs one command at a time; a signal asks it to save and stop."""
-    outcome_path: Path
-    popen: object = subprocess.Popen
-    stopping: bool = False     # a signal came
-    terminated: bool = False   # it was SIGTERM, as from scancel or a preemption
-    child: object = None
-    command: tuple = ()
-
-    def on_signal(self, signum, frame):
-        self.stopping = True
-        self.terminated = self.terminated or signum == signal.SIGTERM
-        self.pass_on()
-
-    def pass_on(self):
-        """Asks the processes of the phase itself to save and stop."""
-        if self.child is None:
-            return
-        if self.command[0] == "torchrun":
-            subprocess.run(["pkill", "-TERM", "-P", str(self.child.pid)], check=False)
-        elif self.command[0] == "srun":
-            self.child.send_signal(signal.SIGUSR1)  # passed on to all processes on all nodes
-        else:  # not its children: a sandbox that dies is an answer that counts as wrong
-            self.child.send_signal(signal.SIGTERM)
-
-    def run(self, command):
-        """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
-        signal came, 130 where a second Ctrl-C has ended it at once."""
-        self.outcome_path.unlink(missing_ok=True)
-        environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
-        if command[0] == "torchrun":  # which would do so itself, and print five lines about it
-            environment.setdefault("OMP_NUM_THREADS", "1")
-        self.command = command
-        self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
-                                preexec_fn=before_exec)
-        while True:
-            if self.stopping:
-                self.pass_on()  # again and again, in case it was not yet listening
-            try:
-                code = self.child.wait(timeout=3)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self.child = None
-        outcome = common.read_json(self.outcome_path)
-        # the phase's own word also holds where a signal hit it after its end
-        code = outcome.get("code", code if code >= 0 else 128 - code)
-        if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
-            code = 75  # before its handlers stood: it had not begun
-        # nor had workers that the signal has killed: of them torchrun says 1, and they say nothing
-        not_begun = command[0] == "torchrun" and code == 1 and not outcome
-        if self.stopping and (code == 0 or not_begun):
-            code = 75
-        return code, outcome
-
-def before_exec():
-    """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it
-    (torchrun, which would kill its workers) ignores it, and this launcher passes it on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    common.end_with_parent()
+# running a phase
 
 def run_phase(plan, supervisor, name, words):
     """Runs a phase, once more with fewer rows where its memory is out. -> (exit code, the arguments
@@ -352,6 +292,8 @@ def run_all(plan, supervisor):
             return code, f"{name} failed (exit {code}): {reason}; {fix}"
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
+    if set(plan.names) < set(plan.listed) - {"report"}:
+        return 0, "done"
     return 0, "all done; talk to it: python chat_cli.py"
 
 def start(plan, supervisor, name, words):
@@ -363,20 +305,35 @@ def start(plan, supervisor, name, words):
     wait_for_holder(plan.folder(name), supervisor)
     if supervisor.stopping:
         return 75, "a signal came while waiting"
-    done = plan.is_done(name)
+    done, supervisor.phase = plan.is_done(name), name
     code, _, outcome = run_phase(plan, supervisor, name, words)
     if not done and code != 2:  # a command that was refused does not go on with anything
         note_command(plan)
     return code, outcome.get("reason", "the lines above say why")
 
 def note_command(plan):
-    """Keeps what goes on with this run, for status.py."""
+    """Keeps what goes on with the phases of this run, for status.py."""
     command = ["bash", "speedrun.sh", *plan.given]
     if plan.in_slurm:
         command = slurm.sbatch_command(plan.given)
-    with contextlib.suppress(OSError):  # a folder that cannot be written: the phase says so
-        common.atomic_write(pipeline.command_file(plan.data, plan.tag), json.dumps(
-            {"command": shlex.join(command), "phases": plan.names}))
+    old = common.read_json(pipeline.command_file(plan.data, plan.tag)).get("commands", {})
+    note(plan, commands={**old, **dict.fromkeys(plan.names, shlex.join(command))})
+
+def note(plan, **facts):
+    """Keeps facts on a run for status.py, where it has a folder."""
+    path = pipeline.command_file(plan.data, plan.tag)
+    if path.parent.is_dir():
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the phase says so
+            common.atomic_write(path, json.dumps({**common.read_json(path), **facts}))
+
+def note_end(plan, supervisor, code, line):
+    """Keeps how this launcher ends, and why. line: what it says last."""
+    reason = (supervisor.outcome or {}).get("reason") or line
+    with contextlib.suppress(ValueError):  # of a signal the phase has said nothing
+        reason = f"{supervisor.phase} was killed ({signal.Signals(code - 128).name})"
+    left = [name for name in plan.names if not plan.is_done(name)]
+    phase = supervisor.phase or (left[0] if left else "")  # which did not even begin
+    note(plan, ended={"phase": phase, "code": code, "reason": reason, "time": time.time()})
 
 def check_nodes(plan, supervisor):
     """-> exit code: whether all nodes of the job have what is needed"""
@@ -416,6 +373,8 @@ def main():
         folder = pipeline.base_dir()
         folder.mkdir(parents=True, exist_ok=True)
         print(f"\n{slurm.describe_job(plan.given)}", flush=True)
+    note(plan, began={"time": time.time(), "job": slurm.job_name(), "ends": slurm.end_time(),
+                      "log": slurm.show_this_job().get("StdOut")})
     supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
     os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -423,8 +382,10 @@ def main():
         signal.signal(signum, supervisor.on_signal)
     try:
         code, line = run_all(plan, supervisor)
+        note_end(plan, supervisor, code, line)
     except common.Failure as e:
         e.next_command = start_over_command(plan, e.message) or e.next_command
+        note_end(plan, supervisor, e.code, e.message)
         if not plan.in_slurm:
             raise
         code, line = e.code, f"error: {e}"

@@ -242,6 +242,11 @@ def look():
                 file.wrong = f"there is nothing to learn in {file.path}: {file.said}"
     return files
 
+def in_words(bad):
+    """example: "3 files (smoltalk_train.jsonl, ...), see the table" """
+    names = ", ".join(common.one_line(file.path.name) for file in bad[:3])
+    return f"{len(bad)} files ({names}{', ...' * (len(bad) > 3)}), see the table"
+
 def show(files):
     """Prints the table, what is damaged, and how to do without a download."""
     common.print0(f"{'':<9}{'what':<26}{'found':>12}   used by phase")
@@ -353,8 +358,7 @@ if pipeline.is_folder_data(data):
     if split["not_read"]:
         common.print0(split["not_read"])
 if check:
-    common.check(not bad, f"missing or damaged: {len(bad)} files, see the table",
-                 again)
+    common.check(not bad, f"missing or damaged: {in_words(bad)}", again)
     run.leave(0, "done")
 
 if not pipeline.is_folder_data(data):
@@ -377,6 +381,6 @@ with common.writing(pipeline.base_dir()):
         bring(bad)
 files = look()
 show(files)
-missing = sum(file.wrong is not None for file in files)
-common.check(not missing, f"still missing or damaged: {missing} files, see the table", again)
+bad = [file for file in files if file.wrong]
+common.check(not bad, f"still missing or damaged: {in_words(bad)}", again)
 run.exit_done(**facts)

@@ -333,6 +333,7 @@ class Run:
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
                 self.metrics = open(path, "a", 1, encoding="utf-8")  # noqa: SIM115
+            self.update_record(num_steps=num_steps)
 
     def log(self, **line):
         """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""

@@ -38,6 +38,7 @@ All phases in their order; run it again at any time: what is done is skipped.
   --depth=N           layers of the model (toy: 2, else 20)
   --nproc=N           processes on this machine (default: the GPUs visible, or 1)
   --dry-run           print the commands and do nothing
+  --status            what is done, what died and why, what to run next (status.py)
   -- --key=value      settings for every phase that has them: -- --device_batch_size=8
                       for one phase alone: -- --rl.num_steps=100 --sft.mixture=smoltalk,gsm8k
                       to start one over (the old one is put aside): -- --sft.start_over=True
@@ -47,6 +48,10 @@ missing inputs, 75 interrupted but saved: run the same command again; anything e
 HELP
 }
 
+if [ "${1:-}" = --status ]; then  # with --data=... or --json=True behind it
+    shift
+    exec python3 status.py "$@"
+fi
 data=toy
 depth=""
 dry_run=""

@@ -3,22 +3,33 @@ What is done, what is half done, what died and why; the last line is what to run
 
     python status.py                # every data set in the state folder, the newest at the end
     python status.py --data=toy     # one of them
+    python status.py --json=True    # the same for a program
 
-Reads names, sizes and records only: checksums can take minutes.
+Reads names, sizes, records and ends of logs, and asks Slurm about its jobs: no checksums, which can
+take minutes.
 """
 import contextlib
+import math
+import os
 import re
 import shlex
+import shutil
 import time
+from dataclasses import asdict
+from json import dumps, loads
 
+import causes
 import checkpoint
 import common
 import configurator
 import pipeline
+import slurm
+import trial
 from lock import holder_name, living_holder
 from records import finished_step
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: all that have a state
+json = False                 # one JSON object instead of lines to read
 settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 def saved(directory):
@@ -75,8 +86,7 @@ def describe(directory):
     if status == "running":
         if holder := living_holder(directory):
             return "running", f"running, {half} ({holder_name(holder)})"
-        return "half", (f"died without a word, {half} (process {record.get('pid')}: killed, or out "
-                        "of memory?)")
+        return "half", f"died without a word, {half} (process {record.get('pid')})"
     if status is not None:
         return "failed", f"failed, {half}: {reason}"
     if (directory / "phase.json").exists():
@@ -106,9 +116,28 @@ def describe_eval(path, directory):
         return "stale", "outdated: the model was trained again since"
     return "done", f"done, {ago(written(path))}"
 
+def outdated(phase, name, tag):
+    """What a training that is done was trained from and is another now: "base was trained again
+    since"; None where nothing is."""
+    inputs = common.read_json(pipeline.state_path(phase.name, name, tag) / "phase.json").get(
+        "inputs", {})
+    tokenizer = common.read_json(pipeline.tokenizer_dir(name) / "phase.json").get("fingerprint")
+    if tokenizer and inputs.get("tokenizer", tokenizer) != tokenizer:
+        return "the tokenizer was trained again since"
+    parent = pipeline.state_path(phase.parent, name, tag)
+    step = finished_step(parent)
+    begun_with = inputs.get(phase.parent)
+    if step is not None and begun_with not in (None, checkpoint.fingerprint(parent, step)):
+        return f"{phase.parent} was trained again since"
+    return None
+
+# -------------------------------------------------------------------------------------------------
+# a run
+
 def tags(name):
     """The runs of a data set, the one written last at the end.  example: ["d12", "d4"]"""
-    found = {}
+    found = {path.stem.removeprefix("speedrun_"): written(path)  # begun, if nothing else
+             for path in pipeline.data_root(name).glob("speedrun_*.json")}
     for stage in pipeline.STAGES:
         for folder in pipeline.state_path(stage, name, "x").parent.glob("*/"):
             if ".old-" not in folder.name:
@@ -122,11 +151,130 @@ def state_of(phase, name, tag):
         return describe_eval(path, pipeline.state_path(phase.parent, name, tag))
     if phase.name == "data" and pipeline.is_folder_data(name):
         return "done", "your own folder"
-    return describe(path)
+    state, words = describe(path)
+    if state == "done" and phase.kind == "training" and (why := outdated(phase, name, tag)):
+        return "stale", f"outdated: {why}"
+    return state, words
 
 def phases_of(name, tag):
     """{phase: (state, words)} of a run of the data set `name`, without the report"""
     return {phase.name: state_of(phase, name, tag) for phase in pipeline.PHASES[:-1]}
+
+def figures(phase, state, name, tag):
+    """The key figures of a phase, in words, and its size on disk in bytes.
+    example: (["0.3493 bits per byte", "2m50s of training", "31.5 MB"], 31503137)"""
+    path = pipeline.state_path(phase.name, name, tag)
+    files = path.glob("*") if path.is_dir() else [path]
+    size = 0
+    for file in [] if phase.name == "data" and pipeline.is_folder_data(name) else files:
+        with contextlib.suppress(OSError):  # it may be removed just now
+            size += file.stat().st_size
+    words = []
+    if phase.kind == "evaluation":
+        result = common.read_json(path)
+        words += worded("{:s} {:.4f}", result.get("label", "CORE"), result.get("core"))
+        words += worded("ChatCORE {:.4f}", result.get("chatcore"))
+    elif state == "running":
+        words += pace(path)
+    else:
+        record, (_, meta) = common.read_json(path / "phase.json"), saved(path)
+        words += worded("{:.4f} bits per byte", record.get("val_bpb", meta.get("val_bpb")))
+        words += worded("pass@1 {:.3f}", record.get("pass_at", {}).get("1"))
+        if worded("{:f}", meta.get("seconds")):
+            words.append(f"{common.duration(meta['seconds'])} of training")
+    if size >= 100_000:
+        words.append(f"{size / 1e6:,.1f} MB")
+    return words, size
+
+def worded(form, *values):
+    """[the values in this form], or [] where they have none: a damaged file may hold anything"""
+    try:
+        return [form.format(*values)]
+    except (TypeError, ValueError):
+        return []
+
+def pace(directory):
+    """Where a training is: ["at step 431 of 1,000", "9,300 tokens/s", "about 4m10s left"], or []
+    before its first step has ended."""
+    record = common.read_json(directory / "phase.json")
+    steps = []
+    for line in causes.last_lines(directory / "metrics.jsonl", 40):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may be half written
+            line = loads(line)
+            steps.append((line["step"] + 1, line["clock"]["seconds"],
+                          line["clock"]["tokens_per_second"]))
+    if not steps:
+        return []
+    (first, began, _), (step, now, speed) = steps[0], steps[-1]
+    total = record.get("num_steps", 0)
+    words = [f"at step {step:,}" + f" of {total:,}" * bool(total), f"{speed:,} tokens/s"]
+    if step > first and total:
+        left = (total - step) * (now - began) / (step - first)
+        words.append(f"about {common.duration(left)} left")
+    return words
+
+def cause(phase, state, given, name, tag):
+    """Why a phase is not done, or the last command refused for it, a causes.Cause; None where there
+    is no such thing. given: what the launcher has left (pipeline.command_file)."""
+    path = pipeline.state_path(phase.name, name, tag)
+    if phase.kind == "evaluation":
+        path = path.with_suffix(".partial.jsonl")
+        record = {"updated": written(path), **[{}, *common.read_json_lines(path)][-1]}
+    else:
+        record = common.read_json(path / "phase.json")
+    reasons = []
+    if state in ("half", "failed"):
+        reasons.append(record.get("reason"))
+        if record.get("status") == "done":  # it was, but a file is missing
+            reasons = [describe(path)[1]]
+    ended, began = given.get("ended") or {}, given.get("began") or {}
+    is_newer = ended.get("time", 0.0) > record.get("updated", 0.0) - 60.0
+    if ended.get("phase") == phase.name and ended["code"] and is_newer and state != "running":
+        reasons.insert(0, ended["reason"])
+    reasons = [reason for reason in reasons if reason]
+    if not reasons and state == "half" and record.get("status") == "running":
+        reasons.append(f"process {record.get('pid')} died without a word, as by SIGKILL")
+    if not reasons:
+        return None
+    job = record.get("job") or began.get("job")
+    return causes.of_death(reasons, job, began.get("log"))
+
+def waiting(given):
+    """The job of this run, or its successor, that Slurm has in its queue or runs, in words; None
+    for none."""
+    job = (given.get("began") or {}).get("job")
+    answer = slurm.ask("squeue", "--me", "-h", "-o", "%i|%T|%r|%E") if job else None
+    for line in answer.stdout.splitlines() if answer and answer.returncode == 0 else []:
+        number, state, reason, dependency = line.split("|", 3)
+        if number == job or re.search(rf"after\w*:{re.escape(job)}\b", dependency):
+            return f"job {number} is {state}" + f" ({reason})" * (reason != "None")
+    return None
+
+def what_is_left(states, given, name, tag):
+    """What the rest needs, in words, as far as the trial before the first training knows; None
+    where nothing is left or was tried."""
+    tried = common.read_json(pipeline.data_root(name) / f"tried_{tag}.json")
+    tried = {phase: facts for phase, facts in tried.items()
+             if states.get(phase, ("done",))[0] not in ("done", "stale") and "bytes" in facts}
+    if not tried:
+        return None
+
+    def folder_of(phase):
+        return pipeline.state_path(phase, name, tag)
+    seconds = trial.seconds_left(tried, folder_of)
+    words = f"about {trial.in_words(seconds)}"
+    began = given.get("began") or {}
+    if began.get("ends"):
+        limit = began["ends"] - began["time"]
+        jobs = math.ceil(sum(seconds.values()) / max(limit - 120.0, 60.0))
+        words += f", {jobs} job{'s' * (jobs > 1)} of {common.duration(limit)}"
+    root = pipeline.data_root(name)
+    files = sum(4 * facts["keep"] + 2 for facts in tried.values())
+    inodes = os.statvfs(root).f_favail
+    words += (f"; {trial.bytes_needed(tried, folder_of) / 1e9:.2f} GB in {files} files, "
+              f"{shutil.disk_usage(root).free / 1e9:.2f} GB"
+              f"{f' and {inodes:,} inodes' * (inodes > 0)} free")
+    return words
 
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
@@ -136,18 +284,38 @@ def next_command(states, name, tag):
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
     running = states[first][0] == "running"
-    given = common.read_json(pipeline.command_file(name, tag))
+    commands = common.read_json(pipeline.command_file(name, tag)).get("commands", {})
     record = common.read_json(pipeline.state_path(first, name, tag) / "phase.json")
-    if first in given.get("phases", []):
-        command = given["command"]
-    elif first in pipeline.STAGES and record.get("next") and not running:
+    words = ["bash", "speedrun.sh", f"--data={name}"]
+    if re.fullmatch(r"d\d+", tag):
+        words.append(f"--depth={tag[1:]}")
+    command = commands.get(first, shlex.join(words))
+    if first not in commands and first in pipeline.STAGES and record.get("next") and not running:
         command = record["next"]
-    else:
-        words = ["bash", "speedrun.sh", f"--data={name}"]
-        if re.fullmatch(r"d\d+", tag):
-            words.append(f"--depth={tag[1:]}")
-        command = shlex.join(words)
+    if states[first][0] == "stale" and first in pipeline.STAGES:
+        # what goes on from it is outdated when it has been trained again
+        later = pipeline.STAGES[pipeline.STAGES.index(first):]
+        over = [f"--{p}.start_over=True" for p in later if states[p][0] in ("done", "stale")]
+        command += " " + shlex.join(over if " -- " in command else ["--", *over])
     return f"wait for {first}, then {command}" if running else command
+
+def look_at(name, tag):
+    """All that is known of a run, as --json=True prints it."""
+    states = phases_of(name, tag)
+    given = common.read_json(pipeline.command_file(name, tag))
+    phases = []
+    for phase in pipeline.PHASES[:-1]:
+        state, words = states[phase.name]
+        found, size = figures(phase, state, name, tag) if state != "absent" else ([], 0)
+        why = cause(phase, state, given, name, tag)
+        phases.append({"phase": phase.name, "state": state, "words": words, "figures": found,
+                       "bytes": size, "parent": phase.parent, "cause": why and asdict(why)})
+    queued = waiting(given)
+    command = next_command(states, name, tag)
+    if queued:
+        command = f"{slurm.NOTHING_TO_TYPE}: {queued}"
+    return {"tag": tag, "phases": phases, "left": what_is_left(states, given, name, tag),
+            "queue": queued, "next": command}
 
 def data_sets():
     """The data sets that have a state, as records name them, the one touched last at the end."""
@@ -167,19 +335,40 @@ def check_folder(name):
     common.check(there or not pipeline.is_folder_data(name), f"there is no {name}: --data takes "
                  "toy, fineweb_edu, climbmix or a folder of texts")
 
+def show(run):
+    """Prints a run, as look_at() gives it."""
+    for facts in run["phases"]:
+        phase, why = facts["phase"], facts["cause"]
+        label = phase if phase in ("data", "tok") else f"{phase} {run['tag']}"
+        line = f"  {label:<14} {facts['words']}"
+        if facts["figures"]:
+            line += f"; {', '.join(facts['figures'])}"
+        print(line)
+        if why:
+            print(f"    why: {why['sentence']}")
+            for shown_by in why["shown_by"]:
+                print(f"       | {shown_by}")
+            print(f"    do:  {why['mend']}")
+    if run["left"]:
+        print(f"  left: {run['left']}")
+
 def main():
     if data:
         check_folder(data)
-    sets = [data] if data else data_sets()
-    command = "bash speedrun.sh"
-    for name in sets:
+    sets = {name: [look_at(name, tag) for tag in tags(name) or [""]]
+            for name in ([data] if data else data_sets())}
+    command = [run["next"] for runs in sets.values() for run in runs][-1:]
+    command = command[0] if command else "bash speedrun.sh"
+    if json:
+        found = [{"data": name, "folder": str(pipeline.data_root(name)), "runs": runs}
+                 for name, runs in sets.items()]
+        print(dumps({"state": str(pipeline.base_dir()), "sets": found, "next": command},
+                          indent=1))
+        return
+    for name, runs in sets.items():
         print(f"{name} ({pipeline.data_root(name)})")
-        for tag in tags(name) or [""]:
-            states = phases_of(name, tag)
-            for phase, (_, words) in states.items():
-                label = phase if phase in ("data", "tok") else f"{phase} {tag}"
-                print(f"  {label:<14} {words}")
-            command = next_command(states, name, tag)
+        for run in runs:
+            show(run)
     if not sets:
         print(f"nothing in {pipeline.base_dir()} yet")
     print(f"next: {command}")

@@ -97,40 +97,52 @@ def facts_of(run):
         f"in {run.longest_save:.1f} s, read in {read_seconds:.1f} s")
     return facts
 
-def check_disk(plan, tried):
-    """Failure (code 2) where the disk has no room for the checkpoints to come: those that are kept,
-    less what is there already, and one more, since an old one goes after the new one is there.
-    tried: {phase: facts_of()}"""
-    root = pipeline.data_root(plan.data)
+def bytes_needed(tried, folder_of):
+    """How many bytes the checkpoints to come need: those that are kept, less what is there already,
+    and one more, since an old one goes after the new one is there. tried: {phase: facts_of()};
+    folder_of(phase): its folder."""
     needed = max(facts["bytes"] for facts in tried.values())
     for name, facts in tried.items():
-        folder = plan.folder(name)
+        folder = folder_of(name)
         files = [checkpoint.files(folder, step) for step in checkpoint.steps(folder)]
         there = sum(size for of_step in files for size, _ in of_step.values())
         needed += max(0, facts["keep"] * facts["bytes"] - there)
-    needed /= 1e9
+    return needed
+
+def check_disk(plan, tried):
+    """Failure (code 2) where the disk has no room for the checkpoints to come."""
+    root = pipeline.data_root(plan.data)
+    needed = bytes_needed(tried, plan.folder) / 1e9
     free = shutil.disk_usage(root).free / 1e9
     words = f"checkpoints need {needed:.2f} GB, {free:.2f} GB free in {root}"
     common.check(needed <= free, f"{words}: free some disk space")
     print(f"trial: {words}", flush=True)
 
-def print_time(plan, tried):
-    """Prints how long the trainings to come take, against the time that the job has."""
-    total, parts = 0.0, []
+def seconds_left(tried, folder_of):
+    """{phase: seconds that its training still takes}"""
+    found = {}
     for name, facts in tried.items():
-        done = max(checkpoint.steps(plan.folder(name)), default=0)
+        done = max(checkpoint.steps(folder_of(name)), default=0)
         # the model is saved, and the training waits for that, before each measurement
         measuring = facts["evals"] * (facts["eval_seconds"] + facts["save_seconds"])
         whole = facts["num_steps"] * facts["seconds"] + measuring
-        left = facts["first_seconds"] + whole * max(0.0, 1 - done / facts["num_steps"])
-        total += left
-        at_most = "at most " if name == "rl" else ""  # its answers may be shorter
-        parts.append(f"{name} {at_most}{common.duration(left)}")
-    line = f"trial: the trainings left take about {common.duration(total)} ({', '.join(parts)})"
+        found[name] = facts["first_seconds"] + whole * max(0.0, 1 - done / facts["num_steps"])
+    return found
+
+def in_words(seconds):
+    """example: {"base": 600.0, "rl": 60.0} -> "11m00s (base 10m00s, rl at most 1m00s)" """
+    parts = [f"{name} {'at most ' * (name == 'rl')}{common.duration(left)}"
+             for name, left in seconds.items()]  # the answers of RL may be shorter
+    return f"{common.duration(sum(seconds.values()))} ({', '.join(parts)})"
+
+def print_time(plan, tried):
+    """Prints how long the trainings to come take, against the time that the job has."""
+    seconds = seconds_left(tried, plan.folder)
+    line = f"trial: the trainings left take about {in_words(seconds)}"
     end = slurm.end_time()
     if end:
         left = max(0.0, end - time.time())
         line += f"; this job has {common.duration(left)} left"
-        if total > left:
+        if sum(seconds.values()) > left:
             line += ": it will stop with everything saved and continue in its next attempt"
     print(line, flush=True)

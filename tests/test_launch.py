@@ -370,8 +370,8 @@ def next_after(done, **others):
 
 def test_status_names_what_speedrun_was_given_last(supervise, record):
     flags = ["--only=base,mid", "--depth=4", "--", "--mid.mixture=my chats.jsonl"]
-    launch.start(given(*flags), supervise(0), "base", ["base_train.py"])
     record("base", status="interrupted", next="python base_train.py --depth=4")
+    launch.start(given(*flags), supervise(0), "base", ["base_train.py"])
     command = "bash speedrun.sh --only=base,mid --depth=4 -- '--mid.mixture=my chats.jsonl'"
     assert next_after(["data", "tok"], base="half") == command
     assert next_after(["data", "tok", "base"]) == command, "which goes on with mid"

@@ -1,0 +1,130 @@
+"""
+Why something has died, from what it has left behind: the reason in its record or in the launcher's
+note, its job in Slurm's books, the end of the job's log. Only reads; status.py shows it.
+"""
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import slurm
+
+@dataclass
+class Cause:
+    kind: str       # a word or two, for status.py --json=True: "host memory"
+    sentence: str   # what has happened
+    mend: str       # what to do about it
+    shown_by: list  # the lines that show it, three at most
+
+AGAIN = "nothing is wrong: the same command goes on"
+ROWS = "fewer rows at once (-- --device_batch_size=...)"
+ELSEWHERE = "put the state elsewhere (NANOCHAT_BASE_DIR in site.env)"
+
+class Sign(NamedTuple):
+    kind: str
+    words: str     # a regular expression: of a line that shows it
+    sentence: str
+    mend: str
+
+# The first that is found counts: what can follow from another one stands behind it.
+SIGNS = [
+    Sign("gpu memory", r"(CUDA|HIP|MPS backend).{0,40}out of memory",
+         "the GPU's memory was full", f"give {ROWS}: the result is the same to rounding"),
+    Sign("host memory", r"oom[-_ ]?kill|OUT_OF_ME|[Oo]ut of memory|not enough memory|MemoryError|"
+         r"([Cc]annot|can't) allocate memory",
+         "the machine's memory was full", f"give {ROWS}, or more memory (sbatch --mem=...)"),
+    Sign("quota", r"[Dd]isk quota exceeded",
+         "the disk quota was used up", f"free some of it, or {ELSEWHERE}"),
+    Sign("disk", r"No space left on device|checkpoints need [\d.]+ GB|GB are free|free some space",
+         "the disk was full", f"free some space (or inodes: df -i), or {ELSEWHERE}"),
+    Sign("read-only", r"Read-only file system|Permission denied|Operation not permitted",
+         "a folder could not be written or read", f"make it writable, or {ELSEWHERE}"),
+    Sign("not finite", r"not? finite|has exploded|\bnan\b|NaN",
+         "its numbers were no longer finite",
+         "go back to a checkpoint before it (--rewind, as the line says), or lower the rate"),
+    Sign("no network", r"[Nn]etwork is unreachable|[Nn]ame or service not known|[Nn]ame resolution|"
+         r"NANOCHAT_OFFLINE|Connection(Error| refused| reset)|could not (be )?download|timed out",
+         "the network could not be reached",
+         "download where there is internet (bash speedrun.sh ... --only=data), then go on"),
+    Sign("another writer", r"lost the lock|is being written by|another process",
+         "another process wrote in the same folder", "wait for that one, or stop it"),
+    Sign("other inputs", "started with other settings or inputs",
+         "it was started with other settings or inputs",
+         "give the same ones, or start it over as the line says"),
+    Sign("damaged", r"checksum|(?<!missing or )damaged|cut short|\bis whole\b|cannot be read",
+         "a file is damaged", "the line says which, and what to do"),
+    Sign("missing data", r"\bmissing\b|[Tt]here is no\b|No such file or directory",
+         "something that it needs was not there", "bring it: the line says what is missing"),
+    Sign("preempted", "PREEMPT", "Slurm has given its place to another job", AGAIN),
+    Sign("node lost", "NODE_FAIL|[Nn]ode failure|NODE FAILURE|BOOT_FAIL",
+         "Slurm has lost a node", AGAIN),
+    Sign("time limit", r"TIMEOUT|DUE TO TIME LIMIT|\bdeadline\b|time limit",
+         "its time was over", AGAIN),
+    Sign("cancelled", "CANCELLED", "somebody has cancelled the job", AGAIN),
+    Sign("another rank", "another rank|DistBackendError|NCCL",
+         "another of its processes died first", "that one's lines in the log say why"),
+    Sign("killed", "SIGKILL",
+         "it was killed at once (SIGKILL): often because the machine's memory was full, else by "
+         "somebody or something that ends processes",
+         f"the same command goes on; if it happens again give {ROWS}"),
+    Sign("crash", "SIG(SEGV|BUS|ABRT|ILL|FPE)",
+         "it crashed inside a library or the driver",
+         "the same command goes on; if it happens again look at the driver and the packages"),
+    Sign("signal", r"signal SIG\w+|Ctrl-C|\ba signal came\b", "a signal has stopped it", AGAIN),
+    Sign("traceback", r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b",
+         "a fault in a program ended it",
+         "the line says which; the traceback above it in the log or terminal says where"),
+]
+# what Slurm may know more about
+VAGUE = ("killed", "signal", "another rank", "crash", "traceback")
+
+def cause_of(lines):
+    """lines: what was left behind -> Cause, None where none of them says a thing that is known"""
+    for sign in SIGNS:
+        shown_by = [line.strip()[:300] for line in lines if re.search(sign.words, line)]
+        if shown_by:
+            return Cause(sign.kind, sign.sentence, sign.mend, list(dict.fromkeys(shown_by))[:3])
+    return None
+
+def of_death(reasons, job=None, log=None):
+    """reasons: what the dead have said themselves, or the launcher of them. job: its name, log: the
+    path of its log, where it was Slurm's. -> Cause; kind "unknown" where nothing says why"""
+    found = cause_of(reasons)
+    if job and (found is None or found.kind in VAGUE):
+        of_slurm = cause_of(end_of_job(job)) or cause_of(errors_in(log))
+        if of_slurm and of_slurm.kind not in VAGUE:
+            return of_slurm
+        found = found or of_slurm
+    said = "its own line is all that is known" if reasons else "it has said nothing"
+    return found or Cause("unknown", said, "look at the end of its log or terminal", reasons[:3])
+
+# -------------------------------------------------------------------------------------------------
+# evidence
+
+def end_of_job(job):
+    """How Slurm's books say that a job and its steps have ended, a line each; [] without Slurm."""
+    answer = slurm.ask("sacct", "-n", "-P", "-D", "-j", job,
+                       "-o", "JobID,State,ExitCode,Elapsed,Timelimit,NodeList")
+    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    over = [f"sacct: {line}" for line in lines
+            if not re.search(r"RUNNING|PENDING|COMPLETED|REQUEUED", line)]
+    if not over:  # sites without accounting: the controller knows it for some minutes
+        over = [f"scontrol: JobState={facts.get('JobState')} Reason={facts.get('Reason')}"
+                for facts in slurm.show_jobs(job)[0]]
+    return over[-4:]
+
+def last_lines(path, most=200):
+    """The last lines of a text file; [] where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return [line.rstrip("\n") for line in deque(f, most)]
+    except (OSError, TypeError, ValueError):
+        return []
+
+def errors_in(log):
+    """The lines of a job's log that speak of an error, the last first, of its last attempt."""
+    lines = last_lines(log)
+    begins = [i for i, line in enumerate(lines) if re.match(r"job \S+, attempt \d+ of it", line)]
+    lines = lines[begins[-1]:] if begins else lines
+    signs = r"error|Error|slurmstepd|srun: |[Kk]illed|Exception"
+    return [line for line in reversed(lines) if re.search(signs, line)]

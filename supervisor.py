@@ -1,0 +1,75 @@
+"""
+Runs the command of a phase for launch.py: passes signals on to it until it has saved and ended, and
+reads how.
+"""
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+
+@dataclass
+class Supervisor:
+    """Runs one command at a time; a signal asks it to save and stop."""
+    outcome_path: Path
+    popen: object = subprocess.Popen
+    stopping: bool = False     # a signal came
+    terminated: bool = False   # it was SIGTERM, as from scancel or a preemption
+    child: object = None
+    command: tuple = ()
+    phase: str = ""            # that was run last
+    outcome: dict | None = None  # what it has left of its end
+
+    def on_signal(self, signum, frame):
+        self.stopping = True
+        self.terminated = self.terminated or signum == signal.SIGTERM
+        self.pass_on()
+
+    def pass_on(self):
+        """Asks the processes of the phase itself to save and stop."""
+        if self.child is None:
+            return
+        if self.command[0] == "torchrun":
+            subprocess.run(["pkill", "-TERM", "-P", str(self.child.pid)], check=False)
+        elif self.command[0] == "srun":
+            self.child.send_signal(signal.SIGUSR1)  # passed on to all processes on all nodes
+        else:  # not its children: a sandbox that dies is an answer that counts as wrong
+            self.child.send_signal(signal.SIGTERM)
+
+    def run(self, command):
+        """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
+        signal came, 130 where a second Ctrl-C has ended it at once."""
+        self.outcome_path.unlink(missing_ok=True)
+        environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
+        if command[0] == "torchrun":  # which would do so itself, and print five lines about it
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        self.command = command
+        self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
+                                preexec_fn=before_exec)
+        while True:
+            if self.stopping:
+                self.pass_on()  # again and again, in case it was not yet listening
+            try:
+                code = self.child.wait(timeout=3)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self.child = None
+        outcome = self.outcome = common.read_json(self.outcome_path)
+        # the phase's own word also holds where a signal hit it after its end
+        code = outcome.get("code", code if code >= 0 else 128 - code)
+        if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
+            code = 75  # before its handlers stood: it had not begun
+        # nor had workers that the signal has killed: of them torchrun says 1, and they say nothing
+        not_begun = command[0] == "torchrun" and code == 1 and not outcome
+        if self.stopping and (code == 0 or not_begun):
+            code = 75
+        return code, outcome
+
+def before_exec():
+    """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it
+    (torchrun, which would kill its workers) ignores it, and this launcher passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    common.end_with_parent()
