@@ -180,8 +180,9 @@ def srun(plan, words, alone=False):
         start = (f"torchrun --nnodes={node_count} --nproc_per_node={plan.nproc} "
                  f"--signals-to-handle=SIGQUIT --node_rank=$SLURM_NODEID "
                  f"--master_addr={slurm.nodes()[0]} --master_port={free_port()}")
-    return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
-            f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK') or 1}",
+    # whatever number of tasks, share of CPUs, or environment the job was submitted with
+    return ["srun", f"--nodes={node_count}", f"--ntasks={node_count}", "--ntasks-per-node=1",
+            f"--cpus-per-task={slurm.cpus_per_node()}", "--export=ALL", "--kill-on-bad-exit=1",
             "bash", "-c", f'trap "" USR1 TERM; exec {start} "$@"', "node", *words]
 
 def free_port():
@@ -255,6 +256,7 @@ def run_all(plan, supervisor):
     2), or another attempt of the job has begun (code 1)."""
     code = check_inputs(plan, supervisor)
     if code == 0 and plan.in_slurm:
+        slurm.check_job(plan.nproc)
         slurm.guard(plan.data, plan.tag)
         code = check_nodes(plan, supervisor)
     if code == 75:
@@ -371,11 +373,13 @@ def main():
     folder = Path(tempfile.gettempdir())
     if plan.in_slurm:  # which all nodes of the job see
         folder = pipeline.base_dir()
-        folder.mkdir(parents=True, exist_ok=True)
         print(f"\n{slurm.describe_job(plan.given)}", flush=True)
+    supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
+    with common.writing(folder, code=2):
+        folder.mkdir(parents=True, exist_ok=True)
+        supervisor.outcome_path.touch()
     note(plan, began={"time": time.time(), "job": slurm.job_name(), "ends": slurm.end_time(),
                       "log": slurm.show_this_job().get("StdOut")})
-    supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
     os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for signum in signals:

@@ -86,17 +86,38 @@ def nodes():
     """The names of this job's nodes."""
     return ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
 
-def sbatch_command(flags):
+# sbatch's flags as this job has got them: where its environment has them, where scontrol shows them
+IN_ENVIRONMENT = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
+                  "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
+                  "cpus-per-task": "CPUS_PER_TASK", "cpus-per-gpu": "CPUS_PER_GPU",
+                  "mem": "MEM_PER_NODE", "mem-per-cpu": "MEM_PER_CPU", "mem-per-gpu": "MEM_PER_GPU"}
+SHOWN = {"time": "TimeLimit", "constraint": "Features", "exclude": "ExcNodeList",
+         "nodelist": "ReqNodeList", "reservation": "Reservation", "licenses": "Licenses",
+         "mail-user": "MailUser", "mail-type": "MailType"}
+
+def directives():
+    """sbatch's flags in the file.  example: {"nodes": "1", "time": "12:00:00", ...}"""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text("utf-8"), re.MULTILINE))
+
+def sbatch_command(flags, array=True):
     """What to type to submit this job again: sbatch's own flags where they differ from the
-    directives in the file, then speedrun.sh's."""
-    usual = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text("utf-8"), re.MULTILINE))
-    names = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
-             "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
-             "cpus-per-task": "CPUS_PER_TASK", "mem": "MEM_PER_NODE"}
-    actual = {flag: os.environ.get(f"SLURM_{name}") for flag, name in names.items()}
-    actual["time"] = show_this_job().get("TimeLimit")
-    own = [f"--{k}={v}" for k, v in actual.items() if v and v != usual.get(k)]
-    return ["sbatch", *own, SBATCH.name, *flags]
+    directives in the file, then speedrun.sh's. array: as an array, if it is an element of one."""
+    facts, usual = show_this_job(), directives()
+    given = {flag: os.environ.get(f"SLURM_{name}") for flag, name in IN_ENVIRONMENT.items()}
+    given |= {flag: facts.get(name) for flag, name in SHOWN.items()}
+    usual_log = usual["output"].replace("%j", os.environ.get("SLURM_JOB_ID", ""))
+    if Path(facts.get("StdOut", usual_log)).name != usual_log:
+        given["output"] = facts["StdOut"]
+    first, last = (os.environ.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
+    if array and first:
+        at_once = facts.get("ArrayTaskThrottle", "1")
+        given["array"] = f"{first}-{last}%{at_once}"
+    nothing = (None, "", "(null)", "N/A", "None")
+    own = [f"--{k}={v}" for k, v in given.items() if v not in nothing and v != usual.get(k)]
+    own += ["--no-requeue"] * (facts.get("Requeue") == "0")
+    own += ["--exclusive"] * (facts.get("OverSubscribe") == "NO")
+    in_repository = os.environ.get("SLURM_SUBMIT_DIR", str(pipeline.REPO)) == str(pipeline.REPO)
+    return ["sbatch", *own, SBATCH.name if in_repository else str(SBATCH), *flags]
 
 def describe_job(flags):
     """The first lines of a job's log."""
@@ -118,10 +139,12 @@ NOTHING_TO_TYPE = "nothing needs to be typed"
 def after_attempt(code, terminated, flags, sleep=time.sleep):
     """
     What happens when an attempt of this job has ended: where it is saved and not done the job is
-    put back into the queue, or its successor submitted. code: its exit code; terminated: it got
-    SIGTERM, as by scancel or a preemption; flags: speedrun.sh's. -> (what to say, requeued)
+    put back into the queue, or its successor submitted, as far as $NANOCHAT_GO_ON allows. code: its
+    exit code; terminated: it got SIGTERM, as by scancel or a preemption; flags: speedrun.sh's.
+    -> (what to say, requeued)
     """
     again = shlex.join(sbatch_command(flags))
+    allowed = os.environ.get("NANOCHAT_GO_ON", "requeue,submit").split(",")
     job, state = job_name(), show_this_job().get("JobState")
     if state is None:  # the controller may be busy for a moment
         sleep(10)
@@ -131,28 +154,39 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
     if code != 75:
         return ("the job has failed and is not started again: fix what the lines above name, "
                 f"then type: {again}"), False
-    if terminated and state not in ("TIMEOUT", "PREEMPTED"):
+    ended = terminated and state not in ("TIMEOUT", "PREEMPTED")
+    if not ended and "requeue" in allowed:
+        answer = ask("scontrol", "requeue", job)
+        if answer and answer.returncode == 0:
+            return (f"requeued: job {job} goes on by itself in its attempt {attempt() + 2}: "
+                    f"{NOTHING_TO_TYPE}"), True
+    if waits := elements_that_wait():
+        return (f"everything is saved, and element {waits[0]} of the array goes on: "
+                f"{NOTHING_TO_TYPE}"), False
+    if ended:
         return (f"somebody, or Slurm, has ended this job (state {state}); everything is saved; "
                 f"to go on, type: {again}"), False
-    answer = ask("scontrol", "requeue", job)
-    if answer and answer.returncode == 0:
-        return (f"requeued: job {job} goes on by itself in its attempt {attempt() + 2}: "
-                f"{NOTHING_TO_TYPE}"), True
-    if os.environ.get("SLURM_ARRAY_TASK_ID") != os.environ.get("SLURM_ARRAY_TASK_MAX"):
-        return (f"requeueing is not permitted here; the next element of the array goes on: "
-                f"{NOTHING_TO_TYPE}"), False
-    if successor := submit_successor(again, job):
+    successor = submit_successor(flags, job) if "submit" in allowed else None
+    if successor:
         return (f"requeueing is not permitted here; job {successor} is submitted and goes on when "
                 f"this one has ended: {NOTHING_TO_TYPE}"), False
     return ("everything is saved, but neither requeueing nor submitting from a job is permitted "
             f"here; to go on, type: {again}"), False
 
-def submit_successor(again, job):
+def elements_that_wait():
+    """The numbers of the elements of this job's array that are still to come, as texts."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    answer = ask("squeue", "-h", "-r", "-t", "PENDING", "-j", array, "-o", "%K") if array else None
+    own = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return [number for number in (answer.stdout.split() if answer else []) if number != own]
+
+def submit_successor(flags, job):
     """Submits a job that begins when this one has ended. -> its number, None where it may not"""
-    sbatch, *rest = shlex.split(again)
+    sbatch, *rest = sbatch_command(flags, array=False)
     # the successor is a job of its own, and no element of an array
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("SLURM_ARRAY", "SLURM_RESTART"))}
+    rest = [word for word in rest if word != "--no-requeue"]
     answer = ask(sbatch, "--parsable", "--no-requeue", f"--dependency=afterany:{job}", *rest,
                  env=environment)
     return answer.stdout.strip() if answer and answer.returncode == 0 else None
@@ -206,6 +240,26 @@ def guard(data, tag, ended=None):
 
 # -------------------------------------------------------------------------------------------------
 # on each node
+
+def cpus_per_node():
+    """How many CPUs this job has on each of its nodes, on the one with the fewest.
+    example: SLURM_JOB_CPUS_PER_NODE=64(x2),32 -> 32"""
+    numbers = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+    return min(map(int, numbers))
+
+def check_job(nproc):
+    """Failure (code 2) where what was asked of Slurm cannot work for nproc processes a node."""
+    twice = re.findall(r"gres.gpu\S*?(?=,|$)", show_this_job().get("TresPerNode", ""))
+    common.check(len(twice) < 2, f"GPUs were asked for twice ({', '.join(twice)}): "
+                 f"{SBATCH.name} has a --gpus-per-node of its own, which gives way to that flag "
+                 "alone, not to --gres", "sbatch --gpus-per-node=...")
+    cpus = cpus_per_node()
+    common.check(cpus >= nproc, f"{nproc} processes a node need as many CPUs at least, and this "
+                 f"job has {cpus}: give sbatch --cpus-per-task=64, or as many as a node has, or "
+                 "--exclusive")
+    end = end_time()
+    common.check(end is None or end > time.time(), "this job's end is in the past, so nothing "
+                 "would run: is SLURM_JOB_END_TIME of another job, or this node's clock wrong?")
 
 def check_node(nproc, shared):
     """A node's GPUs, and that it sees the state folder of the first node (`shared`, a path in it).

@@ -5,6 +5,7 @@ reads how.
 import os
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,13 @@ class Supervisor:
         else:  # not its children: a sandbox that dies is an answer that counts as wrong
             self.child.send_signal(signal.SIGTERM)
 
+    def was_told(self, seconds=3.0):
+        """Whether a signal has come; Slurm's may come to the phase a moment earlier."""
+        end = time.monotonic() + seconds
+        while not self.stopping and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.stopping
+
     def run(self, command):
         """-> (exit code, outcome: what the phase has left of its end, {} for nothing). 75 where a
         signal came, 130 where a second Ctrl-C has ended it at once."""
@@ -58,6 +66,12 @@ class Supervisor:
                 continue
         self.child = None
         outcome = self.outcome = common.read_json(self.outcome_path)
+        told = str(outcome.get("reason")).startswith("signal")
+        if told and outcome["code"] == 75 and code not in (0, 75) and not self.was_told():
+            # torchrun or srun has told the others, which have saved; the same command would lose
+            # the same one again
+            outcome.update(code=1, reason=f"one of its processes has died, the lines above say of "
+                           f"what (exit {code}); {outcome['reason']}")
         # the phase's own word also holds where a signal hit it after its end
         code = outcome.get("code", code if code >= 0 else 128 - code)
         if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):

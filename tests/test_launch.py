@@ -153,6 +153,26 @@ def test_what_the_phase_has_said_counts_more_than_its_exit_code(supervise, tmp_p
     assert supervisor.run(["torchrun", "x.py"]) == (75, {"code": 75, "reason": "deadline"})
     assert supervisor.run(["torchrun", "x.py"]) == (1, {}), "the next one does not inherit it"
 
+def test_who_saved_because_another_process_died_has_failed(supervise, tmp_path, monkeypatch):
+    """As when a port is taken: torchrun or srun tells the others, and they save. As good as the
+    same command is, it would lose the same process again, without end."""
+    monkeypatch.setattr(launch.Supervisor.was_told, "__defaults__", (0.2,))
+    leaves.path = tmp_path / "outcome"
+    saved = {"code": 75, "reason": "signal SIGTERM: saved at step 4 of 9"}
+
+    def ended(command, code, told=False):
+        process = FakeProcess(code, ticks=1, at_tick=leaves(saved))
+        supervisor = supervise(process)
+        supervisor.stopping = told
+        return supervisor.run([command, "x.py"])
+    for command in ("srun", "torchrun"):
+        code, outcome = ended(command, 1)
+        assert code == outcome["code"] == 1
+        assert "one of its processes has died" in outcome["reason"]
+        assert outcome["reason"].endswith(saved["reason"])
+        assert ended(command, 1, told=True)[0] == 75 and ended(command, 0)[0] == 75
+        assert ended(command, 75)[0] == 75, "one process that somebody has sent a signal to"
+
 def test_a_signal_is_passed_on_again_and_again_until_the_phase_has_ended(supervise):
     def at_tick(process):
         if process.ticks == 3:

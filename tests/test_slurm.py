@@ -2,6 +2,7 @@
 tests/slurm.sh has the real one."""
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,13 +70,14 @@ def job(fake, monkeypatch):
     """job(code, terminated, ...) -> (what is said, requeued, calls of scontrol requeue and sbatch)
     of slurm.after_attempt in a job whose commands answer so"""
     def after(code, terminated=False, requeue="exit 0", submit="echo 8", state="RUNNING",
-              restarts=None, sleep=None, **environment):
+              restarts=None, sleep=None, waiting="", facts="", **environment):
         for name, value in {**JOB, **environment}.items():
             monkeypatch.setenv(name, value)
         restarts = environment.get("SLURM_RESTART_COUNT", "0") if restarts is None else restarts
-        facts = f"JobId=7 TimeLimit=4:00:00 JobState={state} Restarts={restarts}"
+        facts = f"JobId=7 TimeLimit=4:00:00 JobState={state} Restarts={restarts} {facts}"
         show = f'[ "$1" != show ] || [ -e "$(dirname "$0")/busy" ] || echo "{facts}"'
         fake("scontrol", f'{show}\n[ "$1" != requeue ] || {{ {requeue}; }}')
+        fake("squeue", f"printf '{waiting}'")
         fake("sbatch", f'{submit}\necho "array: $SLURM_ARRAY_TASK_ID" >> "$(dirname "$0")/seen"')
         said, requeued = slurm.after_attempt(code, terminated, FLAGS, sleep)
         done = [c for c in fake.calls() if c.startswith(("scontrol requeue", "sbatch"))]
@@ -102,8 +104,14 @@ def test_an_element_of_an_array_requeues_itself_alone(job):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "10", "SLURM_ARRAY_TASK_MAX": "10"}
     _, _, calls = job(75, **array)
     assert calls == ["scontrol requeue 7_10"], "the last element has the whole array's number"
-    said, _, calls = job(75, requeue="exit 1", **{**array, "SLURM_ARRAY_TASK_ID": "9"})
-    assert "next element" in said and not any(c.startswith("sbatch") for c in calls)
+    ninth = {**array, "SLURM_ARRAY_TASK_ID": "9"}
+    said, _, calls = job(75, requeue="exit 1", waiting="9\\n10\\n", **ninth)
+    assert "element 10 of the array goes on" in said
+    assert not any(c.startswith("sbatch") for c in calls)
+    said, _, _ = job(75, requeue="exit 1", waiting="9\\n", **ninth)
+    assert "element" not in said and "job 8 is submitted" in said, "none is left to go on"
+    said, requeued, _ = job(75, True, state="COMPLETING", waiting="10\\n", **ninth)
+    assert "element 10 of the array goes on" in said and not requeued, "and nobody has ended it"
 
 def test_a_successor_where_requeueing_is_not_permitted(job, tmp_path):
     said, requeued, calls = job(
@@ -118,6 +126,38 @@ def test_a_successor_where_requeueing_is_not_permitted(job, tmp_path):
 def test_a_command_to_type_where_neither_is_permitted(job):
     said, requeued, _ = job(75, requeue="exit 1", submit="exit 1")
     assert not requeued and said.endswith(f"to go on, type: {AGAIN}")
+
+@pytest.mark.parametrize(("allowed", "requeues", "submits"), [
+    ("requeue,submit", True, False), ("submit", False, True), ("requeue", True, False),
+    ("", False, False)])
+def test_a_site_that_forbids_jobs_to_submit_jobs(job, allowed, requeues, submits):
+    said, requeued, calls = job(75, NANOCHAT_GO_ON=allowed)
+    assert requeued is requeues and any(c.startswith("sbatch") for c in calls) is submits
+    assert requeues or submits or said.endswith(f"type: {AGAIN}")
+
+def test_what_is_submitted_and_printed_is_what_was_given(job):
+    """All that a site may ask for, as scontrol shows it."""
+    facts = ("Features=a100&ib ExcNodeList=n[7-9] ReqNodeList=(null) Reservation=course "
+             "Licenses=(null) MailUser=me@x.org MailType=END,FAIL StdOut=/logs/mine-7.out "
+             "OverSubscribe=NO Requeue=0 ArrayTaskThrottle=2")
+    environment = {"SLURM_JOB_NAME": "my run", "SLURM_JOB_QOS": "long", "SLURM_CPUS_PER_GPU": "8",
+                   "SLURM_MEM_PER_CPU": "4000", "SLURM_GPUS_PER_NODE": "4",
+                   "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3",
+                   "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3",
+                   "SLURM_SUBMIT_DIR": "/elsewhere"}
+    said, _, calls = job(75, requeue="exit 1", submit="exit 1", facts=facts, **environment)
+    again = shlex.split(said.split("type: ")[1])
+    file = again.index(str(slurm.SBATCH))
+    assert again[file + 1:] == FLAGS
+    assert {*again[1:file]} == {
+        "--job-name=my run", "--partition=main", "--account=lab", "--qos=long", "--nodes=2",
+        "--gpus-per-node=4", "--cpus-per-gpu=8", "--mem-per-cpu=4000", "--time=4:00:00",
+        "--constraint=a100&ib", "--exclude=n[7-9]", "--reservation=course",
+        "--mail-user=me@x.org", "--mail-type=END,FAIL", "--output=/logs/mine-7.out",
+        "--array=1-3%2", "--no-requeue", "--exclusive"}
+    submitted = next(c for c in calls if c.startswith("sbatch"))
+    assert "--constraint=a100&ib" in submitted and "--exclusive" in submitted
+    assert "--array" not in submitted and submitted.count("--no-requeue") == 1
 
 @pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False),
                                            ("TIMEOUT", True), ("PREEMPTED", True)])
@@ -151,6 +191,25 @@ def test_outside_a_job_it_says_how_to_submit(tmp_path):
     out = sbatch(tmp_path, "--depth=4", **JOB)
     assert out.returncode == 2 and "no speedrun.sh is" in out.stderr
 
+def test_the_repository_is_where_the_file_was_submitted_from(fake, tmp_path):
+    """Slurm runs a copy, in the folder where it was submitted: two of its own words lead back."""
+    repo = tmp_path / "my copy"
+    repo.mkdir()
+    (repo / "speedrun.sh").write_text('echo "$PWD: $*"')
+    shutil.copy(REPO / "slurm_speedrun.sbatch", tmp_path)
+    fake("scontrol", f"echo 'JobId=7 JobState=RUNNING Command={repo}/slurm_speedrun.sbatch "
+                     "--data=slurm_speedrun.sbatch WorkDir=/x'")
+    out = sbatch(tmp_path, "--depth=4", **JOB)
+    assert out.stdout == f"{tmp_path}: --slurm --depth=4\n", out.stderr
+
+def test_a_dry_run_asks_slurm(fake):
+    fake("sbatch", "echo 'sbatch: Job 9 to start at noon'")
+    out = sbatch(REPO, "--dry-run", "--only=base", "--depth=4")
+    assert out.returncode == 0 and "base_train.py --data=toy" in out.stdout, out.stderr
+    assert "to start at noon" in out.stdout
+    call, = fake.calls()
+    assert call == "sbatch --test-only ./slurm_speedrun.sbatch --dry-run --only=base --depth=4"
+
 def test_the_launcher_takes_the_place_of_the_batch_script(tmp_path):
     """So a signal to the batch script, which is all that Slurm sends, reaches it."""
     shutil.copy(REPO / "slurm_speedrun.sbatch", tmp_path)
@@ -172,7 +231,8 @@ def speedrun(state, *flags, **environment):
 def test_one_torchrun_a_node_with_a_meeting_point_from_the_allocation(fake, tmp_path):
     fake("scontrol", "printf 'n1\\nn2\\n'")
     out = speedrun(tmp_path, "--dry-run", "--only=base,report").stdout.splitlines()
-    assert "srun --ntasks-per-node=1" in out[0] and "--nproc_per_node=8" in out[0]
+    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1" in out[0], "whatever was asked for"
+    assert "--export=ALL" in out[0] and "--nproc_per_node=8" in out[0]
     assert "torchrun --nnodes=2" in out[0] and "--master_addr=n1" in out[0]
     assert "srun" not in out[1]
     lines = [line for restart in "01" for line in speedrun(
@@ -275,6 +335,59 @@ def test_the_guard_ends_what_gets_nowhere(state, capsys):
     slurm.guard("toy", "d4")
     slurm.guard("toy", "d4", ended=0)
     assert not path.exists(), "done: the next elements of an array find nothing to count"
+
+# ---- what cannot work
+
+def test_what_was_asked_of_slurm_is_looked_at(fake, monkeypatch):
+    def refused(nproc, facts="", **environment):
+        for name, value in {**JOB, **environment}.items():
+            monkeypatch.setenv(name, value)
+        fake("scontrol", f"echo 'JobId=7 JobState=RUNNING {facts}'")
+        with ends() as end:
+            slurm.check_job(nproc)
+            raise SystemExit(0)
+        return end.code == 2
+    cpus = {"SLURM_JOB_CPUS_PER_NODE": "64(x2),8"}
+    assert slurm.cpus_per_node() == 1, "outside of a job"
+    assert not refused(8, "TresPerNode=gres:gpu:8", **cpus) and slurm.cpus_per_node() == 8
+    assert not refused(1, SLURM_JOB_CPUS_PER_NODE="1")
+    assert refused(2, SLURM_JOB_CPUS_PER_NODE="1") and refused(9, **cpus)
+    assert refused(1, "TresPerNode=gres:gpu:8,gres:gpu:1", **cpus)
+    assert refused(1, "TresPerNode=gres/gpu:8,gres/gpu:1", **cpus)
+    assert refused(1, SLURM_JOB_END_TIME=str(int(time.time()) - 5), **cpus)
+    assert not refused(1, SLURM_JOB_END_TIME=str(int(time.time()) + 500), **cpus)
+
+@needs_venv
+def test_a_state_folder_that_cannot_be_written_is_one_line(fake, tmp_path):
+    fake("scontrol", "echo 'JobId=7 JobState=RUNNING Restarts=0'")
+    (tmp_path / "file").write_text("")
+    out = speedrun(tmp_path / "file/state", "--only=base")
+    assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+    assert "error: could not write to" in out.stderr
+
+def test_the_python_of_the_venv_counts_and_not_the_first_in_the_path(fake, tmp_path):
+    """A login node and a compute node with others first sent people back and forth."""
+    shutil.copy(REPO / "setup_venv.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("")
+    command = ". ./setup_venv.sh; setup_venv requirements.txt; command -v python"
+
+    def setup(**environment):
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, text=True, check=False,
+                              capture_output=True, env={**os.environ, **environment})
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    (tmp_path / ".venv/bin/pip").write_text("")
+    own = subprocess.run([tmp_path / ".venv/bin/python", "--version"], text=True,
+                         capture_output=True, check=True).stdout.strip()
+    twice = subprocess.run(["cksum"], input="", text=True, capture_output=True, check=True).stdout
+    (tmp_path / ".venv/matches").write_text(f"{own} {twice}")
+    fake("python3", "echo Python 3.9.2; exit 1")  # a compute node's
+    out = setup(**JOB)
+    assert out.returncode == 0 and out.stdout.strip() == f"{tmp_path}/.venv/bin/python", out.stderr
+    (tmp_path / ".venv/bin/python").unlink()
+    (tmp_path / ".venv/bin/python").symlink_to("/opt/python/3.12/bin/python3")
+    out = setup(**JOB)
+    assert out.returncode == 2 and ".venv was made with /opt/python/3.12" in out.stderr
+    assert out.stderr.count("\n") == 1
 
 # ---- each node
 

@@ -5,6 +5,7 @@ happened (Slurm's accounting, the log), and that the same command goes on after 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,8 @@ QUICK = [*SMALL, "--num_steps=60", "--max_steps=10"]
 BASE = ["--depth=1", "--only=base", "--skip-trial", "--", *SMALL, "--num_steps=300"]
 
 def run(*command, **more):
-    return subprocess.run([str(c) for c in command], cwd=REPO, capture_output=True, text=True,
-                          timeout=120, check=False, **more)
+    return subprocess.run([str(c) for c in command], **{"cwd": REPO, **more}, capture_output=True,
+                          text=True, timeout=120, check=False)
 
 def wait_for(what, condition, seconds):
     end = time.time() + seconds
@@ -39,13 +40,15 @@ def wait_for(what, condition, seconds):
 
 class Job:
     """A submitted job: its number, its log, and what Slurm says of each of its attempts."""
-    def __init__(self, state, *words):
-        """words: sbatch's flags, the file, speedrun.sh's flags"""
+    def __init__(self, state, *words, folder=REPO, log=True):
+        """words: sbatch's flags, the file, speedrun.sh's flags; log=False: it goes where the file
+        says"""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_JOB", "NANOCHAT_"))}
         own = {"NANOCHAT_BASE_DIR": str(state), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         self.state, self.logs = state, state.parent / "logs"
         self.logs.mkdir(exist_ok=True)
-        out = run("sbatch", "--parsable", f"--output={self.logs}/%j.log", *words, env=kept | own)
+        output = [f"--output={self.logs}/%j.log"] if log else []
+        out = run("sbatch", "--parsable", *output, *words, env=kept | own, cwd=folder)
         assert out.returncode == 0, out.stderr
         self.id = out.stdout.strip()
 
@@ -162,6 +165,46 @@ def test_a_job_whose_data_is_missing_fails_in_its_first_minute(state):
     assert "error: " in log and "prepare_data.py --data=fineweb_edu" in log, log
     assert "GPUs per node: 1" in log and "commit: " in log, log
 
+def test_habits_of_other_sites(state, prepared):
+    """From another folder, without one for logs; two tasks a node; nothing of the environment but
+    what is named; with what a site may ask for. It goes on without requeueing, as its successor."""
+    shutil.copytree(prepared, state)
+    elsewhere = state.parent / "else where"
+    elsewhere.mkdir()
+    given = ["--gpus-per-node=1", "--cpus-per-task=2", "--exclude=n2", "--job-name=my run",
+             "--mail-type=NONE", "--time=00:07:00"]
+    job = Job(state, "--ntasks-per-node=2", "--no-requeue", *given, f"--export=NANOCHAT_BASE_DIR="
+              f"{state},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1", REPO / "slurm_speedrun.sbatch",
+              *BASE, "--time_limit=0", folder=elsewhere, log=False)
+    assert job.ended(120) == "FAILED"
+    log = (elsewhere / f"speedrun-{job.id}.log").read_text()
+    found = re.search(r"job (\d+) is submitted and goes on when this one has ended", log)
+    assert found and log.count("=== base:") == 1 and "saved at step" in log, log
+    successor = run("scontrol", "show", "job", "-o", found[1]).stdout
+    for fact in ("JobName=my run", "ExcNodeList=n2", "CPUs/Task=2", "TresPerNode=gres:gpu:1",
+                 "TimeLimit=00:07:00", "Requeue=0"):
+        assert fact in successor, successor
+    assert run("scancel", found[1]).returncode == 0
+
+    out = run("bash", "speedrun.sh", "--status", "--data=toy",
+              env={**os.environ, "NANOCHAT_BASE_DIR": str(state)}).stdout
+    assert "why: its time was over" in out and "| deadline: " in out, out
+    words = shlex.split(out.strip().rsplit("next: ", 1)[1])
+    assert {*given} - {"--mail-type=NONE"} <= {*words}, "the command to go on with, whole"
+    there = words.index(str(REPO / "slurm_speedrun.sbatch"))
+    asked = run("sbatch", "--test-only", *words[1:there + 1])
+    assert asked.returncode == 0, asked.stderr
+
+def test_what_cannot_work_says_so_in_its_first_minute(state, prepared):
+    shutil.copytree(prepared, state)
+    for flags, said in [
+        (["--gpus-per-node=4"], "4 processes a node need as many CPUs at least"),
+        (["--gres=gpu:1", "--cpus-per-task=8"], "GPUs were asked for twice"),
+    ]:
+        job = Job(state, *flags, "slurm_speedrun.sbatch", *BASE)
+        assert job.ended(100) == "FAILED" and job.show("ExitCode") == "2:0", job.log()
+        assert said in job.log() and "=== base" not in job.log(), job.log()
+
 def test_the_line_of_the_readme(state):
     lines = (REPO / "README.md").read_text().splitlines()
     line = next(s for s in lines if s.startswith("    sbatch") and "--data" not in s)
@@ -214,7 +257,7 @@ def test_an_array_where_requeueing_is_not_permitted(state, prepared):
     wait_for("the end of the array", over, 300)
     assert states() == {f"{job.id}_1": "FAILED", f"{job.id}_2": "COMPLETED",
                         f"{job.id}_3": "COMPLETED"}
-    assert "the next element of the array goes on" in job.log(1)
+    assert "element 2 of the array goes on" in job.log(1)
     assert "continuing at step" in job.log(2) and "done already" in job.log(3)
 
 def test_three_attempts_in_a_row_without_progress_are_the_last(state, prepared):
