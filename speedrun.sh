@@ -39,6 +39,7 @@ All phases in their order; run it again at any time: what is done is skipped.
   --nproc=N           processes on this machine (default: the GPUs visible, or 1)
   --dry-run           print the commands and do nothing
   --status            what is done, what died and why, what to run next (status.py)
+  --rehearse          two minutes: a time limit, a kill, a continuation, the bits (rehearse.py)
   -- --key=value      settings for every phase that has them: -- --device_batch_size=8
                       for one phase alone: -- --rl.num_steps=100 --sft.mixture=smoltalk,gsm8k
                       to start one over (the old one is put aside): -- --sft.start_over=True
@@ -66,6 +67,14 @@ for flag; do
 done
 
 . ./setup_venv.sh
+case " $* " in *" --rehearse "*)
+    words=()
+    for flag; do
+        case "$flag" in --rehearse|--slurm) ;; *) words+=("$flag") ;; esac
+    done
+    setup_venv requirements.txt
+    exec python3 rehearse.py "${words[@]}" ;;
+esac
 if [ "$*" = --only=setup ]; then
     setup_venv requirements.txt
     exit 0

@@ -205,6 +205,18 @@ def test_what_cannot_work_says_so_in_its_first_minute(state, prepared):
         assert job.ended(100) == "FAILED" and job.show("ExitCode") == "2:0", job.log()
         assert said in job.log() and "=== base" not in job.log(), job.log()
 
+def test_a_rehearsal(state):
+    job = Job(state, "--nodes=2", "--gpus-per-node=1", "--time=10", "slurm_speedrun.sbatch",
+              "--rehearse")
+    assert job.ended(300) == "COMPLETED", job.log()
+    assert job.attempts() == ["REQUEUED", "COMPLETED"]
+    log = job.log()
+    assert log.endswith("your site: works\n") and "MISSING" not in log, log
+    for part in ("a time limit: saved", "SIGKILL after step", "equal, bit for bit",
+                 "the job's end is known", "the job has gone on by itself"):
+        assert part in log, log
+    assert not (state / "rehearsal").exists()
+
 def test_the_line_of_the_readme(state):
     lines = (REPO / "README.md").read_text().splitlines()
     line = next(s for s in lines if s.startswith("    sbatch") and "--data" not in s)

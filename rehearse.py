@@ -1,0 +1,189 @@
+"""
+Two minutes that show whether this machine, or a job of this site, cannot be hurt: a small training
+is stopped by a time limit, killed in the middle, and gone on with; then its bits are compared with
+those of one that nobody has disturbed. Under Slurm the job also puts itself back into the queue.
+
+    bash speedrun.sh --rehearse
+    sbatch --gpus-per-node=2 --time=10 slurm_speedrun.sbatch --rehearse
+
+Works in $NANOCHAT_BASE_DIR/rehearsal and removes it at the end. Exit code 0: "your site: works".
+"""
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import causes
+import checkpoint
+import common
+import pipeline
+import slurm
+
+FOLDER = pipeline.base_dir() / "rehearsal"
+LOG = FOLDER / "log.txt"
+STEPS = 120
+PATIENCE = 240  # seconds for one training; on a laptop it takes ten
+TRAINING = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--compile=False",
+            "--eval_every=0", "--sample_every=0", "--eval_tokens=4000", "--save_minutes=0.0",
+            f"--num_steps={STEPS}"]
+IN_JOB = ["--slurm"] if "SLURM_JOB_ID" in os.environ else []
+
+def environment(name):
+    # inside, nothing is requeued or submitted: that is tried once, at the end
+    return {**os.environ, "NANOCHAT_BASE_DIR": str(FOLDER / name), "NANOCHAT_GO_ON": "",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # a GPU's bits, too (see compute.py)
+
+def begin(name, *flags):
+    """Starts the training of FOLDER/name as speedrun.sh does. -> its launcher, a Popen"""
+    words = ["toy", "1", "--run", "data", "prepare_data.py", "--run", "base", "base_train.py",
+             *TRAINING, *flags, "--given", *sys.argv[1:], *IN_JOB, "--only=base", "--skip-trial"]
+    with open(LOG, "a", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, pipeline.REPO / "launch.py", *words],
+                                env=environment(name), stdout=log, stderr=log)
+
+def end_of(launcher):
+    """-> its exit code; TimeoutExpired where it takes too long"""
+    try:
+        return launcher.wait(PATIENCE)
+    finally:
+        launcher.terminate()  # where it takes too long: the training saves and stops
+
+def folder_of(name):
+    return FOLDER / name / "toy/base_checkpoints/d1"
+
+def saved(name):
+    """The step of the newest checkpoint, -1 for none."""
+    return max(checkpoint.steps(folder_of(name)), default=-1)
+
+def prepare():
+    for words in (["prepare_data.py", "--data=toy", "--depth=1", "--size=0.02"],
+                  ["tok_train.py", "--data=toy", "--vocab_size=512"]):
+        with open(LOG, "a", encoding="utf-8") as log:
+            code = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, stdout=log,
+                                  env=environment("straight"), stderr=log, check=False).returncode
+        check(code == 0, f"{words[0]} ended with {code}")
+    shutil.copytree(FOLDER / "straight", FOLDER / "broken")
+
+# -------------------------------------------------------------------------------------------------
+# what is tried; each says what it has found
+
+def check(condition, why):
+    if not condition:
+        raise AssertionError(why)
+
+def said():
+    """The last error in the log, in brackets; "" for none."""
+    return "".join(f" ({line})" for line in causes.errors_in(LOG)[:1])
+
+def nobody_disturbs():
+    code = end_of(begin("straight"))
+    check(code == 0, f"a small training ended with {code}{said()}")
+    seconds = common.read_json(folder_of("straight") / "phase.json")["seconds"]
+    return f"a training of {STEPS} steps, {STEPS * 1024 / seconds:,.0f} tokens/s with a save a step"
+
+def time_limit():
+    code = end_of(begin("broken", "--time_limit=0.005"))
+    check(code == 75 and 0 <= saved("broken") < STEPS,
+          f"a time limit ended with {code}, saved at step {saved('broken')}")
+    return f"a time limit: saved at step {saved('broken')} and stopped"
+
+def kill():
+    before, launcher = saved("broken"), begin("broken")
+    while saved("broken") <= before and launcher.poll() is None:
+        time.sleep(0.01)
+    record = common.read_json(folder_of("broken") / "phase.json")
+    check(launcher.poll() is None, "the training to be killed ended by itself")
+    os.kill(record["pid"], signal.SIGKILL)
+    code = end_of(launcher)
+    check(code not in (0, 2, 75), f"a training that was killed ended with {code}")
+    return f"SIGKILL after step {saved('broken')}: noticed (exit {code})"
+
+def go_on():
+    code = end_of(begin("broken"))
+    check(code == 0 and saved("broken") == STEPS, f"the same command again ended with {code}")
+    return "the same command went on to the end"
+
+def compare():
+    def left(name):
+        lines = common.read_json_lines(folder_of(name) / "metrics.jsonl")
+        return (checkpoint.files(folder_of(name), STEPS),
+                [{k: v for k, v in line.items() if k != "clock"} for line in lines])
+    (files, lines), (others, other_lines) = left("straight"), left("broken")
+    same = [name for name in checkpoint.names(STEPS)[:2] if files[name] == others[name]]
+    check(len(same) == 2, "the bits of " + ", ".join(files.keys() - {*same}) + " differ from those "
+          "of the training that nobody has disturbed")
+    check(lines == other_lines, "the lines of metrics.jsonl differ")
+    return f"model, optimizer and {len(lines)} lines of metrics are equal, bit for bit"
+
+def the_disk():
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
+    stat = os.statvfs(FOLDER)
+    free, inodes = shutil.disk_usage(FOLDER).free / 1e9, stat.f_favail
+    check(free > 1.0 and (inodes > 10_000 or stat.f_files == 0),
+          f"{free:.1f} GB and {inodes:,} inodes are free in {pipeline.base_dir()}")
+    return f"{free:,.0f} GB and {inodes:,} inodes free ({size / 1e6:.0f} MB were used)"
+
+def the_job():
+    end = slurm.end_time()
+    check(end is not None, "neither SLURM_JOB_END_TIME nor scontrol says when this job ends: it "
+          "would be killed instead of saved; give every training --time_limit=MINUTES")
+    return f"the job's end is known: in {common.duration(end - time.time())}"
+
+def attempt(what):
+    """-> (True, what was found) or (False, what is missing)"""
+    began = time.monotonic()
+    try:
+        found = True, f"{what()} ({time.monotonic() - began:.0f} s)"
+    except (AssertionError, OSError, common.Failure, subprocess.TimeoutExpired) as e:
+        found = False, f"{e}"
+    print("ok      " if found[0] else "MISSING ", found[1], flush=True)
+    return found
+
+# -------------------------------------------------------------------------------------------------
+
+def end(results):
+    """Prints the verdict and removes what was made, but not where something is missing."""
+    missing = [words for well, words in results if not well]
+    if missing:
+        print(f"your site: {len(missing)} missing: {'; '.join(missing)}; all that was said: {LOG}")
+        return 1
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    print("your site: works")
+    return 0
+
+def main():
+    notes = FOLDER / "results.json"
+    if IN_JOB and notes.exists() and common.read_json(notes)["waits"]:
+        print("ok       the job has gone on by itself, on", platform.node())
+        return end(common.read_json(notes)["results"])
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    with common.writing(pipeline.base_dir(), code=2):
+        FOLDER.mkdir(parents=True)
+    print(f"rehearsal on {platform.node()} in {FOLDER}: Python {platform.python_version()}",
+          flush=True)
+    prepare()
+    results = []
+    for what in (nobody_disturbs, time_limit, kill, go_on, compare, the_disk):
+        results.append(attempt(what))
+        if not results[-1][0]:
+            break  # those behind it build on it
+    if not IN_JOB:
+        return end(results)
+    results.append(attempt(the_job))
+    common.atomic_write(notes, json.dumps({"results": results, "waits": True}))
+    line, requeued = slurm.after_attempt(75, False, ["--rehearse", *sys.argv[1:]])
+    print(line, flush=True)
+    if requeued:  # Slurm ends this attempt now
+        time.sleep(300)
+    if slurm.NOTHING_TO_TYPE in line:
+        return 0
+    print("note     neither requeueing nor submitting from a job is permitted: after every time "
+          "limit the command is to be typed again")
+    return end(results)
+
+if __name__ == "__main__":
+    sys.exit(main())

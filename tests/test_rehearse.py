@@ -1,0 +1,57 @@
+"""rehearse.py: that it really stops, kills and goes on, and that it notices what must not be."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPO, environment, needs_venv, script
+
+PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+SHORT = """
+import runpy, sys
+sys.path.insert(0, ".")
+import rehearse
+rehearse.STEPS, rehearse.TRAINING[-1] = 30, "--num_steps=30"
+sys.argv = ["rehearse.py", "--nproc=1"]
+sys.exit(rehearse.main())
+"""
+# another last bit where a training goes on
+CHANGED = """
+import sys
+if any(word.endswith("base_train.py") for word in sys.orig_argv):
+    sys.path.insert(0, ".")
+    import checkpoint
+    load = checkpoint.load
+    def changed(*args, **more):
+        weights, *others = load(*args, **more)
+        weights["lm_head.weight"] = weights["lm_head.weight"] * 1.001
+        return weights, *others
+    checkpoint.load = changed
+"""
+
+def test_a_machine_that_works(tmp_path):
+    out = script(tmp_path, "-c", SHORT, env=PATH)
+    assert out.stdout.endswith("your site: works\n"), out.stdout + out.stderr
+    assert out.returncode == 0
+    assert out.stdout.count("\nok ") == 6 and "MISSING" not in out.stdout
+    stopped, killed = (int(re.search(words, out.stdout)[1]) for words in
+                       (r"a time limit: saved at step (\d+) and", r"SIGKILL after step (\d+): not"))
+    assert 0 <= stopped < killed < 30, "each fault came in the middle"
+    assert "31 lines of metrics are equal, bit for bit" in out.stdout
+    assert not (tmp_path / "rehearsal").exists()
+
+def test_one_that_goes_on_with_other_bits(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(CHANGED)
+    out = script(tmp_path / "state", "-c", SHORT, env={"PYTHONPATH": str(tmp_path), **PATH})
+    assert out.returncode == 1, out.stdout + out.stderr
+    assert re.search(r"your site: 1 missing: the bits of .*model_000030.pt", out.stdout)
+    assert (tmp_path / "state/rehearsal/log.txt").exists(), "to look at"
+
+@needs_venv
+def test_one_whose_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = subprocess.run(["bash", "speedrun.sh", "--rehearse"], cwd=REPO, text=True, check=False,
+                         capture_output=True, env=environment(tmp_path / "file/state"))
+    assert out.returncode == 2 and out.stderr.count("\n") == 1 and "could not write" in out.stderr
