@@ -10,6 +10,7 @@ a failure. torchrun turns every code into 1, so a phase leaves its own in a file
 """
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -35,8 +36,8 @@ from supervisor import Supervisor
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 HELP = "bash speedrun.sh --help"
-FLAGS = {"--data=", "--depth=", "--nproc=", "--from=", "--only=", "--dry-run", "--skip-trial",
-         "--slurm"}
+FLAGS = {"--data=", "--depth=", "--nproc=", "--from=", "--only=", "--chats=", "--dry-run",
+         "--skip-trial", "--slurm"}
 
 # -------------------------------------------------------------------------------------------------
 # what is to be run
@@ -123,10 +124,22 @@ def make_plan(words):
     configurator.check_arguments(settings)
     data = pipeline.whole_path(data)
     settings = [configurator.from_here(word) for word in settings]
-    flags = [f"--data={data}" if word.startswith("--data=") else word
-             for word in given[:end] if word != "--slurm"]
-    given = [*flags, "--", *settings] if settings else flags
+    chats = os.path.abspath(flags.get("--chats=", ""))
+    whole = {"--data=": data, "--chats=": chats}
+    flags_given = [key + whole.get(key, value) for key, value in flags.items() if key != "--slurm"]
+    given = [*flags_given, "--", *settings] if settings else flags_given
+    if "--chats=" in flags:
+        settings = [*lessons_of(chats), *settings]
     return Plan(data, f"d{depth}", int(nproc), listed, names, settings, given, in_slurm)
+
+def lessons_of(chats):
+    """The settings by which midtraining and finetuning learn a file of conversations alone, and so
+    often that a few of them are remembered: as 4 MB, a million tokens, of conversations are read
+    once. What is measured is what is remembered, since nothing is held out."""
+    common.check(os.path.isfile(chats), f"--chats: there is no file {chats}")
+    times = min(1000, math.ceil(4e6 / max(os.path.getsize(chats), 1)))
+    return [word for name in ("mid", "sft")
+            for word in (f"--{name}.mixture={chats}*{times}", f"--{name}.held_out={chats}")]
 
 def check_settings(plan):
     """What each phase would be started with -> {phase: its Settings}. Failure (code 2) where that
@@ -144,12 +157,11 @@ def start_over_command(plan, reason):
     found = re.search(r"-- --(\S+)\.start_over=True", reason)
     if not found:
         return None
-    name, flags = found[1], [word for word in plan.given if word != "--"]
-    flags = flags[:len(flags) - len(plan.settings)]
+    name, (flags, *settings) = found[1], split_at(plan.given, "--")
     if name not in plan.names:
         flags = [f for f in flags if not f.startswith(("--from=", "--only=", "--skip-"))]
         flags.append(f"--from={name}")
-    words = [*flags, "--", *plan.settings, f"--{name}.start_over=True"]
+    words = [*flags, "--", *(settings[0] if settings else []), f"--{name}.start_over=True"]
     if plan.in_slurm:
         return shlex.join(slurm.sbatch_command(words))
     return shlex.join(["bash", "speedrun.sh", *words])
@@ -308,6 +320,7 @@ def start(plan, supervisor, name, words):
     if supervisor.stopping:
         return 75, "a signal came while waiting"
     done, supervisor.phase = plan.is_done(name), name
+    note(plan, began=supervisor.began)  # again: the first phase makes the folder
     code, _, outcome = run_phase(plan, supervisor, name, words)
     if not done and code != 2:  # a command that was refused does not go on with anything
         note_command(plan)
@@ -319,7 +332,8 @@ def note_command(plan):
     if plan.in_slurm:
         command = slurm.sbatch_command(plan.given)
     old = common.read_json(pipeline.command_file(plan.data, plan.tag)).get("commands", {})
-    note(plan, commands={**old, **dict.fromkeys(plan.names, shlex.join(command))})
+    note(plan, commands={**old, **dict.fromkeys(plan.names, shlex.join(command))},
+         phases=list(plan.listed))
 
 def note(plan, **facts):
     """Keeps facts on a run for status.py, where it has a folder."""
@@ -378,8 +392,9 @@ def main():
     with common.writing(folder, code=2):
         folder.mkdir(parents=True, exist_ok=True)
         supervisor.outcome_path.touch()
-    note(plan, began={"time": time.time(), "job": slurm.job_name(), "ends": slurm.end_time(),
-                      "log": slurm.show_this_job().get("StdOut")})
+    supervisor.began = {"time": time.time(), "job": slurm.job_name(), "ends": slurm.end_time(),
+                        "log": slurm.show_this_job().get("StdOut")}
+    note(plan, began=supervisor.began)
     os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for signum in signals:

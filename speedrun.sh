@@ -35,7 +35,9 @@ All phases in their order; run it again at any time: what is done is skipped.
   --only=PHASE[,..]   run only these (--only=setup, alone: only make .venv)
   --data=NAME         toy (default: needs no download), fineweb_edu, climbmix, or a folder of
                       .parquet, .jsonl, .jsonl.gz or .txt files
-  --depth=N           layers of the model (toy: 2, else 20)
+  --chats=FILE        your own conversations: a small model of --data that has learned them, in
+                      minutes (config/own_*.py); it reads nothing else, so nothing else is measured
+  --depth=N           layers of the model (toy and --chats: 2, else 20)
   --nproc=N           processes on this machine (default: the GPUs visible, or 1)
   --dry-run           print the commands and do nothing
   --status            what is done, what died and why, what to run next (status.py)
@@ -54,12 +56,14 @@ if [ "${1:-}" = --status ]; then  # with --data=... or --json=True behind it
     exec python3 status.py "$@"
 fi
 data=toy
+chats=""
 depth=""
 dry_run=""
 for flag; do
     case "$flag" in
         --help|-h) usage; exit 0 ;;
         --data=*) data=${flag#*=} ;;
+        --chats=*) chats=${flag#*=} ;;
         --depth=*) depth=${flag#*=} ;;
         --dry-run) dry_run=1 ;;
         --) break ;;
@@ -80,28 +84,35 @@ if [ "$*" = --only=setup ]; then
     exit 0
 fi
 
-# What the toy world is trained with stands in config/toy_*.py, for every size of model; other data
-# sets take the defaults of the scripts.
-recipe() { if [ "$data" = toy ]; then echo "config/toy_$1.py"; fi; }
-if [ "$data" = toy ]; then depth=${depth:-2}; else depth=${depth:-20}; fi
+# What the toy world is trained with stands in config/toy_*.py, a small model of one's own texts and
+# conversations in config/own_*.py, for every size of model; other data sets take the defaults of
+# the scripts.
+recipes=""
+if [ "$data" = toy ]; then recipes=config/toy; fi
+if [ -n "$chats" ]; then recipes=config/own; fi
+recipe() { if [ -n "$recipes" ]; then echo "${recipes}_$1.py"; fi; }
+if [ -n "$recipes" ]; then depth=${depth:-2}; else depth=${depth:-20}; fi
 tag=d$depth
 
 plan=()
 run() {  # PHASE SCRIPT ARGUMENTS...: notes a phase
     plan+=(--run "$@")
 }
+run_public() {  # the same for one that reads public tasks
+    if [ -z "$chats" ]; then run "$@"; fi
+}
 
-run data      prepare_data.py --depth="$depth"
-run tok       tok_train.py    $(recipe tok)
-run base      base_train.py   $(recipe base) --depth="$depth"
-run base-eval base_eval.py    $(recipe base_eval) --tag="$tag"
-run mid       mid_train.py    $(recipe mid) --tag="$tag"
-run mid-eval  chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=mid
-run sft       chat_sft.py     $(recipe sft) --tag="$tag"
-run sft-eval  chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=sft
-run rl        chat_rl.py      $(recipe rl) --tag="$tag"
-run rl-eval   chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=rl
-run report    report.py       --tag="$tag"
+run data             prepare_data.py --depth="$depth"
+run tok              tok_train.py    $(recipe tok)
+run base             base_train.py   $(recipe base) --depth="$depth"
+run_public base-eval base_eval.py    $(recipe base_eval) --tag="$tag"
+run mid              mid_train.py    $(recipe mid) --tag="$tag"
+run_public mid-eval  chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=mid
+run sft              chat_sft.py     $(recipe sft) --tag="$tag"
+run_public sft-eval  chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=sft
+run_public rl        chat_rl.py      $(recipe rl) --tag="$tag"
+run_public rl-eval   chat_eval.py    $(recipe chat_eval) --tag="$tag" --source=rl
+run report           report.py       --tag="$tag"
 
 repo=$PWD
 cd "$here" || exit 1  # the user's own paths are as seen from there

@@ -279,12 +279,15 @@ def what_is_left(states, given, name, tag):
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
     speedrun.sh was given last, where it runs that; else what the phase itself was given."""
-    left = [phase for phase, (state, _) in states.items() if state != "done"]
+    given = common.read_json(pipeline.command_file(name, tag))
+    asked_for = given.get("phases", states)  # with --chats there are fewer
+    left = [phase for phase, (state, _) in states.items()
+            if state != "done" and (phase in asked_for or state != "absent")]
     if not left:
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
     running = states[first][0] == "running"
-    commands = common.read_json(pipeline.command_file(name, tag)).get("commands", {})
+    commands = given.get("commands", {})
     record = common.read_json(pipeline.state_path(first, name, tag) / "phase.json")
     words = ["bash", "speedrun.sh", f"--data={name}"]
     if re.fullmatch(r"d\d+", tag):

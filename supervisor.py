@@ -20,7 +20,8 @@ class Supervisor:
     terminated: bool = False   # it was SIGTERM, as from scancel or a preemption
     child: object = None
     command: tuple = ()
-    phase: str = ""            # that was run last
+    began: dict | None = None    # when, in which job: for status.py
+    phase: str = ""              # that was run last
     outcome: dict | None = None  # what it has left of its end
 
     def on_signal(self, signum, frame):

@@ -655,7 +655,7 @@ def test_the_list_of_speedrun_is_the_table():
 
 @pytest.mark.parametrize("config", sorted((REPO / "config").glob("*.py")))
 def test_every_recipe_is_a_file_of_assignments_that_its_script_takes(tmp_path, config):
-    name = config.stem.removeprefix("toy_")
+    name = config.stem.removeprefix("toy_").removeprefix("own_")
     scripts = {"tok": "tok_train.py", "base": "base_train.py", "base_eval": "base_eval.py",
                "five_minutes": "base_train.py", "twenty_five_minutes": "base_train.py",
                "sixty_minutes": "base_train.py",
