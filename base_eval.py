@@ -131,8 +131,19 @@ for split, stores in splits.items():
     if piece not in measured.pieces:
         measured.keep(piece, bits_per_byte(stores))
     common.print0(f"{split}: {measured.pieces[piece]:.4f} bits per byte")
+def write_answers():
+    """What the model, which knows no turns yet, goes on with behind each of the ten prompts."""
+    prompts = evaluation.prompts(data)
+    asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    said = engine.generate(model, tokenizer, asked, 48, keep_going=run.going)
+    answers = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
+               for prompt, (tokens, _) in zip(prompts, said)]
+    return answers if run.going() else None
+
 if show_samples and "samples" not in measured.pieces:
     measured.keep("samples", run.ranks.on_rank0(write_samples))
+if show_samples and "answers" not in measured.pieces:
+    measured.keep("answers", run.ranks.on_rank0(write_answers))
 samples = measured.pieces.get("samples", [])
 for sample in samples:
     common.print0(f"  {sample['prompt']} | {sample['text']}".replace("\n", "\\n"))
@@ -160,4 +171,4 @@ if results:
 measured.exit_done(
     data=data, tag=folder.name, step=step, core=core, reason=reason, mean_centred=mean,
     train_bpb=measured.pieces.get("train bpb"), val_bpb=measured.pieces.get("val bpb"),
-    missing=missing, tasks=results, samples=samples)
+    missing=missing, tasks=results, samples=samples, answers=measured.pieces.get("answers", []))

@@ -120,6 +120,17 @@ def generative(items, prompts):
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's are processes of their own
         return list(pool.map(task_list.correct, items, texts, repeat(unsafe_exec)))
 
+def write_answers():
+    """The greedy answers to the ten prompts of the report. -> [{"prompt", "text"}], None if
+    stopped"""
+    asked = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
+             for prompt in evaluation.prompts(data)]
+    said = engine.generate(model, tokenizer, asked, min(96, max_new_tokens), max_rows=rows,
+                           calculate=execution.calculate, keep_going=run.going, packed=packed)
+    answers = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
+               for prompt, (tokens, _) in zip(evaluation.prompts(data), said)]
+    return answers if run.going() else None
+
 def outcomes_of(items):
     length = model.config.sequence_len
     prompts = [tokenizer.render_for_completion(item)[-length:] for item in items]
@@ -135,6 +146,8 @@ for name in tasks:
     title = evaluation.name_of(name, data, results[name])
     evaluation.print_score(evaluation.called(title, data), results[name])
 
+if "answers" not in measured.pieces:
+    measured.keep("answers", run.ranks.on_rank0(write_answers))
 missing = [name for name in evaluation.CHATCORE if name not in results]
 chatcore = None
 if missing:
@@ -144,4 +157,4 @@ else:
     part = " in part" if evaluation.in_part(data, results) else ""
     common.print0(f"{evaluation.called('ChatCORE', data)}{part} {chatcore:.4f}")
 measured.exit_done(source=source, data=data, tag=folder.name, step=step, results=results,
-                   chatcore=chatcore, missing=missing)
+                   chatcore=chatcore, missing=missing, answers=measured.pieces["answers"])

@@ -58,11 +58,11 @@ def load_meta(directory, step):
     return repeated or common.read_json(Path(directory) / names(step)[2])
 
 # settings that came later, with what held before they were there
-ADDED = {"aspect_ratio": 64, "key_offset": False, "bigram_vocab_size": 0}
+ADDED = {"aspect_ratio": 64, "key_offset": False, "bigram_vocab_size": 0, "digits": 2}
 
 def as_today(settings):
-    """Recorded settings with those that came later; to the plain model, which has neither, the two
-    last say nothing."""
+    """Recorded settings with those that came later; two of them say nothing to the plain model,
+    which has neither."""
     settings = {**ADDED, **settings}
     if settings.get("arch") == "nanochat_2025":
         settings.update(key_offset=False, bigram_vocab_size=0)

@@ -62,12 +62,14 @@ RANGES = {
     "save_minutes": (0, 10 ** 6), "time_limit": (0, 1e6), "minutes": (0.01, 10 ** 6),
     # answers
     "temperature": (0, 100), "top_k": (0, 2 ** 20),
+    # the tokenizer
+    "digits": (1, 2),
 }
 ANY = (-1e18, 1e18)  # of a setting that you add yourself
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
            "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025"),
            "source": pipeline.STAGES, "stage": pipeline.STAGES, "weights": ("auto", "int8"),
-           "precision": ("float32", "bfloat16")}
+           "precision": ("float32", "bfloat16"), "quant": ("q8_0", "bf16", "f32")}
 
 class Settings(dict):
     """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given

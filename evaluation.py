@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import pipeline
 from records import differences, other_inputs
 
 BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
@@ -99,6 +100,11 @@ class Evaluation:
                 self.run.partial.unlink(missing_ok=True)
         common.print0(f"done in {common.duration(seconds)} ({self.path})")
         self.run.leave(0, "done")
+
+def prompts(data):
+    """Ten that every stage answers, for the report."""
+    lists = json.loads((pipeline.REPO / "assets/prompts.json").read_text("utf-8"))
+    return lists["toy" if data == "toy" else "public"]
 
 def open_or_exit(run, path, inputs, settings, needed=()):
     """

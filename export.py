@@ -261,13 +261,19 @@ def parity(model, tokenizer, tensors):
     return (f"with weights in {precision} logits differ by at most {furthest:.4f} (the largest is "
             f"{largest:.1f}); the likeliest token is the same at {same} of {ids.numel()} places")
 
-def main():
+def plain_model(source, data, tag):
+    """-> (folder, step, Tokenizer) of a model that other programs know. Failure (code 2) where it
+    is none."""
     folder, step = models.find_model(source, data, tag)
     tokenizer = models.load_tokenizer_of(folder, step, data)
     arch = checkpoint.load_meta(folder, step)["model"]["arch"]
     common.check(arch == "nanochat_2025", f"{folder} holds a model of arch={arch}: its value "
-                 "embeddings, smear and scalars have no place in transformers, which knows the "
-                 "plain model; train one with --arch=nanochat_2025 to export it")
+                 "embeddings, smear and scalars have no place in transformers or llama.cpp, which "
+                 "know the plain model; train one with --arch=nanochat_2025 to export it")
+    return folder, step, tokenizer
+
+def main():
+    folder, step, tokenizer = plain_model(source, data, tag)
     name = f"{source}_{folder.name}"
     target = pipeline.data_root(data) / "export" / name
     if out:

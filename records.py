@@ -4,7 +4,10 @@ failed, done), why, what to run next. Here it is only read and judged; a Run wri
 """
 import contextlib
 import hashlib
+import platform
+import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import checkpoint
@@ -76,6 +79,31 @@ def source_version():
         digest = hashlib.sha256(difference).hexdigest()[:16] if difference else ""
         return git("rev-parse", "HEAD").decode().strip() or "unknown", digest
     return "unknown", ""
+
+def machine():
+    """What a number may depend on beside source and data.  example: {"Python": "3.11.7",
+    "CPU": "AMD EPYC", "cores": "2", "torch": "2.13.0", ...}"""
+    cpu = ""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        cpu = "".join(re.findall(r"^model name\s*: (.*)", text, re.MULTILINE)[:1])
+    facts = {"Python": platform.python_version(), "CPU": cpu or platform.machine(),
+             "cores": str(common.cores())}
+    for name in ("torch", "tiktoken", "numpy", "pyarrow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
+    return facts
+
+def restarts(record, lines, step, seconds):
+    """The starts of a training after its first, with what each has cost: the steps behind the last
+    save, which run again, and their seconds. lines: of metrics.jsonl, as the last attempt has left
+    it; it goes on at `step` after `seconds` of training."""
+    if not lines:
+        return record.get("restarts", [])
+    again = [r for r in lines if r.get("kind") == "train" and r.get("step", -1) >= step]
+    until = again[-1].get("clock", {}).get("seconds", seconds) if again else seconds
+    return [*record.get("restarts", []), {"step": step, "steps_lost": len(again),
+                                          "seconds_lost": round(max(0.0, until - seconds), 1)}]
 
 def binds(record, directory, damage=None):
     """Whether later starts have to keep to the record: something was saved. What is no checkpoint

@@ -1,6 +1,6 @@
 """
-Writes report/report.md: what was run, a section for each stage, and one table of scores over BASE,
-MID, SFT and RL.
+Writes report/report.md, and the same as one page, report.html: what was run, a section for each
+stage, and one table of scores over BASE, MID, SFT and RL.
 
     python report.py                             # of the run written last
     python report.py --data=fineweb_edu --tag=d20
@@ -15,12 +15,14 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import bands
 import common
 import configurator
 import evaluation
 import pipeline
 import status
 import trial
+from webpage import aligned, markdown, page, picture
 
 data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the newest
 tag = ""                     # which run, d4 for instance; empty: the one written last
@@ -37,6 +39,9 @@ CURVES = [  # kind of the metrics' line, its key, title, digits of its last valu
     ("val", "val_bpb", "validation, bits per byte", 4),
     ("train", "reward", "mean reward", 3),
     ("val", "pass@1", "held-out problems, pass@1", 3),
+    ("train", "lr_scale", "learning rate, as a multiple of the settings'", 3),
+    ("train", "norm", "norm of the gradient", 3),
+    ("train", "tokens_per_second", "tokens per second", 0),
 ]
 GOALS = {  # what the toy world's scores should be after SFT and RL
     "arc_easy": "mean 0.6",
@@ -143,37 +148,10 @@ def points(metrics, kind, key):
     """[(step, value)] of one curve, steps rising, each once; what is no number is left out"""
     found = {}
     for line in metrics:
-        value = line.get(key)
+        value = line.get(key, line.get("clock", {}).get(key))
         if line["kind"] == kind and isinstance(value, (int, float)) and math.isfinite(value):
             found[line["step"]] = value
     return sorted(found.items())
-
-def svg(line, title):
-    """[(x, y)] as a small picture; of many points means are drawn. "" for fewer than two."""
-    if len(line) < 2:
-        return ""
-    import numpy as np  # not above: an old Python, without it, gets no further than common.py
-    parts = np.array_split(np.array(line), min(len(line), 300))
-    xs, ys = np.array([part.mean(axis=0) for part in parts]).T
-    across = np.interp(xs, [xs[0], xs[-1]], [10, 550])
-    down = np.interp(ys, [ys.min(), ys.max()], [130, 22])
-    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 140" width="560"
-height="140" font-family="sans-serif" font-size="11" fill="#555">
-<rect width="100%" height="100%" fill="#fff"/>
-<polyline fill="none" stroke="#2a6fbb" stroke-width="1.5" points="{curve}"/>
-<text x="10" y="14">{title}, {ys.min():.3g} to {ys.max():.3g}; steps {xs[0]:,.0f} to {xs[-1]:,.0f}
-</text>
-</svg>
-"""
-
-def markdown(rows):
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
-
-def aligned(rows):
-    """The same for a terminal, the columns under each other."""
-    return [f"{name:<30}" + "".join(f"{cell:<17}" for cell in cells) for name, *cells in rows]
 
 # -------------------------------------------------------------------------------------------------
 # the parts of the report
@@ -212,11 +190,15 @@ def section(stage, states, folder):
         line = points(stage.metrics, kind, key)
         if not line or (stage.name, key) == ("rl", "loss"):
             continue
-        lines.append(f"- {title}: {line[-1][1]:.{digits}f} at the end")
-        if picture := svg(line, f"{stage.name}: {title}"):
+        lines.append(f"- {title}: {line[-1][1]:,.{digits}f} at the end")
+        band = band_of(stage) if key == "loss" else None
+        restarts = [restart["step"] for restart in record.get("restarts", [])]
+        if drawn := picture(line, f"{stage.name}: {title}", band, restarts):
             file = f"{stage.name}_{key.replace('@', '_')}.svg"
-            common.atomic_write(folder / file, picture)
+            common.atomic_write(folder / file, drawn)
             lines.append(f"  ![{stage.name}: {title}]({file})")
+        if band:
+            lines.append(f"- {in_the_band(stage)}")
     lines.append(f"- evaluation: {states[f'{stage.name}-eval'][1]}")
     if "host" in record:  # neither damaged nor adopted
         lines += started(script, record)
@@ -239,6 +221,72 @@ def started(script, record):
     for step, batches in record.get("skipped", []):
         lines.append(f"- went back to step {step:,} (--rewind) and skipped {batches:,} batches")
     return lines + [f"- {words}: `{'`, `'.join(found)}`" for words, found in facts.items() if found]
+
+def band_of(stage):
+    """[(step, low, high)] of three other seeds of this very run, or None."""
+    band, total = bands.find(stage.record), stage.meta.get("num_steps")
+    if not band or not total:
+        return None
+    ends = [round(total * (n + 0.5) / bands.PARTS) for n in range(bands.PARTS)]
+    return list(zip(ends, band["low"], band["high"], strict=True))
+
+def in_the_band(stage):
+    """Whether the curve is normal, in words."""
+    band, total = bands.find(stage.record), stage.meta["num_steps"]
+    losses = {line["step"] + 1: line["loss"] for line in stage.metrics if line["kind"] == "train"}
+    means = {n: bands.mean_of(losses, n, total) for n in range(1, bands.PARTS + 1)}
+    words = {n: bands.in_words(band, n, mean) for n, mean in means.items() if mean is not None}
+    off = {n: said for n, said in words.items() if "within" not in said}
+    if not off:
+        return f"is the curve normal? Within the band of three seeds in {len(words)} of 20 parts"
+    said = "; ".join(f"part {n}: {said}" for n, said in list(off.items())[:3])
+    return f"is the curve normal? Off the band of three seeds in {len(off)} of 20 parts: {said}"
+
+def origins(stages, folder):
+    """From what each number can be derived again: commands, commits, inputs, machines."""
+    rows = [["phase", "command", "commit", "inputs", "machine"]]
+    for phase in pipeline.PHASES[:-1]:
+        path = pipeline.state_path(phase.name, data, folder)
+        record = common.read_json(path if phase.kind == "evaluation" else path / "phase.json")
+        if not record:
+            continue
+        inputs = {k: v for k, v in record.get("inputs", {}).items() if isinstance(v, str)}
+        changed = f" + {record['difference']}" if record.get("difference") else ""
+        machine = record.get("machine", {})
+        rows.append([
+            phase.name, f"`{record['command']}`" if record.get("command") else "",
+            str(record.get("commit", ""))[:12] + changed,
+            ", ".join(f"{k} {v[:16]}" for k, v in inputs.items()),
+            ", ".join(f"{k} {v}" for k, v in machine.items())])
+    return ["## Where every number comes from", "", *markdown(rows)]
+
+def times(stages):
+    """Time of each stage, and what deaths have cost."""
+    rows = [["", "training", "trained twice", "attempts", "evaluation"]]
+    for stage in stages:
+        restarts = stage.record.get("restarts", [])
+        steps = sum(restart["steps_lost"] for restart in restarts)
+        lost = common.duration(sum(restart["seconds_lost"] for restart in restarts))
+        measured = sum(part.get("seconds", 0.0) for part in (stage.core, stage.chat))
+        rows.append([
+            stage.name.upper(), common.duration(stage.meta.get("seconds", 0.0)),
+            f"{steps:,} steps, {lost}" if steps else "-",
+            str(len(stage.record.get("starts", []))), common.duration(measured)])
+    note = "Trained twice: steps that a death has cost, from the last save on."
+    return ["## Time", "", *markdown(rows), note, ""]
+
+def answers(stages):
+    """Ten prompts, answered by each stage."""
+    said = {stage.name: {entry["prompt"]: entry["text"] for entry in found}
+            for stage in stages if (found := (stage.chat or stage.core).get("answers"))}
+    if not said:
+        return []
+    prompts = list(dict.fromkeys(prompt for of_stage in said.values() for prompt in of_stage))
+    rows = [["prompt", *(name.upper() for name in said)]]
+    for prompt in prompts:
+        cells = [of_stage.get(prompt, "-")[:200].replace("`", "'") for of_stage in said.values()]
+        rows.append([prompt, *(f"`{cell}`" if cell.strip() else "(nothing)" for cell in cells)])
+    return ["## Ten prompts, answered by each stage", "", *markdown(rows)]
 
 def core_section(core):
     """CORE's tasks and the samples of base_eval.py."""
@@ -277,20 +325,22 @@ def main():
     folder, states = pipeline.report_dir(data), status.phases_of(data, run)
     stages = [gather(name, run) for name in pipeline.STAGES]
     notes = []
-    for name, (state, words) in states.items():
-        if state == "absent":
-            notes.append(f"missing: {name}")
-        elif state != "done":
-            notes.append(f"not done: {name}: {words}")
-    lines = [f"# Report: {data}, {run}", "", *(guarded(notes, "the head", head, stages) or [])]
+    for facts in status.look_at(data, run)["phases"]:
+        if facts["state"] == "absent" and facts["phase"] in status.asked_for(data, run):
+            notes.append(f"missing: {facts['phase']}")
+        elif facts["state"] not in ("done", "absent"):
+            notes.append(f"not done: {facts['phase']}: {facts['words']}")
+        if why := facts["cause"]:
+            notes.append(f"{facts['phase']}: {why['sentence']}; {why['mend']}")
+    parts = []
     columns = []
     total = 0.0
     for stage in stages:
         name = stage.name
         total += sum(part.get("seconds", 0.0) for part in (stage.meta, stage.core, stage.chat))
-        lines += guarded(notes, f"what {name} did", section, stage, states, folder) or []
+        parts += guarded(notes, f"what {name} did", section, stage, states, folder) or []
         if stage.core:
-            lines += guarded(notes, "CORE by task", core_section, stage.core) or []
+            parts += guarded(notes, "CORE by task", core_section, stage.core) or []
         columns.append(guarded(notes, f"scores of {name}", scores_of, stage) or {})
         if reason := stage.core.get("reason"):
             notes.append(f"CORE in part: {reason}")
@@ -302,15 +352,21 @@ def main():
     notes.append(f"Next: `{status.next_command(states, data, run)}`")
 
     rows = table(columns)
+    parts += guarded(notes, "the answers", answers, stages) or []
+    parts += guarded(notes, "time", times, stages) or []
+    parts += guarded(notes, "where the numbers come from", origins, stages, run) or []
+    lines = [f"# Report: {data}, {run}", "", *(guarded(notes, "the head", head, stages) or [])]
     lines += ["## Scores", "", *markdown(rows)]
     lines += ["± is half of the 95 % confidence interval; - was not measured.", ""]
-    lines += [f"- {note}" for note in notes]
+    lines += [*(f"- {note}" for note in notes), "", *parts]
     try:
-        common.atomic_write(folder / "report.md", "\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        common.atomic_write(folder / "report.html", page(text, folder))
+        common.atomic_write(folder / "report.md", text)
     except OSError as e:
         common.fail(f"could not write {folder / 'report.md'}: {e.strerror or e}; check that the "
                     "folder is writable and has room", code=1)
-    print("\n".join([*aligned(rows), "", *notes, f"report: {folder / 'report.md'}"]))
+    print("\n".join([*aligned(rows), "", *notes, f"report: {folder / 'report.md'}, report.html"]))
 
 if __name__ == "__main__":
     main()

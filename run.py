@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bands
 import checkpoint
 import common
 import records
@@ -162,6 +163,7 @@ class Run:
             "settings": records.comparable(settings.defining, directory), "free": settings.free,
             "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
+            "machine": records.machine(),
             "starts": [*old.get("starts", []), time.time()]}
         self.update_record()
         return self.record, saved_step
@@ -329,11 +331,13 @@ class Run:
             checkpoint.sweep(self.directory, self.lock.mine)
             # always a new file: a line that an old attempt still writes goes to the old one
             path = self.directory / "metrics.jsonl"
-            kept = [r for r in common.read_json_lines(path) if r.get("step", step) < step]
+            lines = common.read_json_lines(path)
+            kept = [r for r in lines if r.get("step", step) < step]
+            restarts = records.restarts(self.record, lines, step, seconds)
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
                 self.metrics = open(path, "a", 1, encoding="utf-8")  # noqa: SIM115
-            self.update_record(num_steps=num_steps)
+            self.update_record(num_steps=num_steps, restarts=restarts)
 
     def log(self, **line):
         """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""
@@ -347,6 +351,8 @@ class Run:
         reading = self.clock.tick(tokens)
         self.log(kind="train", step=step - 1, **metrics, clock=reading)
         self.clock.show(step, shown, reading)
+        if words := bands.look(self, step):
+            common.print0(words)
 
     # ---------------------------------------------------------------------------------------------
     # the end

@@ -276,18 +276,21 @@ def what_is_left(states, given, name, tag):
               f"{f' and {inodes:,} inodes' * (inodes > 0)} free")
     return words
 
+def asked_for(name, tag):
+    """The phases that the launcher was asked for: with --chats there are fewer than all."""
+    every = [phase.name for phase in pipeline.PHASES]
+    return common.read_json(pipeline.command_file(name, tag)).get("phases", every)
+
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
     speedrun.sh was given last, where it runs that; else what the phase itself was given."""
-    given = common.read_json(pipeline.command_file(name, tag))
-    asked_for = given.get("phases", states)  # with --chats there are fewer
     left = [phase for phase, (state, _) in states.items()
-            if state != "done" and (phase in asked_for or state != "absent")]
+            if state != "done" and (phase in asked_for(name, tag) or state != "absent")]
     if not left:
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
     running = states[first][0] == "running"
-    commands = given.get("commands", {})
+    commands = common.read_json(pipeline.command_file(name, tag)).get("commands", {})
     record = common.read_json(pipeline.state_path(first, name, tag) / "phase.json")
     words = ["bash", "speedrun.sh", f"--data={name}"]
     if re.fullmatch(r"d\d+", tag):

@@ -19,6 +19,7 @@ from run import Run
 if __name__ == "__main__":  # its workers import this file too
     run = Run.start("tok_train")
 
+import functools
 import hashlib
 import heapq
 import math
@@ -46,6 +47,7 @@ from texts import text_problem
 data = "fineweb_edu"         # toy, fineweb_edu, climbmix, or a folder of texts
 vocab_size = 32768           # tokens in the vocabulary, with the 256 bytes and 9 special tokens
 max_chars = 2_000_000_000    # characters read at most, from the start of the training split
+digits = 2                   # digits of a number in one token: 2, or 1, as llama.cpp knows it
 doc_cap = 10_000             # characters read of each document at most: no long one dominates
 # ---- settings below may change at every resume
 workers = 0                  # processes that count words; 0: one for each core
@@ -58,10 +60,13 @@ MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest
 OTHER_SPACES = ("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
                 + "".join(map(chr, range(0x2000, 0x200b))))
 LINE_START = re.compile(r"\n(?=\S)")
-split = regex.compile(tok.PATTERN).findall
-# the same for ASCII text, and twice as fast
-ASCII_PATTERN = tok.PATTERN.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
-split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
+
+@functools.cache
+def splitters(digits):
+    """-> two functions text -> list of pieces: of any text; of ASCII, the same and twice as fast"""
+    pattern = tok.pattern_of(digits)
+    of_ascii = pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+    return regex.compile(pattern).findall, re.compile(of_ascii, re.ASCII).findall
 
 def watch(what, total):
     """-> a function of how much of the total is done: shows it, -> whether to go on"""
@@ -94,8 +99,9 @@ def cut(text):
             text = text.replace(space + "\0", space)  # nor between other white space and a space
     return LINE_START.sub("\n\0", text).split("\0")
 
-def count_words(texts):
-    """list of str -> {word: how often}, as tokenizer.PATTERN splits the texts"""
+def count_words(texts, digits=2):
+    """list of str -> {word: how often}, as tokenizer.pattern_of(digits) splits the texts"""
+    split, split_ascii = splitters(digits)
     segments, words = Counter(), {}
     for text in texts:
         segments.update(cut(text))
@@ -131,14 +137,14 @@ def quiet_worker():
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-def count_in_parallel(chunks, workers):
+def count_in_parallel(chunks, workers, digits):
     """map(count_words, chunks) by worker processes: in order, at most workers + 1 waiting in
     memory."""
     spawn = multiprocessing.get_context("spawn")
     waiting = deque()
     with ProcessPoolExecutor(workers, spawn, quiet_worker) as pool:
         for chunk in chunks:
-            waiting.append(pool.submit(count_words, chunk))
+            waiting.append(pool.submit(count_words, chunk, digits))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
         for future in waiting:
@@ -154,12 +160,14 @@ def prune(words, most):
         words = Counter({word: n for word, n in words.items() if n >= least})
     return words
 
-def count_all(texts, max_chars, doc_cap, workers, going=lambda done: True):
+def count_all(texts, max_chars, doc_cap, workers, going=lambda done: True, digits=2):
     """iterator of str -> ({word: how often}, characters read); ends early when not `going`"""
     words = Counter()
     chars = 0
     parts = chunks(texts, max_chars, doc_cap)
-    counted = count_in_parallel(parts, workers) if workers > 1 else map(count_words, parts)
+    counted = (count_words(part, digits) for part in parts)
+    if workers > 1:
+        counted = count_in_parallel(parts, workers, digits)
     for part in counted:
         words.update(part)
         chars += sum(n * len(word) for word, n in part.items())
@@ -288,7 +296,7 @@ def main():
     texts = corpus.iter_texts(splits, "train")
     try:
         words, chars = count_all(texts, max_chars, doc_cap, at_once,
-                                 watch("characters at most", most_chars))
+                                 watch("characters at most", most_chars), digits)
     except BrokenProcessPool:
         exit_if_stopped()  # a signal to the whole group meets workers that cannot ignore it yet
         common.fail("a process that counts words was killed, probably since memory ran short: "
@@ -299,7 +307,7 @@ def main():
     ranks = train_bpe(words, n_tokens, watch("tokens", n_tokens))
     exit_if_stopped()
     run.check_lock()
-    tokenizer = tok.save_tokenizer(directory, ranks)
+    tokenizer = tok.save_tokenizer(directory, ranks, tok.pattern_of(digits))
     if tokenizer.vocab_size < vocab_size:
         common.print0(f"warning: the text is too small for {vocab_size:,} tokens; the vocabulary "
                       f"has {tokenizer.vocab_size:,}")

@@ -36,6 +36,10 @@ PATTERN = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"         # white space
 )
 
+def pattern_of(digits):
+    """PATTERN with so many digits of a number in one piece, 2 or 1."""
+    return PATTERN if digits == 2 else PATTERN.replace(r"[\p{N}]{1,2}+", r"[\p{N}]")
+
 SPECIAL_TOKENS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
     "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",

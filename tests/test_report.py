@@ -12,6 +12,7 @@ import pytest
 import pipeline
 import report
 import status
+import webpage
 from conftest import script
 from lock import take_lock
 
@@ -170,13 +171,58 @@ def test_the_curves_are_pictures_beside_the_report(whole):
     assert len(heights) == 40
     assert heights == sorted(heights), "the loss falls, so the curve goes down (y grows downwards)"
 
+def test_the_page_has_all_of_it_in_one_file(whole):
+    text, _ = run(whole)
+    page = (whole / "toy/report/report.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("<svg") == text.count("](") > 5
+    assert not re.search(r"""(src|href)=|url\(|@import|<script""", page), "it asks for nothing"
+    rows = [line for line in text.split("\n") if line.startswith("| ") and "---" not in line]
+    assert page.count("<tr>") == len(rows)
+    for cell in ("0.2042 ±0.0100", "<h2>Midtraining</h2>", "<code>mine.jsonl</code>", "The | cat"):
+        assert cell in page, cell
+
+def test_deaths_origins_and_answers(whole):
+    restarts = [{"step": 10, "steps_lost": 4, "seconds_lost": 12.0},
+                {"step": 20, "steps_lost": 0, "seconds_lost": 0.0}]
+    stage(whole / "toy", "mid", inputs={"tokenizer": "0123456789abcdef0123", "base": "fedcba"},
+          restarts=restarts, machine={"CPU": "AMD EPYC", "torch": "2.13.0"}, difference="dada")
+    text, _ = run(whole)
+    assert row(section(text, "Time"), "MID")[:3] == ["2m00s", "4 steps, 12s", "1"]
+    assert row(section(text, "Time"), "SFT")[1] == "-"
+    drawn = (whole / "toy/report/mid_loss.svg").read_text()
+    assert drawn.count("stroke-dasharray") == 2
+    assert "stroke-dasharray" not in (whole / "toy/report/sft_loss.svg").read_text()
+    origin = row(section(text, "Where every number comes from"), "mid")
+    assert origin == ["`python mid_train.py --data=toy --seed=1`", "abcdef012345 + dada",
+                      "tokenizer 0123456789abcdef, base fedcba", "CPU AMD EPYC, torch 2.13.0"]
+    assert "Ten prompts" not in text
+    for name, said in (("base", "goes | on"), ("sft", "an answer")):
+        result = json.loads(result_of(whole / "toy", name).read_text())
+        answers = [{"prompt": "Who?", "text": said}, {"prompt": "Why?", "text": " "}]
+        write(result_of(whole / "toy", name), {**result, "answers": answers})
+    table = section(run(whole)[0], "Ten prompts, answered by each stage")
+    assert "| Who? | `goes \\| on` | `an answer` |" in table
+    assert "| Why? | (nothing) | (nothing) |" in table
+
+def test_whether_the_curve_is_normal(whole, monkeypatch):
+    band = {"low": [3.0] * 20, "high": [9.0] * 20}
+    monkeypatch.setattr(report.bands, "find", lambda record: band)
+    base = report.Stage("base", {}, {"num_steps": 40}, list(metrics(40)), {}, {})
+    assert report.in_the_band(base).endswith("Within the band of three seeds in 20 of 20 parts")
+    assert report.band_of(base)[0] == (1, 3.0, 9.0)
+    drawn = webpage.picture(report.points(base.metrics, "train", "loss"), "x", report.band_of(base))
+    assert "polygon" in drawn
+    band["high"][:2] = [7.9, 7.9]  # the first losses are 8.0, 7.9, 7.8, 7.7
+    assert "Off the band of three seeds in 1 of 20 parts: part 1: loss 7.9500, 0.0500 above" in (
+        report.in_the_band(base))
+
 def test_what_is_not_a_number_is_left_out_of_a_curve():
     losses = [3.0, float("nan"), None, "2", 1.0, float("inf")]
     lines = [{"kind": "train", "step": s, "loss": loss} for s, loss in enumerate(losses)]
     assert report.points(lines, "train", "loss") == [(0, 3.0), (4, 1.0)]
-    assert report.svg([(0, 1.0)], "x") == ""
-    assert "polyline" in report.svg([(0, 1.0), (5, 1.0)], "x")
-    long = report.svg([(i, i % 7) for i in range(100_000)], "x")
+    assert webpage.picture([(0, 1.0)], "x") == ""
+    assert "polyline" in webpage.picture([(0, 1.0), (5, 1.0)], "x")
+    long = webpage.picture([(i, i % 7) for i in range(100_000)], "x")
     assert len(long) < 10_000
 
 def test_a_failed_phase_is_named_with_its_reason_and_the_way_on(whole):
@@ -264,7 +310,7 @@ def test_a_run_that_is_not_there_costs_no_report(whole):
     assert out.returncode == 2 and "there is no run nope of toy; there are: d4" in out.stderr
     assert (whole / "toy/report/report.md").read_text() == text
     newest = script(whole, "report.py")
-    assert newest.stdout.endswith("toy/report/report.md\n"), "without --data the newest"
+    assert "toy/report/report.md, report.html" in newest.stdout, "without --data the newest"
 
 def test_nothing_at_all(state):
     for args in ([], ["--data=toy"]):

@@ -318,3 +318,15 @@ def test_speedrun_shows_it_too_and_within_a_second(state):
     base = facts(found, "base")
     assert base["state"] == "half" and base["bytes"] > 7 and base["parent"] == "tok"
     assert base["cause"]["kind"] == "signal" and found["next"].startswith("bash speedrun.sh")
+
+def test_what_a_death_has_cost_is_counted(fresh, tmp_path):
+    """The steps behind the last save, which run again: known to the report."""
+    launched(fresh, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)",
+             base=["--save_minutes=9", "--num_steps=12"])
+    said, _ = launched(fresh, tmp_path, base=["--save_minutes=9", "--num_steps=12"])
+    assert "code 0\n" in said, said
+    record = json.loads((fresh / "toy/base_checkpoints/d1/phase.json").read_text())
+    restart, = record["restarts"]
+    lost = restart["steps_lost"]
+    assert restart["step"] == 0 and lost >= 1 and restart["seconds_lost"] > 0
+    assert record["machine"]["torch"] and record["machine"]["Python"].startswith("3.")
