@@ -35,13 +35,15 @@ SIGNS = [
          "the machine's memory was full", f"give {ROWS}, or more memory (sbatch --mem=...)"),
     Sign("quota", r"[Dd]isk quota exceeded",
          "the disk quota was used up", f"free some of it, or {ELSEWHERE}"),
-    Sign("disk", r"No space left on device|checkpoints need [\d.]+ GB|GB are free|free some space",
+    Sign("disk", r"No space left on device|need(ed)? [\d.]+ GB|GB are needed|disk is full",
          "the disk was full", f"free some space (or inodes: df -i), or {ELSEWHERE}"),
     Sign("read-only", r"Read-only file system|Permission denied|Operation not permitted",
          "a folder could not be written or read", f"make it writable, or {ELSEWHERE}"),
-    Sign("not finite", r"not? finite|has exploded|\bnan\b|NaN",
+    Sign("not finite", r"not? finite|has exploded|(loss|norm) nan\b",
          "its numbers were no longer finite",
          "go back to a checkpoint before it (--rewind, as the line says), or lower the rate"),
+    Sign("another rank", "another rank died|one of its processes has died|DistBackendError|NCCL",
+         "another of its processes died first", "that one's lines in the log say why"),
     Sign("no network", r"[Nn]etwork is unreachable|[Nn]ame or service not known|[Nn]ame resolution|"
          r"NANOCHAT_OFFLINE|Connection(Error| refused| reset)|could not (be )?download|timed out",
          "the network could not be reached",
@@ -55,14 +57,16 @@ SIGNS = [
          "a file is damaged", "the line says which, and what to do"),
     Sign("missing data", r"\bmissing\b|[Tt]here is no\b|No such file or directory",
          "something that it needs was not there", "bring it: the line says what is missing"),
+    Sign("no progress", "got nothing done",
+         "attempt after attempt got nothing done", "see why in the log; longer jobs may do"),
+    Sign("job", "need as many CPUs|GPUs were asked for twice|cannot be seen from|torch .* can use",
+         "the job was not given what it needs", "submit it with what the line says"),
     Sign("preempted", "PREEMPT", "Slurm has given its place to another job", AGAIN),
     Sign("node lost", "NODE_FAIL|[Nn]ode failure|NODE FAILURE|BOOT_FAIL",
          "Slurm has lost a node", AGAIN),
     Sign("time limit", r"TIMEOUT|DUE TO TIME LIMIT|\bdeadline\b|time limit",
          "its time was over", AGAIN),
     Sign("cancelled", "CANCELLED", "somebody has cancelled the job", AGAIN),
-    Sign("another rank", "another rank|DistBackendError|NCCL",
-         "another of its processes died first", "that one's lines in the log say why"),
     Sign("killed", "SIGKILL",
          "it was killed at once (SIGKILL): often because the machine's memory was full, else by "
          "somebody or something that ends processes",
@@ -105,7 +109,10 @@ def end_of_job(job):
     """How Slurm's books say that a job and its steps have ended, a line each; [] without Slurm."""
     answer = slurm.ask("sacct", "-n", "-P", "-D", "-j", job,
                        "-o", "JobID,State,ExitCode,Elapsed,Timelimit,NodeList")
-    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    lines = answer.stdout.split("\n") if answer and answer.returncode == 0 else []
+    lines = [line for line in lines if line.strip()]
+    begins = [i for i, line in enumerate(lines) if "." not in line.split("|")[0]]
+    lines = lines[begins[-1]:] if begins else lines  # of the last attempt, with its steps
     over = [f"sacct: {line}" for line in lines
             if not re.search(r"RUNNING|PENDING|COMPLETED|REQUEUED", line)]
     if not over:  # sites without accounting: the controller knows it for some minutes
@@ -126,5 +133,6 @@ def errors_in(log):
     lines = last_lines(log)
     begins = [i for i, line in enumerate(lines) if re.match(r"job \S+, attempt \d+ of it", line)]
     lines = lines[begins[-1]:] if begins else lines
-    signs = r"error|Error|slurmstepd|srun: |[Kk]illed|Exception"
-    return [line for line in reversed(lines) if re.search(signs, line)]
+    signs, guesses = r"^error: |^\w*Error\b|slurmstepd|srun: ", "probably because|last attempt was"
+    return [line for line in reversed(lines)
+            if re.search(signs, line) and not re.search(guesses, line)]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import common
 import pipeline
-from records import differences, other_inputs
+from records import differences, origin, other_inputs
 
 BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
 
@@ -93,7 +93,8 @@ class Evaluation:
         """Writes the result file, which makes the pieces superfluous; ends the process with 0."""
         seconds = time.monotonic() - self.began
         if self.run.partial:
-            whole = {**self.start, **result, "seconds": round(seconds, 1)}
+            whole = {**self.start, "command": self.run.command, **origin(), **result,
+                     "seconds": round(seconds, 1)}
             with common.writing(self.path):
                 put_aside(self.path)
                 common.atomic_write(self.path, json.dumps(whole, indent=1))

@@ -9,7 +9,6 @@ Exit codes are the phases': 0 done, 2 nothing was started, 75 saved (the same co
 a failure. torchrun turns every code into 1, so a phase leaves its own in a file, $NANOCHAT_OUTCOME.
 """
 import contextlib
-import json
 import math
 import os
 import re
@@ -32,6 +31,7 @@ import slurm
 import status
 import trial
 from lock import holder_name, living_holder
+from notes import note, note_command, note_end
 from supervisor import Supervisor
 
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
@@ -124,7 +124,7 @@ def make_plan(words):
     configurator.check_arguments(settings)
     data = pipeline.whole_path(data)
     settings = [configurator.from_here(word) for word in settings]
-    chats = os.path.abspath(flags.get("--chats=", ""))
+    chats = os.path.abspath(os.path.expanduser(flags.get("--chats=", "")))
     whole = {"--data=": data, "--chats=": chats}
     flags_given = [key + whole.get(key, value) for key, value in flags.items() if key != "--slurm"]
     given = [*flags_given, "--", *settings] if settings else flags_given
@@ -274,18 +274,26 @@ def run_all(plan, supervisor):
     if code == 75:
         return 75, "stopped before the first phase"
     if code:
+        reason = (supervisor.outcome or {}).get("reason", "a check before the first phase failed")
+        note_end(plan, first_left(plan), code, reason)
         return code, "nothing was started: fix the error above and run the same command again"
-    failed = []
+    failed, tried = [], []
+
+    def try_phase(name, words):
+        tried.append(name)
+        return run_phase(plan, supervisor, name, words)
     added = {} if "--skip-trial" in plan.given else None  # {phase: arguments that make it fit}
     for name in plan.names:
         phase = pipeline.find_phase(name)
         if supervisor.stopping:
             return 75, f"stopped before {name} with everything saved"
         if phase.kind == "training" and added is None:
-            code, added = trial.try_out(plan, lambda *call: run_phase(plan, supervisor, *call))
+            code, added = trial.try_out(plan, try_phase)
             if code == 75:
                 return 75, "stopped while trying out the trainings to come"
             if code:
+                reason = (supervisor.outcome or {}).get("reason", ended_by(code))
+                note_end(plan, tried[-1], code, f"its trial: {reason}")
                 return code, f"the trial failed (exit {code}): fix the error above"
         words = [*plan.words(name), *(added or {}).get(name, [])]
         code, reason = start(plan, supervisor, name, words)
@@ -306,7 +314,7 @@ def run_all(plan, supervisor):
             return code, f"{name} failed (exit {code}): {reason}; {fix}"
     if failed:
         return 1, f"done, but these failed: {', '.join(failed)}; run the same command again"
-    if set(plan.names) < set(plan.listed) - {"report"}:
+    if {*plan.names, "report"} != {*plan.listed, "report"}:
         return 0, "done"
     return 0, "all done; talk to it: python chat_cli.py"
 
@@ -319,37 +327,27 @@ def start(plan, supervisor, name, words):
     wait_for_holder(plan.folder(name), supervisor)
     if supervisor.stopping:
         return 75, "a signal came while waiting"
-    done, supervisor.phase = plan.is_done(name), name
-    note(plan, began=supervisor.began)  # again: the first phase makes the folder
+    done = plan.is_done(name)
     code, _, outcome = run_phase(plan, supervisor, name, words)
+    if name != "report":
+        note(plan, began=supervisor.began)
     if not done and code != 2:  # a command that was refused does not go on with anything
         note_command(plan)
-    return code, outcome.get("reason", "the lines above say why")
+    reason = outcome.get("reason")
+    note_end(plan, name, code, reason or ended_by(code))
+    return code, reason or "the lines above say why"
 
-def note_command(plan):
-    """Keeps what goes on with the phases of this run, for status.py."""
-    command = ["bash", "speedrun.sh", *plan.given]
-    if plan.in_slurm:
-        command = slurm.sbatch_command(plan.given)
-    old = common.read_json(pipeline.command_file(plan.data, plan.tag)).get("commands", {})
-    note(plan, commands={**old, **dict.fromkeys(plan.names, shlex.join(command))},
-         phases=list(plan.listed))
+def ended_by(code):
+    """Of a phase that has said nothing.  examples: 137 -> "killed by SIGKILL"; 1 -> "exit 1" """
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(code - 128).name}"
+    return f"exit {code}"
 
-def note(plan, **facts):
-    """Keeps facts on a run for status.py, where it has a folder."""
-    path = pipeline.command_file(plan.data, plan.tag)
-    if path.parent.is_dir():
-        with contextlib.suppress(OSError):  # a folder that cannot be written: the phase says so
-            common.atomic_write(path, json.dumps({**common.read_json(path), **facts}))
-
-def note_end(plan, supervisor, code, line):
-    """Keeps how this launcher ends, and why. line: what it says last."""
-    reason = (supervisor.outcome or {}).get("reason") or line
-    with contextlib.suppress(ValueError):  # of a signal the phase has said nothing
-        reason = f"{supervisor.phase} was killed ({signal.Signals(code - 128).name})"
-    left = [name for name in plan.names if not plan.is_done(name)]
-    phase = supervisor.phase or (left[0] if left else "")  # which did not even begin
-    note(plan, ended={"phase": phase, "code": code, "reason": reason, "time": time.time()})
+def first_left(plan):
+    """The phase that a refusal before the first one concerns."""
+    with contextlib.suppress(Exception):
+        return next(name for name in plan.names if not plan.is_done(name))
+    return plan.names[0]
 
 def check_nodes(plan, supervisor):
     """-> exit code: whether all nodes of the job have what is needed"""
@@ -392,19 +390,19 @@ def main():
     with common.writing(folder, code=2):
         folder.mkdir(parents=True, exist_ok=True)
         supervisor.outcome_path.touch()
-    supervisor.began = {"time": time.time(), "job": slurm.job_name(), "ends": slurm.end_time(),
-                        "log": slurm.show_this_job().get("StdOut")}
-    note(plan, began=supervisor.began)
+    supervisor.began = {"time": time.time()}
+    if plan.in_slurm:
+        supervisor.began |= {"job": slurm.job_name(), "ends": slurm.end_time(),
+                             "log": slurm.show_this_job().get("StdOut")}
     os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for signum in signals:
         signal.signal(signum, supervisor.on_signal)
     try:
         code, line = run_all(plan, supervisor)
-        note_end(plan, supervisor, code, line)
     except common.Failure as e:
         e.next_command = start_over_command(plan, e.message) or e.next_command
-        note_end(plan, supervisor, e.code, e.message)
+        note_end(plan, first_left(plan), e.code, e.message)
         if not plan.in_slurm:
             raise
         code, line = e.code, f"error: {e}"

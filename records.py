@@ -94,16 +94,25 @@ def machine():
             facts[name] = metadata.version(name)
     return facts
 
+def origin():
+    """What, beside settings and inputs, a number can be derived again from."""
+    commit, difference = source_version()
+    return {"commit": commit, "difference": difference, "machine": machine()}
+
 def restarts(record, lines, step, seconds):
     """The starts of a training after its first, with what each has cost: the steps behind the last
     save, which run again, and their seconds. lines: of metrics.jsonl, as the last attempt has left
     it; it goes on at `step` after `seconds` of training."""
+    before = record.get("restarts")
+    before = before if isinstance(before, list) else []
     if not lines:
-        return record.get("restarts", [])
-    again = [r for r in lines if r.get("kind") == "train" and r.get("step", -1) >= step]
-    until = again[-1].get("clock", {}).get("seconds", seconds) if again else seconds
-    return [*record.get("restarts", []), {"step": step, "steps_lost": len(again),
-                                          "seconds_lost": round(max(0.0, until - seconds), 1)}]
+        return before
+    again = [line for line in lines if line.get("kind") == "train" and line.get("step", -1) >= step]
+    until = seconds
+    with contextlib.suppress(IndexError, KeyError, TypeError):
+        until = max(seconds, again[-1]["clock"]["seconds"])
+    return [*before, {"step": step, "steps_lost": len(again),
+                      "seconds_lost": round(until - seconds, 1)}]
 
 def binds(record, directory, damage=None):
     """Whether later starts have to keep to the record: something was saved. What is no checkpoint

@@ -6,11 +6,13 @@ those of one that nobody has disturbed. Under Slurm the job also puts itself bac
     bash speedrun.sh --rehearse
     sbatch --gpus-per-node=2 --time=10 slurm_speedrun.sbatch --rehearse
 
-Works in $NANOCHAT_BASE_DIR/rehearsal and removes it at the end. Exit code 0: "your site: works".
+Works in $NANOCHAT_BASE_DIR/rehearsal-NUMBER, of the job or process, and removes it at the end.
+Exit code 0: "your site: works".
 """
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -23,14 +25,22 @@ import common
 import pipeline
 import slurm
 
-FOLDER = pipeline.base_dir() / "rehearsal"
+def number():
+    """Whose rehearsal this is: the job's that this one goes on with, this job's, or process's."""
+    for job in re.findall(r"\d[\d_]*", os.environ.get("SLURM_JOB_DEPENDENCY", "")):
+        if (pipeline.base_dir() / f"rehearsal-{job}").exists():
+            return job
+    return slurm.job_name() if IN_JOB else os.getpid()
+
+IN_JOB = ["--slurm"] if "--slurm" in sys.argv else []
+FLAGS = [word for word in sys.argv[1:] if word != "--slurm"]
+FOLDER = pipeline.base_dir() / f"rehearsal-{number()}"
 LOG = FOLDER / "log.txt"
 STEPS = 120
 PATIENCE = 240  # seconds for one training; on a laptop it takes ten
 TRAINING = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--compile=False",
             "--eval_every=0", "--sample_every=0", "--eval_tokens=4000", "--save_minutes=0.0",
             f"--num_steps={STEPS}"]
-IN_JOB = ["--slurm"] if "SLURM_JOB_ID" in os.environ else []
 
 def environment(name):
     # inside, nothing is requeued or submitted: that is tried once, at the end
@@ -40,7 +50,7 @@ def environment(name):
 def begin(name, *flags):
     """Starts the training of FOLDER/name as speedrun.sh does. -> its launcher, a Popen"""
     words = ["toy", "1", "--run", "data", "prepare_data.py", "--run", "base", "base_train.py",
-             *TRAINING, *flags, "--given", *sys.argv[1:], *IN_JOB, "--only=base", "--skip-trial"]
+             *TRAINING, *flags, "--given", *FLAGS, *IN_JOB, "--only=base", "--skip-trial"]
     with open(LOG, "a", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, pipeline.REPO / "launch.py", *words],
                                 env=environment(name), stdout=log, stderr=log)
@@ -60,6 +70,7 @@ def saved(name):
     return max(checkpoint.steps(folder_of(name)), default=-1)
 
 def prepare():
+    """A small toy world, in two folders alike."""
     for words in (["prepare_data.py", "--data=toy", "--depth=1", "--size=0.02"],
                   ["tok_train.py", "--data=toy", "--vocab_size=512"]):
         with open(LOG, "a", encoding="utf-8") as log:
@@ -67,6 +78,7 @@ def prepare():
                                   env=environment("straight"), stderr=log, check=False).returncode
         check(code == 0, f"{words[0]} ended with {code}")
     shutil.copytree(FOLDER / "straight", FOLDER / "broken")
+    return "a small toy world was made"
 
 # -------------------------------------------------------------------------------------------------
 # what is tried; each says what it has found
@@ -93,7 +105,8 @@ def time_limit():
 
 def kill():
     before, launcher = saved("broken"), begin("broken")
-    while saved("broken") <= before and launcher.poll() is None:
+    latest = time.monotonic() + PATIENCE
+    while saved("broken") <= before and launcher.poll() is None and time.monotonic() < latest:
         time.sleep(0.01)
     record = common.read_json(folder_of("broken") / "phase.json")
     check(launcher.poll() is None, "the training to be killed ended by itself")
@@ -138,8 +151,8 @@ def attempt(what):
     began = time.monotonic()
     try:
         found = True, f"{what()} ({time.monotonic() - began:.0f} s)"
-    except (AssertionError, OSError, common.Failure, subprocess.TimeoutExpired) as e:
-        found = False, f"{e}"
+    except (AssertionError, KeyError, OSError, common.Failure, subprocess.SubprocessError) as e:
+        found = False, f"{what.__name__}: {e}"
     print("ok      " if found[0] else "MISSING ", found[1], flush=True)
     return found
 
@@ -156,26 +169,29 @@ def end(results):
     return 0
 
 def main():
+    common.check(all(word.startswith("--nproc=") for word in FLAGS),
+                 f"--rehearse takes --nproc=N alone, not {' '.join(FLAGS)}")
     notes = FOLDER / "results.json"
-    if IN_JOB and notes.exists() and common.read_json(notes)["waits"]:
+    if notes.exists():  # by a job that has put itself back into the queue
+        results = common.read_json(notes)["results"]
+        notes.unlink()
         print("ok       the job has gone on by itself, on", platform.node())
-        return end(common.read_json(notes)["results"])
+        return end(results)
     shutil.rmtree(FOLDER, ignore_errors=True)
     with common.writing(pipeline.base_dir(), code=2):
         FOLDER.mkdir(parents=True)
     print(f"rehearsal on {platform.node()} in {FOLDER}: Python {platform.python_version()}",
           flush=True)
-    prepare()
     results = []
-    for what in (nobody_disturbs, time_limit, kill, go_on, compare, the_disk):
+    for what in (prepare, nobody_disturbs, time_limit, kill, go_on, compare, the_disk,
+                 *([the_job] if IN_JOB else [])):
         results.append(attempt(what))
         if not results[-1][0]:
-            break  # those behind it build on it
+            return end(results)  # those behind it build on it
     if not IN_JOB:
         return end(results)
-    results.append(attempt(the_job))
-    common.atomic_write(notes, json.dumps({"results": results, "waits": True}))
-    line, requeued = slurm.after_attempt(75, False, ["--rehearse", *sys.argv[1:]])
+    common.atomic_write(notes, json.dumps({"results": results}))
+    line, requeued = slurm.after_attempt(75, False, ["--rehearse", *FLAGS])
     print(line, flush=True)
     if requeued:  # Slurm ends this attempt now
         time.sleep(300)

@@ -337,7 +337,9 @@ def main():
     total = 0.0
     for stage in stages:
         name = stage.name
-        total += sum(part.get("seconds", 0.0) for part in (stage.meta, stage.core, stage.chat))
+        for part in (stage.meta, stage.core, stage.chat):
+            seconds = part.get("seconds")
+            total += seconds if isinstance(seconds, (int, float)) else 0.0
         parts += guarded(notes, f"what {name} did", section, stage, states, folder) or []
         if stage.core:
             parts += guarded(notes, "CORE by task", core_section, stage.core) or []
@@ -361,8 +363,9 @@ def main():
     lines += [*(f"- {note}" for note in notes), "", *parts]
     try:
         text = "\n".join(lines) + "\n"
-        common.atomic_write(folder / "report.html", page(text, folder))
         common.atomic_write(folder / "report.md", text)
+        if html := guarded(notes, "the page", page, text, folder):
+            common.atomic_write(folder / "report.html", html)
     except OSError as e:
         common.fail(f"could not write {folder / 'report.md'}: {e.strerror or e}; check that the "
                     "folder is writable and has room", code=1)

@@ -150,9 +150,9 @@ class Run:
             lock.release()
             common.fail(f"another process has just written in {directory}: run the same command "
                         "again")
-        commit, difference = records.source_version()
+        origin = records.origin()
         if old.get("free"):  # else it is a new run, or its record was lost
-            self.say_what_changed(old, commit, difference)
+            self.say_what_changed(old, origin["commit"], origin["difference"])
         self.lock = lock
         if back is not None:
             with common.writing(directory):
@@ -162,8 +162,7 @@ class Run:
             "command": self.command,
             "settings": records.comparable(settings.defining, directory), "free": settings.free,
             "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"), "commit": commit, "difference": difference,
-            "machine": records.machine(),
+            "job": os.environ.get("SLURM_JOB_ID"), **origin,
             "starts": [*old.get("starts", []), time.time()]}
         self.update_record()
         return self.record, saved_step
@@ -333,11 +332,12 @@ class Run:
             path = self.directory / "metrics.jsonl"
             lines = common.read_json_lines(path)
             kept = [r for r in lines if r.get("step", step) < step]
-            restarts = records.restarts(self.record, lines, step, seconds)
+            if self.settings.get("rewind", -1) == -1:  # what that skips was not lost
+                self.record["restarts"] = records.restarts(self.record, lines, step, seconds)
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
                 self.metrics = open(path, "a", 1, encoding="utf-8")  # noqa: SIM115
-            self.update_record(num_steps=num_steps, restarts=restarts)
+            self.update_record(num_steps=num_steps)
 
     def log(self, **line):
         """Appends a line to metrics.jsonl. Failure (code 1) where it cannot be written."""

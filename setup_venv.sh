@@ -9,7 +9,7 @@ fi
 # Which Python is first in PATH counts only until .venv is there: that one may differ on a node.
 python_of_venv=python3
 if .venv/bin/python -c "" 2>/dev/null; then
-    python_of_venv=.venv/bin/python
+    python_of_venv=$PWD/.venv/bin/python
 elif [ -n "${SLURM_JOB_ID:-}" ] && [ -e .venv/matches ]; then
     echo "error: .venv was made with $(readlink -f .venv/bin/python || readlink .venv/bin/python)," \
          "which does not run on $(uname -n): load the same Python here (module load, in site.env)," \
@@ -17,7 +17,7 @@ elif [ -n "${SLURM_JOB_ID:-}" ] && [ -e .venv/matches ]; then
          "--only=setup" >&2
     exit 2
 fi
-if ! $python_of_venv -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+if ! "$python_of_venv" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: Python 3.11 or newer is needed and python3 is" \
          "$(python3 --version 2>/dev/null || echo missing): put a newer one first in PATH (under" \
          "Slurm: module load, in site.env)" >&2
@@ -25,7 +25,7 @@ if ! $python_of_venv -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/de
 fi
 setup_venv() {
     local want
-    want="$($python_of_venv --version) $(cat requirements.txt "$1" | cksum)"
+    want="$("$python_of_venv" --version) $(cat requirements.txt "$1" | cksum)"
     if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
             echo "error: .venv does not match $1 and nothing is installed inside a job or with" \

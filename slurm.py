@@ -25,11 +25,11 @@ SBATCH = pipeline.REPO / "slurm_speedrun.sbatch"
 # -------------------------------------------------------------------------------------------------
 # asking
 
-def ask(*command, env=None):
+def ask(*command, **more):
     """-> what a command of Slurm's answers, a CompletedProcess; None where it cannot be run"""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, errors="replace",
-                              timeout=30, check=False, env=env)
+                              timeout=30, check=False, **more)
     return None
 
 def attempt():
@@ -48,8 +48,9 @@ def show_jobs(job):
     answer = ask("scontrol", "show", "job", "-o", job)
     if answer is None:
         return [], ""
-    lines = [dict(word.split("=", 1) for word in line.split() if "=" in word)
-             for line in answer.stdout.splitlines()]
+    # a value, such as a path, may hold spaces: the next word with a capital and a = ends it
+    lines = [dict(word.split("=", 1) for word in re.split(r" (?=[A-Z][\w/:]*=)", line.strip())
+                  if "=" in word) for line in answer.stdout.splitlines()]
     return [facts for facts in lines if "JobId" in facts], answer.stdout + answer.stderr
 
 def show_this_job():
@@ -113,7 +114,10 @@ def sbatch_command(flags, array=True):
         at_once = facts.get("ArrayTaskThrottle", "1")
         given["array"] = f"{first}-{last}%{at_once}"
     nothing = (None, "", "(null)", "N/A", "None")
-    own = [f"--{k}={v}" for k, v in given.items() if v not in nothing and v != usual.get(k)]
+    site = {name for name in os.environ if name.startswith("SBATCH_")}  # beats a directive
+    own = [f"--{k}={v}" for k, v in given.items() if v not in nothing and
+           (v != usual.get(k) or site & {f"SBATCH_{k.upper().replace('-', '_')}",
+                                         f"SBATCH_{k.upper()}LIMIT"})]
     own += ["--no-requeue"] * (facts.get("Requeue") == "0")
     own += ["--exclusive"] * (facts.get("OverSubscribe") == "NO")
     in_repository = os.environ.get("SLURM_SUBMIT_DIR", str(pipeline.REPO)) == str(pipeline.REPO)
@@ -187,8 +191,9 @@ def submit_successor(flags, job):
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("SLURM_ARRAY", "SLURM_RESTART"))}
     rest = [word for word in rest if word != "--no-requeue"]
+    folder = os.environ.get("SLURM_SUBMIT_DIR")  # where this one was submitted, and its log is
     answer = ask(sbatch, "--parsable", "--no-requeue", f"--dependency=afterany:{job}", *rest,
-                 env=environment)
+                 env=environment, cwd=folder)
     return answer.stdout.strip() if answer and answer.returncode == 0 else None
 
 # -------------------------------------------------------------------------------------------------
@@ -249,7 +254,7 @@ def cpus_per_node():
 
 def check_job(nproc):
     """Failure (code 2) where what was asked of Slurm cannot work for nproc processes a node."""
-    twice = re.findall(r"gres.gpu\S*?(?=,|$)", show_this_job().get("TresPerNode", ""))
+    twice = re.findall(r"gres.gpu(?=[:=,]|$)\S*?(?=,|$)", show_this_job().get("TresPerNode", ""))
     common.check(len(twice) < 2, f"GPUs were asked for twice ({', '.join(twice)}): "
                  f"{SBATCH.name} has a --gpus-per-node of its own, which gives way to that flag "
                  "alone, not to --gres", "sbatch --gpus-per-node=...")

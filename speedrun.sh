@@ -51,10 +51,6 @@ missing inputs, 75 interrupted but saved: run the same command again; anything e
 HELP
 }
 
-if [ "${1:-}" = --status ]; then  # with --data=... or --json=True behind it
-    shift
-    exec python3 status.py "$@"
-fi
 data=toy
 chats=""
 depth=""
@@ -71,13 +67,18 @@ for flag; do
 done
 
 . ./setup_venv.sh
-case " $* " in *" --rehearse "*)
-    words=()
-    for flag; do
-        case "$flag" in --rehearse|--slurm) ;; *) words+=("$flag") ;; esac
-    done
-    setup_venv requirements.txt
-    exec python3 rehearse.py "${words[@]}" ;;
+others=()  # all flags but these two, which run something else
+for flag; do
+    case "$flag" in --status|--rehearse) ;; *) others+=("$flag") ;; esac
+done
+case " $* " in
+    *" --status "*)
+        repo=$PWD
+        cd "$here"
+        exec "$python_of_venv" "$repo/status.py" "${others[@]}" ;;
+    *" --rehearse "*)
+        setup_venv requirements.txt
+        exec "$python_of_venv" rehearse.py "${others[@]}" ;;
 esac
 if [ "$*" = --only=setup ]; then
     setup_venv requirements.txt
@@ -118,7 +119,8 @@ repo=$PWD
 cd "$here" || exit 1  # the user's own paths are as seen from there
 if [ -z "$dry_run" ]; then
     if [ -z "${SLURM_JOB_ID:-}" ]; then  # what makes no sense is refused before pip begins
-        python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given --dry-run "$@" >/dev/null
+        "$python_of_venv" "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given --dry-run "$@" \
+            >/dev/null
     fi
     cd "$repo"
     setup_venv requirements.txt
@@ -126,4 +128,4 @@ if [ -z "$dry_run" ]; then
 fi
 # The phases are started one after another by launch.py, which takes the place of this shell: a
 # signal to this script is then one to it, and it passes it on.
-exec python3 "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given "$@"
+exec "$python_of_venv" "$repo/launch.py" "$data" "$depth" "${plan[@]}" --given "$@"

@@ -134,18 +134,31 @@ def outdated(phase, name, tag):
 # -------------------------------------------------------------------------------------------------
 # a run
 
+def guarded(usual, function, *args):
+    """What a function finds; `usual` where a file is damaged in a way that nobody thought of: that
+    costs its own part only."""
+    try:
+        return function(*args)
+    except Exception:  # noqa: BLE001
+        return usual
+
 def tags(name):
     """The runs of a data set, the one written last at the end.  example: ["d12", "d4"]"""
-    found = {path.stem.removeprefix("speedrun_"): written(path)  # begun, if nothing else
-             for path in pipeline.data_root(name).glob("speedrun_*.json")}
+    found = {}
     for stage in pipeline.STAGES:
         for folder in pipeline.state_path(stage, name, "x").parent.glob("*/"):
             if ".old-" not in folder.name:
                 found[folder.name] = max(written(folder), found.get(folder.name, 0.0))
+    if not found:  # a first start that was refused, or could write nothing
+        found = {path.stem.removeprefix("speedrun_"): written(path)
+                 for path in pipeline.data_root(name).glob("speedrun_*.json")}
     return sorted(found, key=found.get)
 
 def state_of(phase, name, tag):
     """-> (state, words) of a Phase of a run of the data set `name`"""
+    return guarded(("failed", "what it has left is damaged"), look_at_phase, phase, name, tag)
+
+def look_at_phase(phase, name, tag):
     path = pipeline.state_path(phase.name, name, tag)
     if phase.kind == "evaluation":
         return describe_eval(path, pipeline.state_path(phase.parent, name, tag))
@@ -227,26 +240,28 @@ def cause(phase, state, given, name, tag):
         reasons.append(record.get("reason"))
         if record.get("status") == "done":  # it was, but a file is missing
             reasons = [describe(path)[1]]
-    ended, began = given.get("ended") or {}, given.get("began") or {}
+    ended = given.get("ends", {}).get(phase.name, {})
     is_newer = ended.get("time", 0.0) > record.get("updated", 0.0) - 60.0
-    if ended.get("phase") == phase.name and ended["code"] and is_newer and state != "running":
+    # one that is done may have been refused since
+    if is_newer and state != "running" and (state != "done" or ended["code"] == 2):
         reasons.insert(0, ended["reason"])
     reasons = [reason for reason in reasons if reason]
     if not reasons and state == "half" and record.get("status") == "running":
         reasons.append(f"process {record.get('pid')} died without a word, as by SIGKILL")
     if not reasons:
         return None
-    job = record.get("job") or began.get("job")
-    return causes.of_death(reasons, job, began.get("log"))
+    began = given.get("began", {})
+    return causes.of_death(reasons, record.get("job") or began.get("job"), began.get("log"))
 
 def waiting(given):
     """The job of this run, or its successor, that Slurm has in its queue or runs, in words; None
     for none."""
-    job = (given.get("began") or {}).get("job")
+    job = given.get("began", {}).get("job")
+    array = job.split("_")[0] if job else ""
     answer = slurm.ask("squeue", "--me", "-h", "-o", "%i|%T|%r|%E") if job else None
     for line in answer.stdout.splitlines() if answer and answer.returncode == 0 else []:
         number, state, reason, dependency = line.split("|", 3)
-        if number == job or re.search(rf"after\w*:{re.escape(job)}\b", dependency):
+        if number.split("_")[0] == array or re.search(rf"after\w*:{array}\b", dependency):
             return f"job {number} is {state}" + f" ({reason})" * (reason != "None")
     return None
 
@@ -263,7 +278,7 @@ def what_is_left(states, given, name, tag):
         return pipeline.state_path(phase, name, tag)
     seconds = trial.seconds_left(tried, folder_of)
     words = f"about {trial.in_words(seconds)}"
-    began = given.get("began") or {}
+    began = given.get("began", {})
     if began.get("ends"):
         limit = began["ends"] - began["time"]
         jobs = math.ceil(sum(seconds.values()) / max(limit - 120.0, 60.0))
@@ -278,8 +293,8 @@ def what_is_left(states, given, name, tag):
 
 def asked_for(name, tag):
     """The phases that the launcher was asked for: with --chats there are fewer than all."""
-    every = [phase.name for phase in pipeline.PHASES]
-    return common.read_json(pipeline.command_file(name, tag)).get("phases", every)
+    found = common.read_json(pipeline.command_file(name, tag)).get("phases")
+    return found if isinstance(found, list) else [phase.name for phase in pipeline.PHASES]
 
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
@@ -290,7 +305,7 @@ def next_command(states, name, tag):
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))
     running = states[first][0] == "running"
-    commands = common.read_json(pipeline.command_file(name, tag)).get("commands", {})
+    commands = common.read_json(pipeline.command_file(name, tag)).get("commands") or {}
     record = common.read_json(pipeline.state_path(first, name, tag) / "phase.json")
     words = ["bash", "speedrun.sh", f"--data={name}"]
     if re.fullmatch(r"d\d+", tag):
@@ -298,39 +313,51 @@ def next_command(states, name, tag):
     command = commands.get(first, shlex.join(words))
     if first not in commands and first in pipeline.STAGES and record.get("next") and not running:
         command = record["next"]
+    more = re.findall(r"-- (--\w+\.(?:rewind|start_over)=\w+)", str(record.get("reason")))[:1]
     if states[first][0] == "stale" and first in pipeline.STAGES:
         # what goes on from it is outdated when it has been trained again
         later = pipeline.STAGES[pipeline.STAGES.index(first):]
-        over = [f"--{p}.start_over=True" for p in later if states[p][0] in ("done", "stale")]
-        command += " " + shlex.join(over if " -- " in command else ["--", *over])
+        more = [f"--{p}.start_over=True" for p in later if states[p][0] in ("done", "stale")]
+    if more and command != record.get("next"):
+        command += " " + shlex.join(more if " -- " in command else ["--", *more])
     return f"wait for {first}, then {command}" if running else command
+
+def facts_of(phase, state, words, given, name, tag):
+    """All that is known of a phase, as --json=True prints it."""
+    found, size = figures(phase, state, name, tag) if state != "absent" else ([], 0)
+    why = cause(phase, state, given, name, tag)
+    return {"phase": phase.name, "state": state, "words": words, "figures": found, "bytes": size,
+            "parent": phase.parent, "cause": why and asdict(why)}
 
 def look_at(name, tag):
     """All that is known of a run, as --json=True prints it."""
     states = phases_of(name, tag)
-    given = common.read_json(pipeline.command_file(name, tag))
+    given = {key: value for key, value in common.read_json(pipeline.command_file(name, tag)).items()
+             if isinstance(value, dict)}
     phases = []
     for phase in pipeline.PHASES[:-1]:
         state, words = states[phase.name]
-        found, size = figures(phase, state, name, tag) if state != "absent" else ([], 0)
-        why = cause(phase, state, given, name, tag)
-        phases.append({"phase": phase.name, "state": state, "words": words, "figures": found,
-                       "bytes": size, "parent": phase.parent, "cause": why and asdict(why)})
-    queued = waiting(given)
-    command = next_command(states, name, tag)
+        usual = {"phase": phase.name, "state": state, "words": words, "figures": [], "bytes": 0,
+                 "parent": phase.parent, "cause": None}
+        phases.append(guarded(usual, facts_of, phase, state, words, given, name, tag))
+    queued = guarded(None, waiting, given)
+    command = guarded(f"bash speedrun.sh --data={shlex.quote(name)}", next_command, states, name,
+                      tag)
     if queued:
         command = f"{slurm.NOTHING_TO_TYPE}: {queued}"
-    return {"tag": tag, "phases": phases, "left": what_is_left(states, given, name, tag),
-            "queue": queued, "next": command}
+    return {"tag": tag, "phases": phases, "queue": queued, "next": command,
+            "left": guarded(None, what_is_left, states, given, name, tag)}
 
 def data_sets():
     """The data sets that have a state, as records name them, the one touched last at the end."""
     found = {}
     for path in pipeline.base_dir().rglob("phase.json"):
-        if record := common.read_json(path):
+        record = common.read_json(path)
+        if record and not path.relative_to(pipeline.base_dir()).parts[0].startswith("rehearsal-"):
             usual = "toy" if path.is_relative_to(pipeline.data_root("toy")) else "fineweb_edu"
-            name = record.get("settings", {}).get("data", usual)  # adopt.py's has none
-            found[name] = max(written(path.parent), found.get(name, 0.0))
+            of_run = record.get("settings")
+            name = of_run.get("data", usual) if isinstance(of_run, dict) else usual  # adopt.py's
+            found[str(name)] = max(written(path.parent), found.get(str(name), 0.0))
     if not found.keys() & {*pipeline.SHARED_DATA} and tags("fineweb_edu"):  # nanochat's own
         found = {"fineweb_edu": 0.0, **found}
     return sorted(found, key=found.get)

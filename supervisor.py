@@ -21,8 +21,7 @@ class Supervisor:
     child: object = None
     command: tuple = ()
     began: dict | None = None    # when, in which job: for status.py
-    phase: str = ""              # that was run last
-    outcome: dict | None = None  # what it has left of its end
+    outcome: dict | None = None  # what the last command has left of its end
 
     def on_signal(self, signum, frame):
         self.stopping = True

@@ -67,7 +67,7 @@ def page(text, folder):
         line = lines[i]
         i += 1
         if line.startswith("```"):
-            end = lines.index("```", i)
+            end = lines.index("```", i) if "```" in lines[i:] else len(lines)
             out.append(f"<pre>{html.escape(chr(10).join(lines[i:end]))}</pre>")
             i = end + 1
         elif heading := re.match(r"(#+) (.*)", line):
@@ -95,7 +95,7 @@ def table(lines):
     def row(line, cell):
         cells = re.split(r"(?<!\\)\|", line.strip()[1:-1])
         return "<tr>" + "".join(f"<{cell}>{inline(c.strip())}</{cell}>" for c in cells) + "</tr>"
-    head, _, *rest = lines
+    head, *rest = [line for line in lines if not line.startswith("|---")]
     return f"<table>{row(head, 'th')}{''.join(row(line, 'td') for line in rest)}</table>"
 
 def inline(text):

@@ -82,6 +82,7 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     assert code == 0 and "kept {'a': [True, False]}" in out
     assert status.describe_eval(path, state / "none")[0] == "done"
     result = json.loads(path.read_text())
+    assert {"command", "commit", "difference", "machine"} <= result.keys(), "where it comes from"
     assert result["results"] == {"a": [True, False], "b": 2}
     assert result["chosen"]["dtype"] == "float32", "what the first start chose"
     assert not partial.exists()

@@ -343,13 +343,16 @@ def test_only_a_command_that_went_on_with_something_is_kept(supervise, record, s
 
     def start(name, code):
         launch.start(given(), supervise(code), name, [pipeline.find_phase(name).script])
-        return note.exists()
+        return "commands" in common.read_json(note)
     record("base")
     assert not start("base", 0), "it was done, so there was nothing left to do"
     assert not start("mid", 2), "a command that was refused would be refused again"
+    assert common.read_json(note)["ends"]["mid"]["code"] == 2, "but that it was is known"
     assert start("mid", 75)
     note.unlink()
-    assert start("mid", 1)
+    assert start("mid", 1) and start("mid", 0) and common.read_json(note)["ends"] == {}
+    note.write_text('{"commands": null, "ends": 5}')
+    assert start("mid", 1), "what it cannot read costs nothing"
 
 def test_the_process_of_a_killed_launcher_is_given_time_to_save(monkeypatch, capsys):
     holders = [{"pid": 1, "host": "here"}] * 4 + [None]

@@ -12,9 +12,9 @@ PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SHORT = """
 import runpy, sys
 sys.path.insert(0, ".")
+sys.argv = ["rehearse.py", "--nproc=1"]
 import rehearse
 rehearse.STEPS, rehearse.TRAINING[-1] = 30, "--num_steps=30"
-sys.argv = ["rehearse.py", "--nproc=1"]
 sys.exit(rehearse.main())
 """
 # another last bit where a training goes on
@@ -35,19 +35,22 @@ def test_a_machine_that_works(tmp_path):
     out = script(tmp_path, "-c", SHORT, env=PATH)
     assert out.stdout.endswith("your site: works\n"), out.stdout + out.stderr
     assert out.returncode == 0
-    assert out.stdout.count("\nok ") == 6 and "MISSING" not in out.stdout
+    assert out.stdout.count("\nok ") == 7 and "MISSING" not in out.stdout
     stopped, killed = (int(re.search(words, out.stdout)[1]) for words in
                        (r"a time limit: saved at step (\d+) and", r"SIGKILL after step (\d+): not"))
     assert 0 <= stopped < killed < 30, "each fault came in the middle"
     assert "31 lines of metrics are equal, bit for bit" in out.stdout
-    assert not (tmp_path / "rehearsal").exists()
+    assert not list(tmp_path.glob("rehearsal-*"))
 
 def test_one_that_goes_on_with_other_bits(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(CHANGED)
     out = script(tmp_path / "state", "-c", SHORT, env={"PYTHONPATH": str(tmp_path), **PATH})
     assert out.returncode == 1, out.stdout + out.stderr
-    assert re.search(r"your site: 1 missing: the bits of .*model_000030.pt", out.stdout)
-    assert (tmp_path / "state/rehearsal/log.txt").exists(), "to look at"
+    assert re.search(r"your site: 1 missing: compare: the bits of .*model_000030.pt", out.stdout)
+    assert list((tmp_path / "state").glob("rehearsal-*/log.txt")), "to look at"
+    said = script(tmp_path / "state", "status.py").stdout
+    assert said.startswith("nothing in"), "it is no data set"
+    assert script(tmp_path / "state", "rehearse.py", "--dry-run").returncode == 2
 
 @needs_venv
 def test_one_whose_folder_cannot_be_written(tmp_path):

@@ -13,7 +13,7 @@ import pipeline
 import report
 import status
 import webpage
-from conftest import script
+from conftest import REPO, script
 from lock import take_lock
 
 STAGES = {"base": ("base_train", "base_checkpoints"), "mid": ("mid_train", "mid_checkpoints"),
@@ -180,6 +180,12 @@ def test_the_page_has_all_of_it_in_one_file(whole):
     assert page.count("<tr>") == len(rows)
     for cell in ("0.2042 ±0.0100", "<h2>Midtraining</h2>", "<code>mine.jsonl</code>", "The | cat"):
         assert cell in page, cell
+
+def test_a_page_of_anything():
+    for text in ("# a\n```\nno end", "| alone\n", "| a |\n|---|\n| b \\| c |", "- `x", ""):
+        assert webpage.page(text, REPO).startswith("<!doctype html>")
+    assert "<td>b | c</td>" in webpage.page("| a |\n|---|\n| b \\| c |", REPO)
+    assert "<script>" not in webpage.page("# <script>\n- <script>\n| <script> |", REPO)
 
 def test_deaths_origins_and_answers(whole):
     restarts = [{"step": 10, "steps_lost": 4, "seconds_lost": 12.0},

@@ -135,7 +135,7 @@ def test_a_site_that_forbids_jobs_to_submit_jobs(job, allowed, requeues, submits
     assert requeued is requeues and any(c.startswith("sbatch") for c in calls) is submits
     assert requeues or submits or said.endswith(f"type: {AGAIN}")
 
-def test_what_is_submitted_and_printed_is_what_was_given(job):
+def test_what_is_submitted_and_printed_is_what_was_given(job, tmp_path):
     """All that a site may ask for, as scontrol shows it."""
     facts = ("Features=a100&ib ExcNodeList=n[7-9] ReqNodeList=(null) Reservation=course "
              "Licenses=(null) MailUser=me@x.org MailType=END,FAIL StdOut=/logs/mine-7.out "
@@ -144,7 +144,7 @@ def test_what_is_submitted_and_printed_is_what_was_given(job):
                    "SLURM_MEM_PER_CPU": "4000", "SLURM_GPUS_PER_NODE": "4",
                    "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3",
                    "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3",
-                   "SLURM_SUBMIT_DIR": "/elsewhere"}
+                   "SLURM_SUBMIT_DIR": str(tmp_path)}
     said, _, calls = job(75, requeue="exit 1", submit="exit 1", facts=facts, **environment)
     again = shlex.split(said.split("type: ")[1])
     file = again.index(str(slurm.SBATCH))
@@ -158,6 +158,12 @@ def test_what_is_submitted_and_printed_is_what_was_given(job):
     submitted = next(c for c in calls if c.startswith("sbatch"))
     assert "--constraint=a100&ib" in submitted and "--exclusive" in submitted
     assert "--array" not in submitted and submitted.count("--no-requeue") == 1
+    spaces = f"WorkDir={tmp_path}/my runs StdOut={tmp_path}/my runs/speedrun-7.log Power= X=1"
+    said, _, _ = job(75, requeue="exit 1", submit="exit 1", facts=spaces)
+    assert "--output" not in said, "it is where it is written without one"
+    said, _, _ = job(75, requeue="exit 1", submit="exit 1", SBATCH_GPUS_PER_NODE="4",
+                     **{**environment, "SLURM_GPUS_PER_NODE": "8"})
+    assert "--gpus-per-node=8" in said, "else the variable of site.env would count"
 
 @pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False),
                                            ("TIMEOUT", True), ("PREEMPTED", True)])
@@ -353,6 +359,7 @@ def test_what_was_asked_of_slurm_is_looked_at(fake, monkeypatch):
     assert not refused(1, SLURM_JOB_CPUS_PER_NODE="1")
     assert refused(2, SLURM_JOB_CPUS_PER_NODE="1") and refused(9, **cpus)
     assert refused(1, "TresPerNode=gres:gpu:8,gres:gpu:1", **cpus)
+    assert not refused(1, "TresPerNode=gres:gpu:1,gres:gpumem:24G", **cpus)
     assert refused(1, "TresPerNode=gres/gpu:8,gres/gpu:1", **cpus)
     assert refused(1, SLURM_JOB_END_TIME=str(int(time.time()) - 5), **cpus)
     assert not refused(1, SLURM_JOB_END_TIME=str(int(time.time()) + 500), **cpus)

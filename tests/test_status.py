@@ -14,6 +14,7 @@ import causes
 import checkpoint
 import common
 import pipeline
+import status
 from conftest import REPO, environment, script
 from execution import sandbox_available
 from lock import take_lock
@@ -41,17 +42,17 @@ OUT_OF_MEMORY = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allo
 FULL = "resource.setrlimit(resource.RLIMIT_AS, (10 ** 9, 10 ** 9)); torch.ones(10 ** 9)"
 NAN = 'self.lm_head.weight.data.fill_(float("nan")); self.lm_head.requires_grad_(False)'
 
-def launched(state, folder, fault="pass", *given, base=(), before="", data="toy"):
+def launched(state, folder, fault="pass", *given, base=(), before="", data="toy", depth="1"):
     """Runs launch.py as speedrun.sh does, with a training of 12 steps whose fifth pass `fault`
     hits, then status.py --json=True; both behind the shell commands `before`, which may mount
     something. -> (what the launcher said, all that status.py has found)"""
     (folder / "sitecustomize.py").write_text(FAULT.format(repo=str(REPO), fault=fault))
-    words = [data, "1"]
+    words = [data, depth]
     own = {"base": [*BASE, "--num_steps=12", *base],
            "mid": ["--tag=d1", "--max_steps=2"], "data": ["--depth=1"]}
     for phase in pipeline.PHASES:
         words += ["--run", phase.name, phase.script, *own.get(phase.name, [])]
-    words += ["--given", f"--data={data}", "--depth=1", "--nproc=1", "--skip-trial",
+    words += ["--given", f"--data={data}", f"--depth={depth}", "--nproc=1", "--skip-trial",
               *(given or ["--only=base"])]
     commands = [[sys.executable, str(REPO / "launch.py"), *words],
                 [sys.executable, str(REPO / "status.py"), "--json=True", f"--data={data}"]]
@@ -81,8 +82,8 @@ def fresh(prepared):
 DEATHS = [  # fault, exit code of the launcher, kind, what shows it
     ("os.kill(os.getpid(), signal.SIGTERM)", 75, "signal", "signal SIGTERM: saved at step"),
     ("os.kill(os.getpid(), signal.SIGINT)", 75, "signal", "signal SIGINT: saved at step"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed", "base was killed (SIGKILL)"),
-    ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "crash", "base was killed (SIGSEGV)"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed", "killed by SIGKILL"),
+    ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "crash", "killed by SIGSEGV"),
     (OUT_OF_MEMORY, 1, "gpu memory", "CUDA out of memory"),
     (FULL, 1, "host memory", "allocate memory"),
     ('raise ValueError("a fault of ours")', 1, "traceback", "ValueError: a fault of ours"),
@@ -191,6 +192,17 @@ def test_slurm_knows_more_than_the_signal_that_came(books, end, kind):
     books(sacct=f"7|{end}|0:15|01:00:00|01:00:00|n1\n")
     assert causes.of_death(full, "7").kind == "disk", "what it has said itself comes first"
 
+def test_only_the_last_attempt_counts_and_no_guess_of_ours(books, tmp_path):
+    books(sacct="7|NODE_FAIL|0:0|1|1|n1\n7.0|NODE_FAIL|0:0|1|1|n1\n7|CANCELLED by 5|0:0|1|1|n2")
+    assert causes.of_death(SIGTERM, "7").kind == "cancelled"
+    books()
+    log = tmp_path / "log"
+    log.write_text("base was killed (SIGKILL), probably because the host ran out of memory\n"
+                   "base_train: the last attempt was killed or ran out of memory\n")
+    assert causes.of_death(["killed by SIGKILL"], "7", log).kind == "killed"
+    reason = "one of its processes has died, the lines above say of what (exit 1); signal SIGTERM"
+    assert causes.of_death([reason]).kind == "another rank"
+
 def test_the_end_of_the_log_of_the_last_attempt_counts(books, tmp_path):
     books()
     log = tmp_path / "speedrun-7.log"
@@ -206,12 +218,18 @@ def test_the_end_of_the_log_of_the_last_attempt_counts(books, tmp_path):
 SAID = {  # kind: what our own code, Python, torch, Slurm or the kernel say; others are made above
     "quota": "OSError: [Errno 122] Disk quota exceeded: 'model.tmp'",
     "another writer": "lost the lock of /x/d4 to another process; stopping without writing",
-    "another rank": "another rank died or cannot be reached (Connection closed by peer)",
+    "another rank": "another rank died or cannot be reached (Connection reset by peer)",
     "disk": "checkpoints need 4.20 GB, 1.00 GB free in /x: free some disk space",
     "preempted": "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 12:00:00 DUE TO PREEMPTION ***",
     "time limit": "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 12:00:00 DUE TO TIME LIMIT ***",
     "not finite": "the loss has exploded: for 50 steps in a row loss 9.1 is far above its level",
     "no network": "requests.exceptions.ConnectionError: Max retries exceeded",
+    "no progress": "3 attempts in a row got nothing done, so this one is the last: see why in the "
+                   "log above (is the time limit shorter than the start and one save?)",
+    "job": "8 processes a node need as many CPUs at least, and this job has 1",
+    "read-only": "could not save step 9 in /x: [Errno 30] Read-only file system; the last good "
+                 "checkpoint is that of step 4; 812.0 GB are free: free some space or make it "
+                 "writable",
     "missing data": "there is no base model d4 of toy; run: bash speedrun.sh",
 }
 
@@ -222,7 +240,7 @@ def test_what_is_said_has_a_kind(kind, line):
 
 def test_every_kind_is_tried():
     tried = {kind for *_, kind, _ in DEATHS} | {*SLURM_ENDS.values()} | {*SAID}
-    tried |= {"read-only", "other inputs", "damaged"}  # above
+    tried |= {"other inputs", "damaged"}  # above
     assert tried == {sign.kind for sign in causes.SIGNS} and len(tried) >= 15
 
 # ---- the table, what is outdated, what is left, what goes on
@@ -306,6 +324,62 @@ def test_a_job_in_the_queue_goes_on_by_itself(state, books):
     assert seen(state).endswith("nothing needs to be typed: job 8 is PENDING (Dependency)\n")
     books(squeue="9|PENDING|Dependency|afterany:70(unfulfilled)")
     assert seen(state).endswith("next: bash speedrun.sh --data=toy --depth=4\n")
+
+def test_a_phase_that_ended_well_has_no_cause_and_a_failed_one_its_own(fresh, tmp_path):
+    """In a run of several phases: the report that comes after a failure is not what failed."""
+    said, found = launched(fresh, tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)",
+                           "--only=base,report")
+    assert "=== report" in said and "code 139" in said, said
+    assert facts(found, "base")["cause"]["kind"] == "crash"
+    assert [f["phase"] for f in found["sets"][0]["runs"][0]["phases"] if f["cause"]] == ["base"]
+    said, found = launched(fresh, tmp_path, "pass", "--only=base,report")
+    assert "code 0" in said and "\ndone\n" in said, said
+    assert not any(f["cause"] for f in found["sets"][0]["runs"][0]["phases"])
+
+def test_a_refused_start_makes_no_run(fresh, tmp_path):
+    launched(fresh, tmp_path, "pass")
+    said, found = launched(fresh, tmp_path, "pass", "--only=mid", depth="40")
+    assert "code 2" in said, said
+    assert [run["tag"] for run in found["sets"][0]["runs"]] == ["d1"]
+
+def test_rewind_is_in_the_command_that_goes_on(state):
+    reason = "the loss has exploded: ...; go back with -- --base.rewind=40"
+    record("base", status="failed", reason=reason, next="python base_train.py --rewind=40")
+    root = pipeline.data_root("toy")
+    (root / "speedrun_d4.json").write_text(json.dumps({"commands": {"base": "bash speedrun.sh"}}))
+    assert seen(state).endswith("next: bash speedrun.sh -- --base.rewind=40\n")
+
+def damaged(value):
+    """All ways in which one value of a JSON object is another than it should be."""
+    if isinstance(value, dict):
+        for key in value:
+            for other in (None, 5, "x", [], {}):
+                yield {**value, key: other}
+            for inner in damaged(value[key]):
+                yield {**value, key: inner}
+
+def test_no_damaged_file_costs_more_than_its_own_part(state, capsys, monkeypatch):
+    record("base", status="interrupted", reason="deadline", inputs={"tokenizer": "x"})
+    folder = record("mid", step=60, inputs={"base": "y"}, val_bpb=0.5, pass_at={"1": 0.5})
+    root = pipeline.data_root("toy")
+    tried = {"num_steps": 60, "seconds": 6.0, "first_seconds": 0.0, "evals": 0, "save_seconds": 0,
+             "eval_seconds": 0.0, "bytes": 2_000, "keep": 1}
+    (root / "tried_d4.json").write_text(json.dumps({"base": tried, "mid": tried}))
+    (root / "speedrun_d4.json").write_text(json.dumps({
+        "commands": {"base": "bash"}, "phases": ["base"], "began": {"time": 1.0, "ends": 9.0},
+        "ends": {"base": {"code": 1, "reason": "x", "time": 9e9}}}))
+    monkeypatch.setattr(status, "data", "")
+    cases = 0
+    for path in (root / "tried_d4.json", root / "speedrun_d4.json", folder / "phase.json",
+                 folder.parents[1] / "base_checkpoints/d4/phase.json",
+                 folder / "manifest_000060.json", folder / "meta_000060.json"):
+        whole = path.read_text()
+        for other in damaged(json.loads(whole)):
+            path.write_text(json.dumps(other))
+            status.main()
+            cases += 1
+        path.write_text(whole)
+    assert cases > 200 and "next: " in capsys.readouterr().out
 
 def test_speedrun_shows_it_too_and_within_a_second(state):
     record("base", status="interrupted", reason="signal SIGTERM: saved at step 40 of 60")

@@ -182,7 +182,7 @@ def test_habits_of_other_sites(state, prepared):
     assert found and log.count("=== base:") == 1 and "saved at step" in log, log
     successor = run("scontrol", "show", "job", "-o", found[1]).stdout
     for fact in ("JobName=my run", "ExcNodeList=n2", "CPUs/Task=2", "TresPerNode=gres:gpu:1",
-                 "TimeLimit=00:07:00", "Requeue=0"):
+                 "TimeLimit=00:07:00", "Requeue=0", f"StdOut={elsewhere}/speedrun-{found[1]}.log"):
         assert fact in successor, successor
     assert run("scancel", found[1]).returncode == 0
 
@@ -191,6 +191,7 @@ def test_habits_of_other_sites(state, prepared):
     assert "why: its time was over" in out and "| deadline: " in out, out
     words = shlex.split(out.strip().rsplit("next: ", 1)[1])
     assert {*given} - {"--mail-type=NONE"} <= {*words}, "the command to go on with, whole"
+    assert not any(word.startswith("--output") for word in words), "the log is where it was"
     there = words.index(str(REPO / "slurm_speedrun.sbatch"))
     asked = run("sbatch", "--test-only", *words[1:there + 1])
     assert asked.returncode == 0, asked.stderr
@@ -215,7 +216,7 @@ def test_a_rehearsal(state):
     for part in ("a time limit: saved", "SIGKILL after step", "equal, bit for bit",
                  "the job's end is known", "the job has gone on by itself"):
         assert part in log, log
-    assert not (state / "rehearsal").exists()
+    assert not list(state.glob("rehearsal-*"))
 
 def test_the_line_of_the_readme(state):
     lines = (REPO / "README.md").read_text().splitlines()
