@@ -35,7 +35,8 @@ SIGNS = [
          "the machine's memory was full", f"give {ROWS}, or more memory (sbatch --mem=...)"),
     Sign("quota", r"[Dd]isk quota exceeded",
          "the disk quota was used up", f"free some of it, or {ELSEWHERE}"),
-    Sign("disk", r"No space left on device|need(ed)? [\d.]+ GB|GB are needed|disk is full",
+    Sign("disk", r"No space left on device|need(ed)? [\d.]+ GB|GB are needed|disk is full|"
+         r"\(inodes\) may be made",
          "the disk was full", f"free some space (or inodes: df -i), or {ELSEWHERE}"),
     Sign("read-only", r"Read-only file system|Permission denied|Operation not permitted",
          "a folder could not be written or read", f"make it writable, or {ELSEWHERE}"),

@@ -2,11 +2,22 @@
 The clock of a training loop: how long it has trained, how long a step takes, when it saved last. It
 is one that cannot be set back, and nothing that it says affects the weights.
 """
+import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 
 import common
+
+def peak_memory():
+    """The most bytes held so far: allocated on this process's GPU where it has used one, else of
+    the whole process, as the operating system counts it."""
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 @dataclass
 class Clock:
@@ -52,7 +63,8 @@ class Clock:
         self.steps = [*self.steps, now - self.last_step][-20:]
         self.last_step = now
         speed = tokens / self.step_seconds()
-        reading = {"seconds": round(self.seconds(), 2), "tokens_per_second": round(speed)}
+        reading = {"seconds": round(self.seconds(), 2), "tokens_per_second": round(speed),
+                   "peak_gb": round(peak_memory() / 1e9, 3)}
         if self.peak_flops:
             reading["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
         return reading

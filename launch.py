@@ -328,9 +328,9 @@ def start(plan, supervisor, name, words):
     if supervisor.stopping:
         return 75, "a signal came while waiting"
     done = plan.is_done(name)
+    note(plan, began=supervisor.began)
     code, _, outcome = run_phase(plan, supervisor, name, words)
-    if name != "report":
-        note(plan, began=supervisor.began)
+    note(plan, began=supervisor.began)  # again: the first phase makes the folder
     if not done and code != 2:  # a command that was refused does not go on with anything
         note_command(plan)
     reason = outcome.get("reason")

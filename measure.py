@@ -27,6 +27,7 @@ import models
 import optim
 import texts
 import tok_train
+from clock import peak_memory
 from compute import to_device
 from ranks import Ranks
 from tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -168,7 +169,7 @@ def training(computing, micro_rows, repeat, config=None, turns=None):
         times = [step(tokens, 2 + i) for i in range(repeat)]
         parts = map(statistics.median, zip(*times))
         found["steps"][tokens] = dict(zip(("data", "passes", "optimizer"), parts))
-    found["peak"] = memory.peak()
+    found["peak"] = peak_memory()
     allocated = memory.measured(lambda: step(tokens, 1), device)
     found["allocated"] = allocated + sum(memory.of_model(model, optimizer))
     found["predicted"] = memory.of_training(model, optimizer, micro_rows,
@@ -228,7 +229,7 @@ def decoding(computing, depth, tokens):
 
     for rows in (1, 16):
         found[rows] = seconds(rows)
-    found["peak"] = memory.peak()
+    found["peak"] = peak_memory()
     if chosen.device.type == "cpu":
         packed = engine.Packed(model, 16, "int8")
         found["int8"] = {rows: seconds(rows, packed) for rows in (1, 16)}

@@ -7,12 +7,11 @@ few hundred MB of the host more. tests/test_memory.py holds the formulas against
 and the memory section of bench.py.
 """
 import bisect
-import resource
-import sys
 
 import torch
 
 import gpt
+from clock import peak_memory
 from packed import is_reordered
 
 # What the backward pass of a layer finds saved, for each token and channel of the residual stream:
@@ -145,18 +144,10 @@ def measured(function, device):
     return peak
 
 def of_process(model, optimizer, compute, micro_rows, rows):
-    """What peak() will say at the end of a training of steps of `rows` rows, which is about to
-    begin, on each rank: model and optimizer are there already."""
+    """What peak_memory() will say at the end of a training of steps of `rows` rows, which is
+    about to begin, on each rank: model and optimizer are there already."""
     turns = rows // (micro_rows * optimizer.world)
     needed = of_training(model, optimizer, micro_rows, turns, compute.dtype, compute.compile)
     if compute.device.type == "cuda":
         return needed
-    return peak() + needed - sum(of_model(model, optimizer))
-
-def peak():
-    """The most bytes held so far: allocated on this process's GPU where it has used one, else of
-    the whole process, as the operating system counts it."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory() + needed - sum(of_model(model, optimizer))

@@ -42,6 +42,7 @@ CURVES = [  # kind of the metrics' line, its key, title, digits of its last valu
     ("train", "lr_scale", "learning rate, as a multiple of the settings'", 3),
     ("train", "norm", "norm of the gradient", 3),
     ("train", "tokens_per_second", "tokens per second", 0),
+    ("train", "peak_gb", "most memory so far, GB", 2),
 ]
 GOALS = {  # what the toy world's scores should be after SFT and RL
     "arc_easy": "mean 0.6",

@@ -16,6 +16,7 @@ import memory
 import models
 import pipeline
 import rewind
+from clock import peak_memory
 from compute import to_device
 from run import TRY_OUT_STEPS
 
@@ -55,7 +56,7 @@ def exit_done(run, result, **facts):
     process with 0."""
     clock = run.clock
     seconds = clock.seconds()
-    peak = memory.peak()
+    peak = peak_memory()
     common.print0(
         f"{run.name} is done: {result} after {clock.num_steps:,} steps in "
         f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; at most "

@@ -6,6 +6,7 @@ time all of it needs.
 """
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -116,6 +117,9 @@ def check_disk(plan, tried):
     free = shutil.disk_usage(root).free / 1e9
     words = f"checkpoints need {needed:.2f} GB, {free:.2f} GB free in {root}"
     common.check(needed <= free, f"{words}: free some disk space")
+    stat = os.statvfs(root)
+    common.check(stat.f_favail > 1000 or stat.f_files == 0, f"only {stat.f_favail:,} more files "
+                 f"(inodes) may be made in {root}: remove some, or ask for a larger quota")
     print(f"trial: {words}", flush=True)
 
 def seconds_left(tried, folder_of):

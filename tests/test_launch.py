@@ -528,6 +528,16 @@ def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsy
     monkeypatch.setattr(trial.shutil, "disk_usage", lambda path: SimpleNamespace(free=3000))
     assert try_out({}, "--only=base,mid")[0][0] == 0, "both, and one more while it is written"
 
+def test_too_few_files_that_may_be_made_are_said_too(try_out, monkeypatch):
+    """Quotas of scratch count files, and a disk with room may have none left."""
+    left = SimpleNamespace(f_favail=12, f_files=5000)
+    monkeypatch.setattr(trial.os, "statvfs", lambda path: left)
+    with ends() as end:
+        try_out({}, "--only=base")
+    assert end.code == 2
+    left.f_files = 0  # a file system that counts none
+    assert try_out({}, "--only=base")[0][0] == 0
+
 def test_what_is_on_disk_already_needs_no_room(try_out, record, monkeypatch):
     folder = record("base", status="interrupted")
     (folder / "manifest_000075.json").write_text(json.dumps({"files": {"model": [900, "x"]}}))
