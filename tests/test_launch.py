@@ -530,7 +530,8 @@ def test_too_little_disk_is_said_before_it_is_needed(try_out, monkeypatch, capsy
 
 def test_too_few_files_that_may_be_made_are_said_too(try_out, monkeypatch):
     """Quotas of scratch count files, and a disk with room may have none left."""
-    left = SimpleNamespace(f_favail=12, f_files=5000)
+    left = SimpleNamespace(f_favail=12, f_files=5000, f_bavail=10 ** 9, f_bfree=10 ** 9,
+                           f_blocks=10 ** 9, f_frsize=4096)
     monkeypatch.setattr(trial.os, "statvfs", lambda path: left)
     with ends() as end:
         try_out({}, "--only=base")
