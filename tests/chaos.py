@@ -63,8 +63,9 @@ def result(state):
     for path in root.glob("report/*.json"):
         found[path.name] = without_clock(json.loads(path.read_text()))
     report = (root / "report/report.md").read_text()
-    scores = report[report.index("## Scores"):].split("\n")
-    found["report"] = [line for line in scores if line.startswith("|")]
+    sections = report.split("\n## ")  # the others speak of times and of what deaths have cost
+    found["report"] = [line for section in sections for line in section.split("\n")
+                       if section.startswith(("Scores", "Ten prompts")) and line.startswith("|")]
     return found
 
 # ---- one attempt
