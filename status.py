@@ -25,6 +25,7 @@ import configurator
 import pipeline
 import slurm
 import trial
+from evaluation import called
 from lock import holder_name, living_holder
 from records import finished_step
 
@@ -185,8 +186,8 @@ def figures(phase, state, name, tag):
     words = []
     if phase.kind == "evaluation":
         result = common.read_json(path)
-        words += worded("{:s} {:.4f}", result.get("label", "CORE"), result.get("core"))
-        words += worded("ChatCORE {:.4f}", result.get("chatcore"))
+        words += worded(f"{called('CORE', name)} {{:.4f}}", result.get("core"))
+        words += worded(f"{called('ChatCORE', name)} {{:.4f}}", result.get("chatcore"))
     elif state == "running":
         words += pace(path)
     else:
@@ -243,7 +244,7 @@ def cause(phase, state, given, name, tag):
     ended = given.get("ends", {}).get(phase.name, {})
     is_newer = ended.get("time", 0.0) > record.get("updated", 0.0) - 60.0
     # one that is done may have been refused since
-    if is_newer and state != "running" and (state != "done" or ended["code"] == 2):
+    if ended and is_newer and state != "running" and (state != "done" or ended["code"] == 2):
         reasons.insert(0, ended["reason"])
     reasons = [reason for reason in reasons if reason]
     if not reasons and state == "half" and record.get("status") == "running":
@@ -324,8 +325,10 @@ def next_command(states, name, tag):
 
 def facts_of(phase, state, words, given, name, tag):
     """All that is known of a phase, as --json=True prints it."""
-    found, size = figures(phase, state, name, tag) if state != "absent" else ([], 0)
-    why = cause(phase, state, given, name, tag)
+    found, size = [], 0
+    if state != "absent":
+        found, size = guarded(([], 0), figures, phase, state, name, tag)
+    why = guarded(None, cause, phase, state, given, name, tag)
     return {"phase": phase.name, "state": state, "words": words, "figures": found, "bytes": size,
             "parent": phase.parent, "cause": why and asdict(why)}
 
@@ -334,12 +337,8 @@ def look_at(name, tag):
     states = phases_of(name, tag)
     given = {key: value for key, value in common.read_json(pipeline.command_file(name, tag)).items()
              if isinstance(value, dict)}
-    phases = []
-    for phase in pipeline.PHASES[:-1]:
-        state, words = states[phase.name]
-        usual = {"phase": phase.name, "state": state, "words": words, "figures": [], "bytes": 0,
-                 "parent": phase.parent, "cause": None}
-        phases.append(guarded(usual, facts_of, phase, state, words, given, name, tag))
+    phases = [facts_of(phase, *states[phase.name], given, name, tag)
+              for phase in pipeline.PHASES[:-1]]
     queued = guarded(None, waiting, given)
     command = guarded(f"bash speedrun.sh --data={shlex.quote(name)}", next_command, states, name,
                       tag)

@@ -398,6 +398,11 @@ def test_what_to_run_next_names_the_data_and_the_depth(state):
     words = shlex.split(status.next_command(states, "/my books", "d6"))
     assert words == ["bash", "speedrun.sh", "--data=/my books", "--depth=6"]
 
+def test_scores_of_the_toy_world_are_named_as_such_in_status_too(whole):
+    said, _ = status_of(whole, "--data=toy")
+    assert re.search(r"base-eval d4 +done, \S+ ago; toy-CORE 0\.2042", said), said
+    assert re.search(r"sft-eval d4 +done, \S+ ago; toy-ChatCORE 0\.7000", said), said
+
 def test_the_last_data_set_comes_last_and_status_is_fast(whole):
     other = pipeline.state_path("base", "/my/books", "d6")
     write_record(other, "base_train", status="interrupted", reason="deadline",

@@ -284,6 +284,18 @@ def test_what_was_trained_from_another_model_is_outdated(state):
     assert re.search(r"base d4 +outdated: the tokenizer was trained again since", said)
     assert "-- --base.start_over=True --mid.start_over=True --sft.start_over=True" in said
 
+def test_nothing_is_damaged_where_all_is_well(state, monkeypatch):
+    """What a damaged file may cost, a fault of ours must not: none is caught here."""
+    monkeypatch.setattr(status, "guarded", lambda usual, function, *args: function(*args))
+    assert status.look_at("toy", "d4")["next"] == "bash speedrun.sh --data=toy --depth=4"
+    record("base", step=60, val_bpb=0.8123)
+    record("mid", status="failed", reason="x")
+    record("sft", status="running")
+    phases = {facts["phase"]: facts for facts in status.look_at("toy", "d4")["phases"]}
+    assert phases["base"]["figures"][0] == "0.8123 bits per byte"
+    assert phases["mid"]["cause"].keys() == {"kind", "sentence", "mend", "shown_by"}
+    assert phases["sft"]["cause"]["kind"] == "killed" and phases["rl"]["state"] == "absent"
+
 def test_a_training_that_runs_says_where_it_is(state):
     folder = record("base", status="running")
     lines = [{"kind": "train", "step": s, "clock": {"seconds": 2.0 * s, "tokens_per_second": 9300}}
