@@ -72,15 +72,20 @@ def plain_pattern(pattern):
                  f"is not ours, which was not tried elsewhere: {pattern}")
     return plain(pattern)
 
-def tokenizer_json(tokenizer):
-    """A tokenizer.Tokenizer -> the content of its tokenizer.json, which begins a text with bos."""
-    character = printable_bytes()
+def vocabulary(tokenizer):
+    """A tokenizer.Tokenizer -> (its tokens but for the special ones, in the order of their ids, and
+    its merges in theirs, pairs), as printable characters."""
+    character, ranks = printable_bytes(), tokenizer.ranks
 
     def shown(token):
         return "".join(character[byte] for byte in token)
-    ranks = tokenizer.ranks
     ordered = sorted(ranks, key=ranks.get)
     pairs = [merge_of(token, ranks) for token in ordered if len(token) > 1]
+    return [*map(shown, ordered)], [(shown(a), shown(b)) for a, b in pairs]
+
+def tokenizer_json(tokenizer):
+    """A tokenizer.Tokenizer -> the content of its tokenizer.json, which begins a text with bos."""
+    tokens, merges = vocabulary(tokenizer)
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     split = {"type": "Split", "pattern": {"Regex": plain_pattern(tokenizer.pattern)},
              "behavior": "Isolated", "invert": False}
@@ -99,8 +104,8 @@ def tokenizer_json(tokenizer):
             "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos],
                                            "tokens": ["<|bos|>"]}}},
         "decoder": to_characters,
-        "model": {"type": "BPE", "vocab": {shown(token): ranks[token] for token in ordered},
-                  "merges": [[shown(a), shown(b)] for a, b in pairs]},
+        "model": {"type": "BPE", "vocab": dict(zip(tokens, sorted(tokenizer.ranks.values()))),
+                  "merges": [list(pair) for pair in merges]},
     }
 
 # tokenizer.render_conversation for messages of plain text, in Jinja

@@ -30,7 +30,7 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 import numpy as np
 import torch  # only here: it takes seconds, and --help needs none of it
 
-from export import CHAT_TEMPLATE, merge_of, plain_model, printable_bytes
+from export import CHAT_TEMPLATE, plain_model, vocabulary
 
 # -------------------------------------------------------------------------------------------------
 # the format: github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3
@@ -121,12 +121,7 @@ def fields_of(model, tokenizer, name):
     """What the file says besides. The softcap is left out: it changes no order of the logits, so at
     temperature 0 the tokens are the same."""
     config = model.config
-    characters = printable_bytes()
-
-    def shown(token):
-        return "".join(characters[byte] for byte in token)
-    ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-    merges = [merge_of(token, tokenizer.ranks) for token in ordered if len(token) > 1]
+    tokens, merges = vocabulary(tokenizer)
     special = sorted(tokenizer.special_tokens, key=tokenizer.special)
     return {
         "general.architecture": "apertus", "general.name": f"nanochat {name}",
@@ -141,9 +136,9 @@ def fields_of(model, tokenizer, name):
         "xielu.alpha_p": 0.5413248546, "xielu.alpha_n": -100.0, "xielu.beta": 0.0,
         "xielu.eps": -1e-6,
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": [*map(shown, ordered), *special],
-        "tokenizer.ggml.token_type": [1] * len(ordered) + [3] * len(special),
-        "tokenizer.ggml.merges": [f"{shown(a)} {shown(b)}" for a, b in merges],
+        "tokenizer.ggml.tokens": [*tokens, *special],
+        "tokenizer.ggml.token_type": [1] * len(tokens) + [3] * len(special),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
         "tokenizer.ggml.bos_token_id": tokenizer.bos,
         "tokenizer.ggml.eos_token_id": tokenizer.special("<|assistant_end|>"),
         "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": CHAT_TEMPLATE,

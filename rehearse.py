@@ -76,16 +76,12 @@ def prepare():
         with open(LOG, "a", encoding="utf-8") as log:
             code = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, stdout=log,
                                   env=environment("straight"), stderr=log, check=False).returncode
-        check(code == 0, f"{words[0]} ended with {code}")
+        common.check(code == 0, f"{words[0]} ended with {code}")
     shutil.copytree(FOLDER / "straight", FOLDER / "broken")
     return "a small toy world was made"
 
 # -------------------------------------------------------------------------------------------------
 # what is tried; each says what it has found
-
-def check(condition, why):
-    if not condition:
-        raise AssertionError(why)
 
 def said():
     """The last error in the log, in brackets; "" for none."""
@@ -93,14 +89,14 @@ def said():
 
 def nobody_disturbs():
     code = end_of(begin("straight"))
-    check(code == 0, f"a small training ended with {code}{said()}")
+    common.check(code == 0, f"a small training ended with {code}{said()}")
     seconds = common.read_json(folder_of("straight") / "phase.json")["seconds"]
     return f"a training of {STEPS} steps, {STEPS * 1024 / seconds:,.0f} tokens/s with a save a step"
 
 def time_limit():
     code = end_of(begin("broken", "--time_limit=0.005"))
-    check(code == 75 and 0 <= saved("broken") < STEPS,
-          f"a time limit ended with {code}, saved at step {saved('broken')}")
+    common.check(code == 75 and 0 <= saved("broken") < STEPS,
+                 f"a time limit ended with {code}, saved at step {saved('broken')}")
     return f"a time limit: saved at step {saved('broken')} and stopped"
 
 def kill():
@@ -109,15 +105,16 @@ def kill():
     while saved("broken") <= before and launcher.poll() is None and time.monotonic() < latest:
         time.sleep(0.01)
     record = common.read_json(folder_of("broken") / "phase.json")
-    check(launcher.poll() is None, "the training to be killed ended by itself")
+    common.check(launcher.poll() is None, "the training to be killed ended by itself")
     os.kill(record["pid"], signal.SIGKILL)
     code = end_of(launcher)
-    check(code not in (0, 2, 75), f"a training that was killed ended with {code}")
+    common.check(code not in (0, 2, 75), f"a training that was killed ended with {code}")
     return f"SIGKILL after step {saved('broken')}: noticed (exit {code})"
 
 def go_on():
     code = end_of(begin("broken"))
-    check(code == 0 and saved("broken") == STEPS, f"the same command again ended with {code}")
+    common.check(code == 0 and saved("broken") == STEPS,
+                 f"the same command again ended with {code}")
     return "the same command went on to the end"
 
 def compare():
@@ -127,23 +124,25 @@ def compare():
                 [{k: v for k, v in line.items() if k != "clock"} for line in lines])
     (files, lines), (others, other_lines) = left("straight"), left("broken")
     same = [name for name in checkpoint.names(STEPS)[:2] if files[name] == others[name]]
-    check(len(same) == 2, "the bits of " + ", ".join(files.keys() - {*same}) + " differ from those "
-          "of the training that nobody has disturbed")
-    check(lines == other_lines, "the lines of metrics.jsonl differ")
+    differing = ", ".join(files.keys() - {*same})
+    common.check(len(same) == 2, f"the bits of {differing} differ from those of the training that "
+                 "nobody has disturbed")
+    common.check(lines == other_lines, "the lines of metrics.jsonl differ")
     return f"model, optimizer and {len(lines)} lines of metrics are equal, bit for bit"
 
 def the_disk():
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     stat = os.statvfs(FOLDER)
     free, inodes = shutil.disk_usage(FOLDER).free / 1e9, stat.f_favail
-    check(free > 1.0 and (inodes > 10_000 or stat.f_files == 0),
-          f"{free:.1f} GB and {inodes:,} inodes are free in {pipeline.base_dir()}")
+    common.check(free > 1.0 and (inodes > 10_000 or stat.f_files == 0),
+                 f"{free:.1f} GB and {inodes:,} inodes are free in {pipeline.base_dir()}")
     return f"{free:,.0f} GB and {inodes:,} inodes free ({size / 1e6:.0f} MB were used)"
 
 def the_job():
     end = slurm.end_time()
-    check(end is not None, "neither SLURM_JOB_END_TIME nor scontrol says when this job ends: it "
-          "would be killed instead of saved; give every training --time_limit=MINUTES")
+    common.check(end is not None, "neither SLURM_JOB_END_TIME nor scontrol says when this job "
+                 "ends: it would be killed instead of saved; give every training "
+                 "--time_limit=MINUTES")
     return f"the job's end is known: in {common.duration(end - time.time())}"
 
 def attempt(what):
@@ -151,7 +150,7 @@ def attempt(what):
     began = time.monotonic()
     try:
         found = True, f"{what()} ({time.monotonic() - began:.0f} s)"
-    except (AssertionError, KeyError, OSError, common.Failure, subprocess.SubprocessError) as e:
+    except (KeyError, OSError, common.Failure, subprocess.SubprocessError) as e:
         found = False, f"{what.__name__}: {e}"
     print("ok      " if found[0] else "MISSING ", found[1], flush=True)
     return found

@@ -323,10 +323,11 @@ def run_to_report():
 def main():
     global data
     data, run = run_to_report()
-    folder, states = pipeline.report_dir(data), status.phases_of(data, run)
+    folder, phases = pipeline.report_dir(data), status.look_at(data, run)["phases"]
+    states = {facts["phase"]: (facts["state"], facts["words"]) for facts in phases}
     stages = [gather(name, run) for name in pipeline.STAGES]
     notes = []
-    for facts in status.look_at(data, run)["phases"]:
+    for facts in phases:
         if facts["state"] == "absent" and facts["phase"] in status.asked_for(data, run):
             notes.append(f"missing: {facts['phase']}")
         elif facts["state"] not in ("done", "absent"):

@@ -125,12 +125,16 @@ def outdated(phase, name, tag):
     tokenizer = common.read_json(pipeline.tokenizer_dir(name) / "phase.json").get("fingerprint")
     if tokenizer and inputs.get("tokenizer", tokenizer) != tokenizer:
         return "the tokenizer was trained again since"
-    parent = pipeline.state_path(phase.parent, name, tag)
-    step = finished_step(parent)
-    begun_with = inputs.get(phase.parent)
-    if step is not None and begun_with not in (None, checkpoint.fingerprint(parent, step)):
+    if replaced(phase.parent, inputs.get(phase.parent), name, tag):
         return f"{phase.parent} was trained again since"
     return None
+
+def replaced(parent, begun_with, name, tag):
+    """Whether the finished model of the stage `parent` is another than the one with this
+    fingerprint; False where either is not there."""
+    folder = pipeline.state_path(parent, name, tag)
+    step = finished_step(folder)
+    return step is not None and begun_with not in (None, checkpoint.fingerprint(folder, step))
 
 # -------------------------------------------------------------------------------------------------
 # a run
@@ -300,8 +304,9 @@ def asked_for(name, tag):
 def next_command(states, name, tag):
     """What to run next, given phases_of(): trainings before evaluations, what was begun first. What
     speedrun.sh was given last, where it runs that; else what the phase itself was given."""
+    wanted = asked_for(name, tag)
     left = [phase for phase, (state, _) in states.items()
-            if state != "done" and (phase in asked_for(name, tag) or state != "absent")]
+            if state != "done" and (phase in wanted or state != "absent")]
     if not left:
         return shlex.join(["python", "chat_cli.py", f"--data={name}"])
     first = min(left, key=lambda phase: ("-" in phase, states[phase][0] == "absent"))

@@ -8,12 +8,11 @@ import shlex
 import sys
 import time
 
-import checkpoint
 import common
 import models
 import pipeline
 import status
-from records import finished_step, load_record
+from records import load_record
 
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
@@ -65,9 +64,7 @@ def description(source, data, tag, step):
     begun_with = (load_record(folder) or {}).get("inputs", {}).get(parent)
     if parent in pipeline.STAGES and begun_with:
         words += f", trained from {parent}"
-        there = pipeline.state_path(parent, data, tag)
-        last = finished_step(there)
-        if last is not None and checkpoint.fingerprint(there, last) != begun_with:
+        if status.replaced(parent, begun_with, data, tag):
             words += ", which was trained again since"
     return f"{words}, {common.duration(max(0, time.time() - models.saved_at(folder)))} old"
 
