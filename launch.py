@@ -37,7 +37,7 @@ from supervisor import Supervisor
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 HELP = "bash speedrun.sh --help"
 FLAGS = {"--data=", "--depth=", "--nproc=", "--from=", "--only=", "--chats=", "--dry-run",
-         "--skip-trial", "--slurm"}
+         "--skip-trial", "--slurm", "--check-inputs"}
 
 # -------------------------------------------------------------------------------------------------
 # what is to be run
@@ -64,6 +64,13 @@ class Plan:
             own = [f"--phases={','.join(readers)}", *own]
         script, *words = self.listed[name]
         return [script, f"--data={self.data}", *words, *own]
+
+    def call(self, flag):
+        """What starts a launcher of the same plan with one more flag."""
+        listed = [word for name, line in self.listed.items() for word in ("--run", name, *line)]
+        slurm_flag = ["--slurm"] if self.in_slurm else []
+        return ["launch.py", self.data, self.tag.removeprefix("d"), *listed,
+                "--given", flag, *slurm_flag, *self.given]
 
     def folder(self, name):
         return pipeline.state_path(name, self.data, self.tag)
@@ -173,15 +180,14 @@ def default_nproc(in_slurm):
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""
-    if pipeline.find_phase(name).kind == "single":
-        return ["python", *words]
-    if plan.in_slurm:
+    single = pipeline.find_phase(name).kind == "single"
+    if plan.in_slurm and not single:
         return srun(plan, words)
-    if plan.nproc == 1:
-        return ["python", *words]
+    if plan.nproc == 1 or single:
+        return pipeline.inside("python", *words)
     # torchrun must not hear of signals: it would kill its workers, which save by themselves
-    return ["torchrun", "--standalone", f"--nproc_per_node={plan.nproc}",
-            "--signals-to-handle=SIGQUIT", *words]
+    return pipeline.inside("torchrun", "--standalone", f"--nproc_per_node={plan.nproc}",
+                           "--signals-to-handle=SIGQUIT", *words)
 
 def srun(plan, words, alone=False):
     """One task a node, which ignores the signals that Slurm sends to all processes of a step;
@@ -192,6 +198,7 @@ def srun(plan, words, alone=False):
         start = (f"torchrun --nnodes={node_count} --nproc_per_node={plan.nproc} "
                  f"--signals-to-handle=SIGQUIT --node_rank=$SLURM_NODEID "
                  f"--master_addr={slurm.nodes()[0]} --master_port={free_port()}")
+    start = " ".join(pipeline.inside(start))
     # whatever number of tasks, share of CPUs, or environment the job was submitted with
     return ["srun", f"--nodes={node_count}", f"--ntasks={node_count}", "--ntasks-per-node=1",
             f"--cpus-per-task={slurm.cpus_per_node()}", "--export=ALL", "--kill-on-bad-exit=1",
@@ -233,32 +240,46 @@ def wait_for_holder(folder, supervisor, sleep=time.sleep):
                   "(is another speedrun.sh running?)", flush=True)
         sleep(1)
 
-def check_inputs(plan, supervisor):
+def run_checks(plan, supervisor):
     """What the phases build on and this run does not make must be there, whole, before anything
-    starts. -> exit code"""
-    settings = check_settings(plan)
-    import models  # which needs the packages; a dry run does not
-    import tasks
-    for phase in plan.phases("training", "evaluation"):
-        tasks.check_names(settings[phase.name])
-        if not plan.in_slurm:  # there each node has its own devices
-            configurator.check_device(settings[phase.name])
-        if phase.parent in plan.names:
-            continue
-        if phase.parent == "tok":
-            models.tok.load_tokenizer(plan.data)
-            continue
-        if checkpoint.made_by_nanochat(plan.folder(phase.parent)) is not None:
-            code, _ = supervisor.run(["python", "adopt.py", f"--data={plan.data}",
-                                      f"--stage={phase.parent}"])
-            if code:
-                return code
-        models.find_model(phase.parent, plan.data, plan.tag)
+    starts. Looked at in processes of their own: this one does without the packages. -> exit code"""
+    check_settings(plan)
+    needed = {phase.parent for phase in plan.phases("training", "evaluation")} - {*plan.names}
+    commands = [["adopt.py", f"--data={plan.data}", f"--stage={parent}"] for parent in needed
+                if parent != "tok" and checkpoint.made_by_nanochat(plan.folder(parent)) is not None]
+    commands.append(plan.call("--check-inputs"))
     # only the toy world is made in a job itself: there is no network
     brings = "data" in plan.names and not (plan.in_slurm and plan.data != "toy")
-    if brings or plan.names == ["report"]:
-        return 0
-    return supervisor.run(["python", *plan.words("data"), "--check=True"])[0]
+    if not brings and plan.names != ["report"]:
+        commands.append([*plan.words("data"), "--check=True"])
+    for words in commands:
+        code, _ = supervisor.run(pipeline.inside("python", *words))
+        if code:
+            return code
+    return 0
+
+def check_inputs(plan):
+    """A run's tasks, devices, and what earlier runs have made: tokenizer, models. -> 0; Failure
+    (code 2), which the launcher that has asked is told of"""
+    import models
+    import tasks
+    try:
+        settings = check_settings(plan)
+        for phase in plan.phases("training", "evaluation"):
+            tasks.check_names(settings[phase.name])
+            if not plan.in_slurm:  # there each node has its own devices
+                configurator.check_device(settings[phase.name])
+            if phase.parent in plan.names:
+                continue
+            if phase.parent == "tok":
+                models.tok.load_tokenizer(plan.data)
+            else:
+                models.find_model(phase.parent, plan.data, plan.tag)
+    except common.Failure as e:
+        e.next_command = start_over_command(plan, e.message) or e.next_command
+        common.leave_outcome(e.code, e.message)
+        raise
+    return 0
 
 # -------------------------------------------------------------------------------------------------
 # running all of them
@@ -266,7 +287,7 @@ def check_inputs(plan, supervisor):
 def run_all(plan, supervisor):
     """Runs the plan. -> (exit code, the last line to print). Failure where it cannot begin (code
     2), or another attempt of the job has begun (code 1)."""
-    code = check_inputs(plan, supervisor)
+    code = run_checks(plan, supervisor)
     if code == 0 and plan.in_slurm:
         slurm.check_job(plan.nproc)
         slurm.guard(plan.data, plan.tag)
@@ -376,15 +397,18 @@ def end_attempt(plan, supervisor, code):
 
 def main():
     plan = make_plan(sys.argv[1:])
-    os.chdir(os.path.dirname(sys.argv[0]))  # the repository; until here it was the user's own
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))  # until here it was the user's own folder
     if "--dry-run" in plan.given:
         check_settings(plan)
         for name in plan.names:
             print(shlex.join(command_for(plan, name, plan.words(name))))
         return 0
+    if "--check-inputs" in plan.given:
+        return check_inputs(plan)
     folder = Path(tempfile.gettempdir())
-    if plan.in_slurm:  # which all nodes of the job see
+    if plan.in_slurm or pipeline.inside():  # which all nodes, or a container, see
         folder = pipeline.base_dir()
+    if plan.in_slurm:
         print(f"\n{slurm.describe_job(plan.given)}", flush=True)
     supervisor = Supervisor(folder / f"outcome-{uuid.uuid4().hex}")
     with common.writing(folder, code=2):
@@ -413,7 +437,8 @@ def main():
         print(line, flush=True)
         code = end_attempt(plan, supervisor, code)
     else:
-        subprocess.run(["python", "status.py", f"--data={plan.data}"], check=False)
+        if code != 2:
+            subprocess.run([sys.executable, "status.py", f"--data={plan.data}"], check=False)
         if code == 75:
             line += ": run the same command again"
         print(line, flush=True)

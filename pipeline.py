@@ -42,6 +42,11 @@ PHASES = [
 ]
 STAGES = [p.name for p in PHASES if p.kind == "training"]  # base, mid, sft, rl
 
+def inside(*words):
+    """A command as it is started where our packages are: behind $NANOCHAT_CONTAINER, if that is
+    set.  example: ("python", "x.py") -> ["apptainer", "exec", "--nv", "x.sif", "python", "x.py"]"""
+    return [*os.environ.get("NANOCHAT_CONTAINER", "").split(), *words]
+
 def find_phase(name):
     """The Phase of that name; a KeyError where there is none."""
     return {phase.name: phase for phase in PHASES}[name]

@@ -74,7 +74,7 @@ def prepare():
     for words in (["prepare_data.py", "--data=toy", "--depth=1", "--size=0.02"],
                   ["tok_train.py", "--data=toy", "--vocab_size=512"]):
         with open(LOG, "a", encoding="utf-8") as log:
-            code = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, stdout=log,
+            code = subprocess.run(pipeline.inside("python", *words), cwd=pipeline.REPO, stdout=log,
                                   env=environment("straight"), stderr=log, check=False).returncode
         common.check(code == 0, f"{words[0]} ended with {code}")
     shutil.copytree(FOLDER / "straight", FOLDER / "broken")

@@ -25,6 +25,15 @@ if ! "$python_of_venv" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
 fi
 setup_venv() {
     local want
+    if [ -n "${NANOCHAT_CONTAINER:-}" ]; then  # nothing is installed: it has what is needed, or not
+        # shellcheck disable=SC2086
+        if ! $NANOCHAT_CONTAINER python -c "import torch, tiktoken, numpy, requests, pyarrow"; then
+            echo "error: the packages of requirements.txt cannot be imported behind" \
+                 "NANOCHAT_CONTAINER ($NANOCHAT_CONTAINER): install them in the image" >&2
+            exit 2
+        fi
+        return
+    fi
     want="$("$python_of_venv" --version) $(cat requirements.txt "$1" | cksum)"
     if ! grep -qxF "$want" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then

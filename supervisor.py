@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import pipeline
 
 @dataclass
 class Supervisor:
@@ -32,7 +33,7 @@ class Supervisor:
         """Asks the processes of the phase itself to save and stop."""
         if self.child is None:
             return
-        if self.command[0] == "torchrun":
+        if "torchrun" in self.command:
             subprocess.run(["pkill", "-TERM", "-P", str(self.child.pid)], check=False)
         elif self.command[0] == "srun":
             self.child.send_signal(signal.SIGUSR1)  # passed on to all processes on all nodes
@@ -51,8 +52,11 @@ class Supervisor:
         signal came, 130 where a second Ctrl-C has ended it at once."""
         self.outcome_path.unlink(missing_ok=True)
         environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
-        if command[0] == "torchrun":  # which would do so itself, and print five lines about it
+        if "torchrun" in command:  # which would do so itself, and print five lines about it
             environment.setdefault("OMP_NUM_THREADS", "1")
+        ends = (self.began or {}).get("ends")
+        if ends and pipeline.inside():  # a container has no scontrol to ask for it
+            environment["SLURM_JOB_END_TIME"] = str(int(ends))
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
                                 preexec_fn=before_exec)
@@ -77,7 +81,7 @@ class Supervisor:
         if code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
             code = 75  # before its handlers stood: it had not begun
         # nor had workers that the signal has killed: of them torchrun says 1, and they say nothing
-        not_begun = command[0] == "torchrun" and code == 1 and not outcome
+        not_begun = "torchrun" in command and code == 1 and not outcome
         if self.stopping and (code == 0 or not_begun):
             code = 75
         return code, outcome

@@ -191,6 +191,18 @@ def test_a_signal_before_the_phase_stood_reaches_it(supervise):
     assert process.signals == [signal.SIGUSR1] * 2, "srun passes USR1 on to all processes"
     assert supervisor.terminated
 
+def test_what_runs_in_a_container_knows_the_end_of_its_job(supervise, monkeypatch):
+    """It has no scontrol there to ask for it."""
+    told = []
+    supervisor = supervise()
+    supervisor.popen = lambda command, env, **more: (told.append(env.get("SLURM_JOB_END_TIME")),
+                                                     FakeProcess())[1]
+    supervisor.began = {"ends": 1234.5}
+    supervisor.run(["python", "x.py"])
+    monkeypatch.setenv("NANOCHAT_CONTAINER", "apptainer exec x.sif")
+    supervisor.run(["apptainer", "exec", "x.sif", "python", "x.py"])
+    assert told == [None, "1234"]
+
 def test_torchrun_does_not_hear_of_signals_its_workers_do(supervise, monkeypatch):
     asked = []
     monkeypatch.setattr(launch.subprocess, "run", lambda command, **more: asked.append(command))
@@ -246,7 +258,7 @@ def test_a_phase_that_was_killed_is_named_as_probably_out_of_memory(supervise, c
 @pytest.fixture
 def run_all(supervise, state, monkeypatch):
     """run_all({phase: exit code}, *flags) -> (exit code, last line, phases that were started)"""
-    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 0)
+    monkeypatch.setattr(launch, "run_checks", lambda plan, supervisor: 0)
 
     def run(codes, *flags, trial=("--skip-trial",)):
         plan = given("--nproc=1", *trial, *flags)
@@ -272,7 +284,7 @@ def test_before_the_first_training_all_are_tried_out(run_all, monkeypatch):
     assert started == ["prepare_data.py", "tok_train.py"]
 
 def test_a_signal_while_the_inputs_are_looked_at_is_no_failure(run_all, monkeypatch):
-    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 75)
+    monkeypatch.setattr(launch, "run_checks", lambda plan, supervisor: 75)
     assert run_all({}) == (75, "stopped before the first phase", [])
 
 def test_all_done(run_all):
@@ -294,7 +306,7 @@ def test_a_training_that_fails_does_stop_it_and_the_report_is_written(run_all, f
 
 def test_the_last_line_names_the_reason_which_torchrun_buries(supervise, state, monkeypatch,
                                                               tmp_path):
-    monkeypatch.setattr(launch, "check_inputs", lambda plan, supervisor: 0)
+    monkeypatch.setattr(launch, "run_checks", lambda plan, supervisor: 0)
     leaves.path = tmp_path / "outcome"
     process = FakeProcess(1, 1, leaves({"code": 2, "reason": "--depth must be 1 to 100, not 0"}))
     plan = given("--nproc=2", "--skip-trial", "--only=base")

@@ -317,6 +317,62 @@ def test_what_later_phases_read_is_looked_at_before_the_first_begins(prepared, t
     assert out.stdout.count("done already") == 1 and "missing" not in out.stderr
     assert snapshot(state) == before, "only what the phases to run read"
 
+# ---- where the packages are in a container
+
+def container(folder, packages=True):
+    """What stands before a command so that it runs in a mount namespace of its own, in which python
+    has our packages; [] where namespaces are refused. Outside `folder`/bin has one without any."""
+    marked = folder / "container.sh"
+    inner = f"{Path(sys.executable).parent}" if packages else f"{folder}/bin"
+    marked.write_text(f'mount -t tmpfs none /opt && touch /opt/inside && PATH={inner}:$PATH\n'
+                      'exec "$@"\n')
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    words = ["unshare", "--map-root-user", "--mount", "bash", str(marked)]
+    return words if not subprocess.run([*words, "true"], check=False).returncode else []
+
+def repository(folder, *names):
+    """A repository without .venv."""
+    folder.mkdir()
+    for name in (*names, "speedrun.sh", "setup_venv.sh", "requirements.txt", "config", "assets",
+                 *(p.name for p in REPO.glob("*.py"))):
+        (folder / name).symlink_to(REPO / name)
+    for file in REPO.glob("*.py"):  # where a script is decides what it calls the repository
+        (folder / file.name).unlink()
+        shutil.copy(file, folder)
+    return folder
+
+def test_a_container_has_the_packages_and_the_host_only_python(tmp_path):
+    prefix = container(tmp_path)
+    if not prefix:
+        pytest.skip("namespaces are refused here")
+    here = repository(tmp_path / "repository")
+    env = {**environment(tmp_path / "state"), "NANOCHAT_CONTAINER": " ".join(prefix),
+           "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    missing = [sys.executable, "-c", "import torch"]
+    assert subprocess.run(["python3", *missing[1:]], env=env, check=False,
+                          stderr=subprocess.DEVNULL).returncode, "the host has no packages"
+    words = ["--depth=1", "--nproc=2", "--only=data,tok,base", "--skip-trial", "--", *SMALL,
+             "--device_batch_size=4"]
+    out = bash(here, *words, env=env)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert not (here / ".venv").exists()
+    again = bash(here, "--depth=1", "--nproc=2", "--only=base-eval", "--", *SMALL, env=env)
+    assert again.returncode == 0 and "toy-CORE" in again.stdout, again.stdout + again.stderr
+    bad = bash(here, "--depth=1", "--only=sft", env=env)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "mid" in bad.stderr, bad.stderr
+    status = json.loads(bash(here, "--status", "--json=True", env=env).stdout)
+    assert "there is no mid model" in str(status), "what was refused inside is known outside"
+
+def test_a_container_without_the_packages_is_named(tmp_path):
+    prefix = container(tmp_path, packages=False)
+    if not prefix:
+        pytest.skip("namespaces are refused here")
+    here = repository(tmp_path / "repository")
+    out = bash(here, "--only=data", env={**environment(tmp_path / "state"),
+                                         "NANOCHAT_CONTAINER": " ".join(prefix)})
+    assert out.returncode == 2 and "cannot be imported behind NANOCHAT_CONTAINER" in out.stderr
+    assert not (tmp_path / "state").exists()
+
 # ---- speedrun.sh itself
 
 def with_shell_files(folder, *names):

@@ -167,19 +167,26 @@ def test_a_job_whose_data_is_missing_fails_in_its_first_minute(state):
 
 def test_habits_of_other_sites(state, prepared):
     """From another folder, without one for logs; two tasks a node; nothing of the environment but
-    what is named; with what a site may ask for. It goes on without requeueing, as its successor."""
+    what is named; with what a site may ask for; in a container that knows no Slurm. It goes on
+    without requeueing, as its successor."""
     shutil.copytree(prepared, state)
     elsewhere = state.parent / "else where"
     elsewhere.mkdir()
+    container = state.parent / "container.sh"
+    container.write_text(
+        f'mount --bind /bin/false "$(command -v scontrol)"\nPATH={REPO}/.venv/bin:$PATH\n'
+        f'echo "$@" >> {container}.log\nexec "$@"\n')
     given = ["--gpus-per-node=1", "--cpus-per-task=2", "--exclude=n2", "--job-name=my run",
              "--mail-type=NONE", "--time=00:07:00"]
-    job = Job(state, "--ntasks-per-node=2", "--no-requeue", *given, f"--export=NANOCHAT_BASE_DIR="
-              f"{state},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1", REPO / "slurm_speedrun.sbatch",
-              *BASE, "--time_limit=0", folder=elsewhere, log=False)
+    environment = (f"NANOCHAT_BASE_DIR={state},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1,"
+                   f"NANOCHAT_CONTAINER=unshare --mount bash {container}")
+    job = Job(state, "--ntasks-per-node=2", "--no-requeue", *given, f"--export={environment}",
+              REPO / "slurm_speedrun.sbatch", *BASE, "--time_limit=0", folder=elsewhere, log=False)
     assert job.ended(120) == "FAILED"
     log = (elsewhere / f"speedrun-{job.id}.log").read_text()
     found = re.search(r"job (\d+) is submitted and goes on when this one has ended", log)
     assert found and log.count("=== base:") == 1 and "saved at step" in log, log
+    assert "python base_train.py" in Path(f"{container}.log").read_text()
     successor = run("scontrol", "show", "job", "-o", found[1]).stdout
     for fact in ("JobName=my run", "ExcNodeList=n2", "CPUs/Task=2", "TresPerNode=gres:gpu:1",
                  "TimeLimit=00:07:00", "Requeue=0", f"StdOut={elsewhere}/speedrun-{found[1]}.log"):
