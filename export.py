@@ -24,6 +24,7 @@ import configurator
 import models
 import pipeline
 import tokenizer as tok
+from lock import put_aside
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model
@@ -310,9 +311,7 @@ def main():
             if wrong:
                 common.fail(f"read back from {part}, {', '.join(wrong)} are damaged", code=1)
             if there:
-                kept = common.aside_name(target)
-                target.rename(kept)
-                print(f"another export was there; it is kept in {kept}")
+                put_aside(target, "another export was there; it")
             part.rename(target)
             common.fsync_dir(target.parent)
     print(f"{target} holds {name}, read back: {parity(model, tokenizer, tensors)}")

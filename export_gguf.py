@@ -165,8 +165,8 @@ def main():
         ours = not target.exists() or target.suffix == ".gguf"
         common.check(ours, f"{target} is there and no .gguf: name a new file with --out")
         with common.writing(target):
-            if target.exists():
-                target.rename(common.aside_name(target))
+            if target.exists():  # a second name: it keeps its own until the new one is whole
+                common.aside_name(target).hardlink_to(target)
             common.atomic_write(target, made)
     print(f"{target} holds {name}, {len(made) / 1e6:,.1f} MB, weights in {quant}; "
           "llama-cli -m FILE talks to it")

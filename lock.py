@@ -176,12 +176,13 @@ def take_lock(directory):
     threading.Thread(target=lock.beat, daemon=True).start()
     return lock
 
-def put_aside(directory):
-    """Renames a folder, with the date. Failure (code 2) where somebody writes in it."""
+def put_aside(directory, what="starting over; the old state"):
+    """Renames a folder, with the date. Failure (code 2) where somebody writes in it. what: as it is
+    called in the line that says so."""
     check_free(directory)
     aside = common.aside_name(directory)
     directory.rename(aside)
-    common.print0(f"starting over; the old state is kept in {aside}")
+    common.print0(f"{what} is kept in {aside}")
     copies = sorted(directory.parent.glob(f"{glob.escape(directory.name)}.old-*"))
     sizes = [path.lstat().st_size for copy in copies for path in copy.rglob("*")]
     common.print0(f"copies put aside so far: {len(copies)}, {sum(sizes) / 1e6:,.1f} MB; once you "

@@ -84,6 +84,13 @@ def test_a_file_is_checked_and_never_lost(state, tmp_path, model):
     assert script(state, *check[:2]).returncode == 0 and path.read_bytes() == whole
     kept, = tmp_path.glob("x.gguf.old-*")
     assert kept.read_bytes() == whole[:-5] + b"12345"
+    path.write_bytes(b"an older one")
+    full = ("import common, errno, runpy\ndef full(*args): raise OSError(errno.ENOSPC, 'full')\n"
+            "common.atomic_write = full\n"
+            "runpy.run_path('export_gguf.py', run_name='__main__')")
+    out = script(state, "-c", full, check[1])
+    assert out.returncode == 1 and "full" in out.stderr
+    assert path.read_bytes() == b"an older one", "under its own name until another is whole"
     (tmp_path / "notes.txt").write_text("mine")
     out = script(state, "export_gguf.py", f"--out={tmp_path / 'notes.txt'}")
     assert out.returncode == 2 and (tmp_path / "notes.txt").read_text() == "mine"
