@@ -49,7 +49,7 @@ def show_jobs(job):
     if answer is None:
         return [], ""
     # a value, such as a path, may hold spaces: the next word with a capital and a = ends it
-    lines = [dict(word.split("=", 1) for word in re.split(r" (?=[A-Z][\w/:]*=)", line.strip())
+    lines = [dict(word.split("=", 1) for word in re.split(r" +(?=[A-Z][\w/:]*=)", line.strip())
                   if "=" in word) for line in answer.stdout.splitlines()]
     return [facts for facts in lines if "JobId" in facts], answer.stdout + answer.stderr
 
@@ -91,10 +91,11 @@ def nodes():
 IN_ENVIRONMENT = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
                   "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
                   "cpus-per-task": "CPUS_PER_TASK", "cpus-per-gpu": "CPUS_PER_GPU",
-                  "mem": "MEM_PER_NODE", "mem-per-cpu": "MEM_PER_CPU", "mem-per-gpu": "MEM_PER_GPU"}
+                  "mem": "MEM_PER_NODE", "mem-per-cpu": "MEM_PER_CPU", "mem-per-gpu": "MEM_PER_GPU",
+                  "export": "EXPORT_ENV"}
 SHOWN = {"time": "TimeLimit", "constraint": "Features", "exclude": "ExcNodeList",
          "nodelist": "ReqNodeList", "reservation": "Reservation", "licenses": "Licenses",
-         "mail-user": "MailUser", "mail-type": "MailType"}
+         "mail-user": "MailUser", "mail-type": "MailType", "nice": "Nice", "comment": "Comment"}
 
 def directives():
     """sbatch's flags in the file.  example: {"nodes": "1", "time": "12:00:00", ...}"""
@@ -103,7 +104,7 @@ def directives():
 def sbatch_command(flags, array=True):
     """What to type to submit this job again: sbatch's own flags where they differ from the
     directives in the file, then speedrun.sh's. array: as an array, if it is an element of one."""
-    facts, usual = show_this_job(), directives()
+    facts, usual = show_this_job(), {"nice": "0", **directives()}
     given = {flag: os.environ.get(f"SLURM_{name}") for flag, name in IN_ENVIRONMENT.items()}
     given |= {flag: facts.get(name) for flag, name in SHOWN.items()}
     usual_log = usual["output"].replace("%j", os.environ.get("SLURM_JOB_ID", ""))

@@ -139,12 +139,12 @@ def test_what_is_submitted_and_printed_is_what_was_given(job, tmp_path):
     """All that a site may ask for, as scontrol shows it."""
     facts = ("Features=a100&ib ExcNodeList=n[7-9] ReqNodeList=(null) Reservation=course "
              "Licenses=(null) MailUser=me@x.org MailType=END,FAIL StdOut=/logs/mine-7.out "
-             "OverSubscribe=NO Requeue=0 ArrayTaskThrottle=2")
+             "OverSubscribe=NO Requeue=0 ArrayTaskThrottle=2 Nice=100 Comment=for the thesis ")
     environment = {"SLURM_JOB_NAME": "my run", "SLURM_JOB_QOS": "long", "SLURM_CPUS_PER_GPU": "8",
                    "SLURM_MEM_PER_CPU": "4000", "SLURM_GPUS_PER_NODE": "4",
                    "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3",
                    "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3",
-                   "SLURM_SUBMIT_DIR": str(tmp_path)}
+                   "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_EXPORT_ENV": "A=b c,D"}
     said, _, calls = job(75, requeue="exit 1", submit="exit 1", facts=facts, **environment)
     again = shlex.split(said.split("type: ")[1])
     file = again.index(str(slurm.SBATCH))
@@ -154,7 +154,8 @@ def test_what_is_submitted_and_printed_is_what_was_given(job, tmp_path):
         "--gpus-per-node=4", "--cpus-per-gpu=8", "--mem-per-cpu=4000", "--time=4:00:00",
         "--constraint=a100&ib", "--exclude=n[7-9]", "--reservation=course",
         "--mail-user=me@x.org", "--mail-type=END,FAIL", "--output=/logs/mine-7.out",
-        "--array=1-3%2", "--no-requeue", "--exclusive"}
+        "--array=1-3%2", "--no-requeue", "--exclusive", "--nice=100",
+        "--comment=for the thesis", "--export=A=b c,D"}
     submitted = next(c for c in calls if c.startswith("sbatch"))
     assert "--constraint=a100&ib" in submitted and "--exclusive" in submitted
     assert "--array" not in submitted and submitted.count("--no-requeue") == 1

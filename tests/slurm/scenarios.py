@@ -177,10 +177,11 @@ def test_habits_of_other_sites(state, prepared):
         f'mount --bind /bin/false "$(command -v scontrol)"\nPATH={REPO}/.venv/bin:$PATH\n'
         f'echo "$@" >> {container}.log\nexec "$@"\n')
     given = ["--gpus-per-node=1", "--cpus-per-task=2", "--exclude=n2", "--job-name=my run",
-             "--mail-type=NONE", "--time=00:07:00"]
+             "--nice=7", "--comment=for the thesis", "--mail-type=NONE", "--time=00:07:00"]
     environment = (f"NANOCHAT_BASE_DIR={state},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1,"
                    f"NANOCHAT_CONTAINER=unshare --mount bash {container}")
-    job = Job(state, "--ntasks-per-node=2", "--no-requeue", *given, f"--export={environment}",
+    given.append(f"--export={environment}")
+    job = Job(state, "--ntasks-per-node=2", "--no-requeue", *given,
               REPO / "slurm_speedrun.sbatch", *BASE, "--time_limit=0", folder=elsewhere, log=False)
     assert job.ended(120) == "FAILED"
     log = (elsewhere / f"speedrun-{job.id}.log").read_text()
