@@ -4,6 +4,7 @@ needs no other file.
 """
 import html
 import re
+from itertools import takewhile
 
 def picture(line, title, band=None, restarts=()):
     """[(x, y)] as a small SVG, a text; of many points means are drawn. band: [(x, low, high)], a
@@ -26,9 +27,8 @@ def picture(line, title, band=None, restarts=()):
         around += [place(x, high) for x, _, high in reversed(band)]
         ground = f'<polygon fill="#cfd8e3" points="{" ".join(around)}"/>\n'
     for x in restarts:
-        ground += (f'<line stroke="#b50" stroke-dasharray="3 3" '
-                   f'x1="{place(x, bottom).split(",")[0]}" y1="18" '
-                   f'x2="{place(x, bottom).split(",")[0]}" y2="130"/>\n')
+        across = place(x, bottom).split(",")[0]
+        ground += f'<path stroke="#b50" stroke-dasharray="3 3" d="M{across} 18V130"/>\n'
     curve = " ".join(place(x, y) for x, y in zip(xs, ys))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 140" width="560"
 height="140" font-family="sans-serif" font-size="11" fill="#555">
@@ -61,15 +61,13 @@ svg { max-width: 100%; height: auto; border-radius: 6px; display: block; margin:
 
 def page(text, folder):
     """report.md as a page: headings, lists, tables, code, and its pictures, which lie in
-    `folder`, in place."""
-    out, lines, i = [], text.split("\n"), 0
-    while i < len(lines):
-        line = lines[i]
-        i += 1
+    `folder`, in place. A blank line stands behind each table, as markdown() has it."""
+    out = []
+    lines = iter(text.split("\n"))
+    for line in lines:
         if line.startswith("```"):
-            end = lines.index("```", i) if "```" in lines[i:] else len(lines)
-            out.append(f"<pre>{html.escape(chr(10).join(lines[i:end]))}</pre>")
-            i = end + 1
+            code = takewhile(lambda inner: inner != "```", lines)
+            out.append(f"<pre>{html.escape(chr(10).join(code))}</pre>")
         elif heading := re.match(r"(#+) (.*)", line):
             level = len(heading[1])
             out.append(f"<h{level}>{inline(heading[2])}</h{level}>")
@@ -77,16 +75,13 @@ def page(text, folder):
             path = folder / found[1]
             out.append(path.read_text("utf-8") if path.exists() else "")
         elif line.startswith("| "):
-            rows = [line]
-            while i < len(lines) and lines[i].startswith("|"):
-                rows.append(lines[i])
-                i += 1
-            out.append(table(rows))
+            rows = takewhile(lambda row: row.startswith("|"), lines)
+            out.append(table([line, *rows]))
         elif line.startswith("- "):
             out.append(f"<div>&bull; {inline(line[2:])}</div>")
         elif line:
             out.append(f"<p>{inline(line)}</p>")
-    title = html.escape(lines[0].lstrip("# "))
+    title = html.escape(text.partition("\n")[0].lstrip("# "))
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
             f'content="width=device-width"><title>{title}</title>\n<style>{STYLE}</style></head>'
             "<body>\n" + "\n".join(out) + "\n</body></html>\n")
