@@ -52,10 +52,10 @@ def in_words(band, number, mean):
     off = f"{mean - high:.4f} above" if mean > high else f"{low - mean:.4f} below"
     return f"loss {mean:.4f}, {off} {of}"
 
-def losses_in(directory):
-    """{step, from 1: training loss} of metrics.jsonl"""
-    lines = common.read_json_lines(directory / "metrics.jsonl")
-    return {line["step"] + 1: line["loss"] for line in lines if line.get("kind") == "train"}
+def means_of(lines, num_steps):
+    """mean_of each part. lines: of metrics.jsonl"""
+    losses = {line["step"] + 1: line["loss"] for line in lines if line.get("kind") == "train"}
+    return [mean_of(losses, number, num_steps) for number in range(1, PARTS + 1)]
 
 def look(run, step):
     """What a training says after so many steps, or None. run: a Run, in its loop."""
@@ -64,7 +64,8 @@ def look(run, step):
     if number is None or run.ranks.rank != 0 or run.try_out:
         return None
     band = find(run.record)
-    mean = mean_of(losses_in(run.directory), number, num_steps) if band else None
+    lines = common.read_json_lines(run.directory / "metrics.jsonl") if band else []
+    mean = means_of(lines, num_steps)[number - 1]
     if mean is None:
         return None
     words = in_words(band, number, mean)
@@ -79,8 +80,8 @@ def make(folders):
         common.check(record.get("status") == "done", f"{folder} is not done")
         common.check(what_decides(record) == wanted, f"{folder} is another run than {folders[0]}")
     steps = records[0]["step"]
-    means = [[mean_of(losses_in(folder), n, steps) for folder in folders]
-             for n in range(1, PARTS + 1)]
+    curves = [common.read_json_lines(folder / "metrics.jsonl") for folder in folders]
+    means = list(zip(*(means_of(lines, steps) for lines in curves)))
     spread = [max(max(part) - min(part), 0.01 * min(part)) for part in means]
     return {**wanted, "seeds": [record["settings"]["seed"] for record in records],
             "commits": sorted({record["commit"][:12] for record in records}),

@@ -234,9 +234,8 @@ def band_of(stage):
 def in_the_band(stage):
     """Whether the curve is normal, in words."""
     band, total = bands.find(stage.record), stage.meta["num_steps"]
-    losses = {line["step"] + 1: line["loss"] for line in stage.metrics if line["kind"] == "train"}
-    means = {n: bands.mean_of(losses, n, total) for n in range(1, bands.PARTS + 1)}
-    words = {n: bands.in_words(band, n, mean) for n, mean in means.items() if mean is not None}
+    means = enumerate(bands.means_of(stage.metrics, total), 1)
+    words = {n: bands.in_words(band, n, mean) for n, mean in means if mean is not None}
     off = {n: said for n, said in words.items() if "within" not in said}
     if not off:
         return f"is the curve normal? Within the band of three seeds in {len(words)} of 20 parts"
