@@ -73,7 +73,7 @@ PLACES |= {"text": "base_data/", "CORE": "eval_bundle/"}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
 readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
-unknown = {*phases} - {*readers, "data", "report"}
+unknown = {*phases} - {phase.name for phase in pipeline.PHASES}
 common.check(not unknown, f"--phases: there is no phase {', '.join(unknown)}; there are "
              f"{', '.join(readers)}")
 configurator.check_arguments([f"--{name}={value}" for name, value in settings.of_phases.items()])
@@ -230,7 +230,7 @@ def lessons(path):
     return conversations.teaches(count), conversations.in_words(count, length)
 
 def look():
-    """Opens everything that the phases read. -> list of File"""
+    """Opens everything that the phases read. -> list of File, those of them that are wrong"""
     files = [file for what in needs for file in files_of(what)]
     for file in files:
         if file.path.is_symlink():
@@ -240,7 +240,7 @@ def look():
             useful, file.said = lessons(file.path)
             if not useful:
                 file.wrong = f"there is nothing to learn in {file.path}: {file.said}"
-    return files
+    return files, [file for file in files if file.wrong]
 
 def in_words(bad):
     """example: "3 files (smoltalk_train.jsonl, ...), see the table" """
@@ -339,8 +339,7 @@ def bring(files):
 
 needs = needed()
 written = records.find_record(directory, settings).get("files", {})  # of the toy world, as made
-files = look()
-bad = [file for file in files if file.wrong]
+files, bad = look()
 by_hand = [file.wrong for file in bad if not file.url]
 if check or by_hand:
     show(files)
@@ -369,8 +368,7 @@ if not pipeline.is_folder_data(data):
             download.check_online([file.path for file in files_of("text")], again)
     run.open_or_exit(directory, settings, {}, lambda: bad[0].wrong if bad else None)
 if start_over:
-    files = look()  # the old data was put aside
-    bad = [file for file in files if file.wrong]
+    files, bad = look()  # the old data was put aside
 facts = {}
 with common.writing(pipeline.base_dir()):
     if data == "toy":
@@ -379,8 +377,7 @@ with common.writing(pipeline.base_dir()):
     elif bad:
         show(files)
         bring(bad)
-files = look()
+files, bad = look()
 show(files)
-bad = [file for file in files if file.wrong]
 common.check(not bad, f"still missing or damaged: {in_words(bad)}", again)
 run.exit_done(**facts)

@@ -82,13 +82,13 @@ def gather(name, run):
     return Stage(name, record, meta, lines, result("core"), result("chat"))
 
 def guarded(notes, what, function, *args):
-    """What `function` makes; None where a file is damaged in a way that nobody thought of, which
+    """What `function` makes; [] where a file is damaged in a way that nobody thought of, which
     costs its own part only and is noted."""
     try:
         return function(*args)
     except Exception as e:  # noqa: BLE001
         notes.append(f"{what} is left out, since a file is damaged ({type(e).__name__}: {e})")
-        return None
+        return []
 
 # -------------------------------------------------------------------------------------------------
 # scores: {task: (name of its row, what is shown)}
@@ -143,7 +143,7 @@ def table(columns):
     return rows
 
 # -------------------------------------------------------------------------------------------------
-# how it is shown
+# the parts of the report
 
 def points(metrics, kind, key):
     """[(step, value)] of one curve, steps rising, each once; what is no number is left out"""
@@ -153,9 +153,6 @@ def points(metrics, kind, key):
         if line["kind"] == kind and isinstance(value, (int, float)) and math.isfinite(value):
             found[line["step"]] = value
     return sorted(found.items())
-
-# -------------------------------------------------------------------------------------------------
-# the parts of the report
 
 def head(stages):
     tokenizer = common.read_json(pipeline.state_path("tok", data) / "phase.json")
@@ -242,11 +239,11 @@ def in_the_band(stage):
     said = "; ".join(f"part {n}: {said}" for n, said in list(off.items())[:3])
     return f"is the curve normal? Off the band of three seeds in {len(off)} of 20 parts: {said}"
 
-def origins(stages, folder):
+def origins(run):
     """From what each number can be derived again: commands, commits, inputs, machines."""
     rows = [["phase", "command", "commit", "inputs", "machine"]]
     for phase in pipeline.PHASES[:-1]:
-        path = pipeline.state_path(phase.name, data, folder)
+        path = pipeline.state_path(phase.name, data, run)
         record = common.read_json(path if phase.kind == "evaluation" else path / "phase.json")
         if not record:
             continue
@@ -335,41 +332,37 @@ def main():
             notes.append(f"{facts['phase']}: {why['sentence']}; {why['mend']}")
     parts = []
     columns = []
-    total = 0.0
+    seconds = []
     for stage in stages:
         name = stage.name
-        for part in (stage.meta, stage.core, stage.chat):
-            seconds = part.get("seconds")
-            total += seconds if isinstance(seconds, (int, float)) else 0.0
-        parts += guarded(notes, f"what {name} did", section, stage, states, folder) or []
+        seconds += [part.get("seconds") for part in (stage.meta, stage.core, stage.chat)]
+        parts += guarded(notes, f"what {name} did", section, stage, states, folder)
         if stage.core:
-            parts += guarded(notes, "CORE by task", core_section, stage.core) or []
+            parts += guarded(notes, "CORE by task", core_section, stage.core)
         columns.append(guarded(notes, f"scores of {name}", scores_of, stage) or {})
         if reason := stage.core.get("reason"):
             notes.append(f"CORE in part: {reason}")
         if missing := stage.chat.get("missing"):
             notes.append(f"{name}: ChatCORE needs all six tasks; missing: {', '.join(missing)}")
+    total = sum(part for part in seconds if isinstance(part, (int, float)))
     notes.append(f"Total time: {common.duration(total)} of training and evaluation")
     if data == "toy":
         notes.append(GOALS_IN_WORDS)
     notes.append(f"Next: `{status.next_command(states, data, run)}`")
 
     rows = table(columns)
-    parts += guarded(notes, "the answers", answers, stages) or []
-    parts += guarded(notes, "time", times, stages) or []
-    parts += guarded(notes, "where the numbers come from", origins, stages, run) or []
-    lines = [f"# Report: {data}, {run}", "", *(guarded(notes, "the head", head, stages) or [])]
+    parts += guarded(notes, "the answers", answers, stages)
+    parts += guarded(notes, "time", times, stages)
+    parts += guarded(notes, "where the numbers come from", origins, run)
+    lines = [f"# Report: {data}, {run}", "", *guarded(notes, "the head", head, stages)]
     lines += ["## Scores", "", *markdown(rows)]
     lines += ["± is half of the 95 % confidence interval; - was not measured.", ""]
     lines += [*(f"- {note}" for note in notes), "", *parts]
-    try:
-        text = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    with common.writing(folder / "report.md"):
         common.atomic_write(folder / "report.md", text)
         if html := guarded(notes, "the page", page, text, folder):
             common.atomic_write(folder / "report.html", html)
-    except OSError as e:
-        common.fail(f"could not write {folder / 'report.md'}: {e.strerror or e}; check that the "
-                    "folder is writable and has room", code=1)
     print("\n".join([*aligned(rows), "", *notes, f"report: {folder / 'report.md'}, report.html"]))
 
 if __name__ == "__main__":
