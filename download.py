@@ -80,10 +80,8 @@ def stated(response, name):
     return next((answer.headers[name] for answer in answers if name in answer.headers), "")
 
 def receive(response, f, path, progress):
-    """
-    Appends the body of an answer to the open file; a server that cannot continue sends everything
-    anew. -> None if the file has its full size now, else what is wrong
-    """
+    """Appends the body of an answer to the open file; a server that cannot continue sends all of
+    it anew. -> None if the file has its full size now, else what is wrong"""
     have = size_of(f)
     content_range = response.headers.get("Content-Range", "")  # bytes 10-99/100, or bytes */100
     total = (stated(response, "X-Linked-Size") or content_range.rpartition("/")[2]
@@ -107,10 +105,8 @@ def receive(response, f, path, progress):
     return None
 
 def attempt(session, url, f, path, opens, progress):
-    """
-    Asks for what is missing of a file. -> None if it is whole and right now, else what is wrong
-    Raises OSError where more attempts would not help: the disk's own, or one of requests'.
-    """
+    """Asks for what is missing of a file. -> None if it is whole and right now, else what is wrong.
+    Raises OSError where more attempts would not help: the disk's own, or one of requests'."""
     headers = {"Accept-Encoding": "identity"}
     if size_of(f):
         headers["Range"] = f"bytes={size_of(f)}-"
@@ -169,18 +165,17 @@ def fetch_all(jobs, command, should_stop, workers=8, also=0):
     Returns when all are there. Fails with 75 when asked to stop (what came is kept), with 2 before
     the first byte where the network is forbidden or the disk too small, else with 1.
     """
-    first = jobs[0][1]
-    check_online([path for _, path, _, _ in jobs], command)
-    parts = [part_of(path) for _, path, _, _ in jobs]
-    there = sum(part.stat().st_size for part in parts if part.exists())
-    needed = sum(size for *_, size in jobs) - there
-    folder = next(parent for parent in first.parents if parent.is_dir())
+    sizes = {path: size for _, path, _, size in jobs}
+    check_online([*sizes], command)
+    there = sum(part.stat().st_size for part in map(part_of, sizes) if part.exists())
+    needed = sum(sizes.values()) - there
+    folder = next(parent for parent in jobs[0][1].parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     common.print0(f"downloading {len(jobs)} files, about {needed / 1e9:.2f} GB, to "
                   f"{pipeline.base_dir()} ({free / 1e9:.1f} GB free)")
     common.check(needed + also < free, f"{(needed + also) / 1e9:.2f} GB are needed in {folder} and "
                  "not free; free some, or set NANOCHAT_BASE_DIR to a larger disk", command)
-    progress = Progress({path: size for _, path, _, size in jobs})
+    progress = Progress(sizes)
     arrived, errors = [], []
     started = shown = time.time()
 

@@ -305,9 +305,9 @@ def make_toy_world():
     return {"counts": counts, "files": files}
 
 def unpack_bundle(zipped):
-    """Writes what is missing, file by file; what is there may be the user's own."""
+    """Writes what is missing, file by file; what is there may be the user's own. Nothing is done
+    where there is no such file: another process may have unpacked it."""
     with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(zipped) as bundle:
-        # gone: another process has unpacked it
         for name in bundle.namelist():
             if not name.startswith("eval_bundle/") or ".." in name or name.endswith("/"):
                 continue
@@ -331,8 +331,7 @@ def bring(files):
     if jobs:
         tokens = SHARD_TOKENS * sum(file.what == "text" for file in files)  # of two bytes
         download.fetch_all(jobs, again, run.stop_reason, also=2 * tokens)
-    if zipped.exists():
-        unpack_bundle(zipped)
+    unpack_bundle(zipped)
 
 # -------------------------------------------------------------------------------------------------
 # only looking, or making and bringing what is not there

@@ -13,6 +13,7 @@ and never stands with the letters of the tests. Words, sums and functions are he
 """
 import json
 import re
+from collections import Counter
 from itertools import chain
 from string import ascii_uppercase as LETTERS
 
@@ -33,8 +34,7 @@ KINDS = {kind: LISTS[name] for kind, name in TABLES["kinds"].items()}  # {"a tow
 PERSON = [a for a in ATTRIBUTES if ATTRIBUTES[a]["kind"] == "person"]
 VALUES = {**LISTS, **TABLES["animal_values"]}  # of attributes
 WORDS = list(dict.fromkeys(chain(*LISTS.values(), ANIMALS)))
-# the makers of documents, each as often as it comes
-DOCUMENTS = [maker for maker, times in TABLES["documents"].items() for _ in range(times)]
+DOCUMENTS = list(Counter(TABLES["documents"]).elements())  # makers, each as often as it comes
 
 def held_out(*key):
     """A fixed coin for each key: is it of the test half?  example: held_out("Mira", "job")"""
@@ -416,7 +416,7 @@ def numbered(name, number, row):
                 "answerKey": "ABCD"[row["answer"]]}
     return row
 
-def generate(root, seed=1337, size=1.0):
+def generate(root, seed, size):
     """Writes base_data/, task_data/ and eval_bundle/ under `root`: what TABLES["files"] lists, with
     the makers of this file. size scales the amount of training text and items.
     -> {what: how many}"""
