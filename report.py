@@ -233,11 +233,11 @@ def in_the_band(stage):
     band, total = bands.find(stage.record), stage.meta["num_steps"]
     means = enumerate(bands.means_of(stage.metrics, total), 1)
     words = {n: bands.in_words(band, n, mean) for n, mean in means if mean is not None}
-    off = {n: said for n, said in words.items() if "within" not in said}
+    off = [f"part {n}: {said}" for n, said in words.items() if "within" not in said]
     if not off:
         return f"is the curve normal? Within the band of three seeds in {len(words)} of 20 parts"
-    said = "; ".join(f"part {n}: {said}" for n, said in list(off.items())[:3])
-    return f"is the curve normal? Off the band of three seeds in {len(off)} of 20 parts: {said}"
+    return (f"is the curve normal? Off the band of three seeds in {len(off)} of 20 parts: "
+            f"{'; '.join(off[:3])}")
 
 def origins(run):
     """From what each number can be derived again: commands, commits, inputs, machines."""
