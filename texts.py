@@ -7,6 +7,7 @@ UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 import codecs
 import gzip
 import json
+import os
 import re
 import shlex
 import statistics
@@ -25,6 +26,11 @@ LOOKED_AT = 10_000_000  # characters of a file of which facts_of tells
 
 def prepare_command(data):
     return shlex.join(["python", "prepare_data.py", f"--data={data}"])
+
+def stamp(path):
+    """[bytes, time of writing in ns] of a file: what tells that it has changed"""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 # -------------------------------------------------------------------------------------------------
 # rows
@@ -277,9 +283,8 @@ def facts_of(path):
 def read_documents(path):
     """All documents of one file, in order, as str; of broken lines see good_rows."""
     if is_plain(path):
-        yield from read_paragraphs(path)
-    else:
-        yield from filter(None, good_rows(path, read_rows(path, ["text"]), text_of))
+        return read_paragraphs(path)
+    return filter(None, good_rows(path, read_rows(path, ["text"]), text_of))
 
 def pieces(line):
     """A line cut behind blanks, where it has some, to pieces of at most DOCUMENT characters."""
@@ -301,18 +306,17 @@ def read_paragraphs(path):
     lines = good_rows(path, all_lines(path, newline=None), plain_text_of)
     for line in chain.from_iterable(map(pieces, lines)):
         # of two blank lines the second belongs to the next paragraph
-        ends = paragraph > 0 and not line.strip()
-        if ends:
+        if paragraph > 0 and not line.strip():
             size += paragraph - 1
             paragraph = 0
             if size >= DOCUMENT:
                 yield "".join(gathered).removesuffix("\n")
                 gathered, size = [], 0
                 continue
-        elif paragraph > 0 and paragraph + len(line) > DOCUMENT:
-            yield "".join(gathered)
-            gathered, size, paragraph = [], 0, 0
-        if not ends:
+        else:
+            if paragraph > 0 and paragraph + len(line) > DOCUMENT:
+                yield "".join(gathered)
+                gathered, size, paragraph = [], 0, 0
             paragraph += len(line)
         gathered.append(line)
     if "".join(gathered).strip():
@@ -350,4 +354,4 @@ def divided(documents, size):
 def documents(path, split, shared):
     """The documents of a file of a split; shared: it is in both."""
     found = read_documents(path)
-    yield from split_documents(found, split) if shared else found
+    return split_documents(found, split) if shared else found
