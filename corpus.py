@@ -8,7 +8,6 @@ import stat
 import common
 import pipeline
 import texts
-from texts import HOLD_OUT, parquet_problem, prepare_command
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 # the validation split of the known data sets, fixed by name: the last of all their shards
@@ -53,11 +52,11 @@ def why_not_read(path):
     return None if status.st_size else "empty"
 
 def look_for_files(data):
-    """-> (the text files, {name: Path} sorted by name, {the name of what is not read: why}). Those
+    """-> (the text files, {name: Path} sorted by name, what is not read: "name (why)" each). Those
     in sub-folders are called as "a/b.txt". Failure (code 2) where one cannot be opened."""
     root = pipeline.base_data_dir(data)
     files = {}
-    others = {}
+    others = []
     try:
         for path in walk(root, pipeline.is_folder_data(data)):
             name = path.relative_to(root).as_posix()
@@ -66,33 +65,28 @@ def look_for_files(data):
                 open(path, "rb").close()
                 files[name] = path
             else:
-                others[name] = why
+                others.append(f"{name} ({why})" if why else name)
     except OSError as e:
         common.fail(f"{e.filename} cannot be read ({e.strerror}): make it readable or move "
                     "it elsewhere")
-    return dict(sorted(files.items())), others
-
-def not_read(others):
-    """What look_for_files has found and is not read, in one line; "" where all is."""
-    names = [f"{name} ({why})" if why else name for name, why in sorted(others.items())]
-    if not names:
-        return ""
-    return f"not read: {len(names):,} ({listed(names, 9)}); read are {', '.join(ENDINGS)}"
+    return dict(sorted(files.items())), sorted(others)
 
 def text_files(data):
     """-> (the files of a data set, {name: Path} sorted by name, what of a user's own folder is not
     read, in one line). Failure where there is no file."""
     folder = pipeline.base_data_dir(data)
-    command = None if pipeline.is_folder_data(data) else prepare_command(data)
+    own = pipeline.is_folder_data(data)
+    command = None if own else texts.prepare_command(data)
     common.check(folder.exists(), f"the data folder {folder} does not exist (--data takes toy, "
                  "fineweb_edu, climbmix or a folder of texts)", command)
     common.check(folder.is_dir(), f"{folder} is a file: --data takes the folder that holds it")
     files, others = look_for_files(data)
-    said = not_read(others) if pipeline.is_folder_data(data) else ""
-    if not files:
-        common.fail(f"the data folder {folder} holds no text: it has no file of "
-                    f"{', '.join(ENDINGS)} that is not empty; {said}".rstrip("; "),
-                    next_command=command)
+    endings = ", ".join(ENDINGS)
+    said = ""
+    if own and others:
+        said = f"not read: {len(others):,} ({listed(others, 9)}); read are {endings}"
+    common.check(files, f"the data folder {folder} holds no text: it has no file of {endings} that "
+                 f"is not empty; {said}".rstrip("; "), command)
     return files, said
 
 def facts_to_record(files):
@@ -101,10 +95,7 @@ def facts_to_record(files):
     train = list(files["train"])
     if files["old"]:
         return {"train_files": train}
-    seen = {}
-    for name, path in {**files["train"], **files["val"]}.items():
-        status = path.stat()
-        seen[name] = [status.st_size, status.st_mtime_ns]
+    seen = {name: texts.stamp(path) for name, path in {**files["train"], **files["val"]}.items()}
     return {"train_files": train, "val_files": list(files["val"]), "texts": seen}
 
 def dataset_files(data, begun=None):
@@ -120,7 +111,7 @@ def dataset_files(data, begun=None):
     files, said = text_files(data)
     for path in files.values():
         if path.suffix == ".parquet":
-            why = parquet_problem(path)
+            why = texts.parquet_problem(path)
             common.check(why is None, why)
     trained = begun.get("train_files")
     if trained and "val_files" not in begun and pipeline.is_folder_data(data):
@@ -142,10 +133,9 @@ def held_out_of(data, sizes):
     """
     names = list(sizes)
     total = sum(sizes.values())
-    if data in VAL_SHARD:
-        shard = VAL_SHARD[data]
+    if shard := VAL_SHARD.get(data):
         common.check(shard in names, f"the validation shard {shard} is missing in "
-                     f"{pipeline.base_data_dir(data)}", prepare_command(data))
+                     f"{pipeline.base_data_dir(data)}", texts.prepare_command(data))
         return [shard], set()
     if data == "toy" and len(names) > 1:
         return names[-1:], set()
@@ -156,7 +146,7 @@ def held_out_of(data, sizes):
     if 2 * sizes[largest] > total:
         return [largest], {largest}
     val = []
-    while HOLD_OUT * sum(sizes[name] for name in val) < total:
+    while texts.HOLD_OUT * sum(sizes[name] for name in val) < total:
         val.insert(0, names.pop())
     return val, set()
 
@@ -180,16 +170,15 @@ def check_same(begun, now, fingerprint=None):
     before = begun.get("texts", {})
     if not before or begun["inputs"].get("data") == fingerprint:
         return
-    if fingerprint is None:
-        before = {name: facts[:1] for name, facts in before.items()}
-        now = {"texts": {name: facts[:1] for name, facts in now["texts"].items()}}
+    now = now["texts"]
+    compared = 1 if fingerprint is None else 2  # of texts.stamp
     other = []
-    for name in sorted({*before, *now["texts"]}):
-        if name not in now["texts"]:
+    for name in sorted({*before, *now}):
+        if name not in now:
             other.append(f"{name} is gone")
         elif name not in before:
             other.append(f"{name} is new")
-        elif before[name] != now["texts"][name]:
+        elif before[name][:compared] != now[name][:compared]:
             other.append(f"{name} has changed")
     common.check(not other, f"{begun.get('phase')} was started with other texts: "
                  f"{listed(other, 5)}; put the old ones back to resume it, or "
@@ -197,6 +186,6 @@ def check_same(begun, now, fingerprint=None):
 
 def iter_texts(files, split="train"):
     """All documents of a split, file by file. files: as dataset_files has them"""
+    shared = files["train"].keys() & files["val"].keys()
     for name, path in files[split].items():
-        shared = name in files["train"] and name in files["val"]
-        yield from texts.documents(path, split, shared)
+        yield from texts.documents(path, split, name in shared)
