@@ -52,12 +52,8 @@ def open_store(prefix, source):
         return None
 
 def stamps(prefix, names):
-    """Size and time of writing of each array of a store: [[bytes, ns], ...]"""
-    found = []
-    for name in names:
-        status = os.stat(f"{prefix}.{name}.npy")
-        found.append([status.st_size, status.st_mtime_ns])
-    return found
+    """The texts.stamp of each array of a store."""
+    return [texts.stamp(f"{prefix}.{name}.npy") for name in names]
 
 def is_whole(store, prefix):
     """Whether a store holds what was once written. Its checksum says so; files that nobody has
@@ -118,59 +114,53 @@ def make_store(run, data, tokenizer, name, source, documents, more=None):
                        more)
     return open_store(prefix, source)
 
-# a file of a split; shared: it is in both splits
-Part = namedtuple("Part", "name path shared")
-
 def tokenize_files(run, data, files, split, tokenizer):
     """Tokenises the files of a split that are not tokenised yet. files: the same on all ranks, as
     corpus.dataset_files has them. -> list of Store. Collective."""
     def encoded(group):
-        documents = chain.from_iterable(texts.documents(part.path, split, part.shared)
-                                        for part in group)
+        documents = chain.from_iterable(texts.documents(files[split][name], split, both)
+                                        for name, _, _, both in group)
         while batch := list(islice(documents, 1024)):
             for ids in tokenizer.encode_batch(batch, common.cores()):
                 yield ids, []
 
     shared = files["train"].keys() & files["val"].keys()
-    parts = [Part(name, path, name in shared) for name, path in files[split].items()]
+    facts = [[name, *texts.stamp(path), name in shared] for name, path in files[split].items()]
     one_each = files["old"] or not pipeline.is_folder_data(data)
     stores = []
-    for group in [[part] for part in parts] if one_each else gathered(parts):
-        name, source = store_of(group, split, one_each)
-        stores.append(make_store(run, data, tokenizer, name, source, encoded(group)))
+    for group in gathered(facts, 0 if one_each else GATHER):
+        name, source = store_of(group, one_each)
+        stores.append(make_store(run, data, tokenizer, f"{split}_{name}", source, encoded(group)))
     return stores
 
 GATHER = 20_000_000  # bytes of files to a store: thousands of small ones would be too many stores
 
-def gathered(parts):
-    """Yields lists of parts: files of GATHER bytes together, in their order."""
+def gathered(facts, least):
+    """Facts of files, as store_of takes them -> yields lists of them: files of at least so many
+    bytes together, in their order."""
     group = []
     size = 0
-    for part in parts:
-        group.append(part)
-        size += part.path.stat().st_size
-        if size >= GATHER:
+    for file in facts:
+        group.append(file)
+        size += file[1]
+        if size >= least:
             yield group
             group = []
             size = 0
     if group:
         yield group
 
-def store_of(group, split, one_each):
-    """-> (name of the store of some files, what it is made of). one_each: as it was when each file
-    had a store of its own."""
-    facts = []
-    for part in group:
-        stat = part.path.stat()
-        facts.append([part.name, stat.st_size, stat.st_mtime_ns, part.shared])
-    name, size, mtime, shared = facts[0]
+def store_of(group, one_each):
+    """Facts of files, [name, bytes, time of writing in ns, whether both splits have it] each
+    -> (name of their store, what it is made of). one_each: as it was when each file had a store of
+    its own."""
+    name, size, mtime, shared = group[0]
     if one_each:
-        source = {"name": name, "bytes": size, "mtime": mtime, "alone": shared}
-        return f"{split}_{name}", source
-    which = repr([(part.name, part.shared) for part in group])
+        return name, {"name": name, "bytes": size, "mtime": mtime, "alone": shared}
+    which = repr([(file, both) for file, _, _, both in group])
     digest = hashlib.sha256(which.encode()).hexdigest()[:8]
     plain = re.sub(r"[^\w.-]", "_", name)[-40:]  # of any name one that every file system takes
-    return f"{split}_{plain}-{digest}", {"files": facts, "documents": 2}
+    return f"{plain}-{digest}", {"files": group, "documents": 2}
 
 def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
     """
@@ -196,9 +186,8 @@ def counts_of(store):
     facts = store.facts
     if "counts" in facts:
         return conversations.total(facts["counts"])
-    marks = np.concatenate([[0], np.cumsum(store.mask, dtype=np.int64)])
-    ends = np.cumsum(store.lengths)
-    none = int((marks[ends] == marks[ends - store.lengths]).sum())
+    taught = np.maximum.reduceat(store.mask, np.cumsum(store.lengths) - store.lengths)
+    none = int((taught == 0).sum())
     return Counter({"conversations": facts["documents"], "cut": facts["cut"],
                     conversations.NO_TOKEN: none})
 
