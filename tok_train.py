@@ -260,10 +260,7 @@ def main():
     common.check(run.ranks.world == 1,
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
-
-    def damage():
-        return tok.damage(directory)
-
+    damage = functools.partial(tok.damage, directory)
     record = records.find_record(directory, settings, damage=damage)
     splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
     if splits["not_read"]:
