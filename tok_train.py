@@ -57,8 +57,8 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 
 CHUNK_CHARS = 16_000_000     # characters that one worker counts at a time
 MAX_WORDS = 5_000_000        # different words held (2 GB); beyond it the rarest go, see `prune`
-OTHER_SPACES = ("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
-                + "".join(map(chr, range(0x2000, 0x200b))))
+# all that the pattern takes for white space, but the space
+OTHER_SPACES = "".join(regex.findall(r"[^\S ]", "".join(map(chr, range(0x10000)))))
 LINE_START = re.compile(r"\n(?=\S)")
 
 @functools.cache
