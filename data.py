@@ -173,8 +173,7 @@ def tokenize_conversations(run, name, data, items, tokenizer, max_tokens):
 
     def rendered():
         for item in items():
-            found = conversations.render(item, tokenizer, max_tokens, counts)
-            if found:
+            if found := conversations.render(item, tokenizer, max_tokens, counts):
                 ids, mask = found
                 yield ids[1:], mask[1:]  # without <|bos|>: the row puts it back
     return make_store(run, data, tokenizer, f"chat_{name}_{max_tokens}", name, rendered(),
@@ -295,13 +294,11 @@ def check_measurable(entries, store, plan, tokens, tokenizer):
     """Failure where in the rows to measure, for so many tokens, no text is counted. entries: what
     is held out, see tasks.parse"""
     token_bytes = tokenizer.token_bytes()
-    for r in range(rows_to_measure(plan, tokens)):
-        row, counted = read_rows(plan, [r])
-        if (token_bytes[row] * counted).any():
-            return
-    common.fail(f"there is nothing to measure in --held_out={','.join(entries)}: "
-                f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
-                "are answers of the assistant, as far as they fit into a row")
+    rows = (read_rows(plan, [r]) for r in range(rows_to_measure(plan, tokens)))
+    common.check(any((token_bytes[row] * counted).any() for row, counted in rows),
+                 f"there is nothing to measure in --held_out={','.join(entries)}: "
+                 f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
+                 "are answers of the assistant, as far as they fit into a row")
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may
