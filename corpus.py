@@ -184,7 +184,7 @@ def check_same(begun, now, fingerprint=None):
                  f"{listed(other, 5)}; put the old ones back to resume it, or "
                  f"{pipeline.starting_over(begun.get('phase'))} to put it aside and start anew")
 
-def iter_texts(files, split="train"):
+def iter_texts(files, split):
     """All documents of a split, file by file. files: as dataset_files has them"""
     shared = files["train"].keys() & files["val"].keys()
     for name, path in files[split].items():
