@@ -47,15 +47,12 @@ def read(row):
                          "instruction and output")
     if row.get("history"):
         raise ValueError("found a history, expected all turns as messages")
-    return from_messages([{"role": "user", "content": instruction_of(row)},
-                          {"role": "assistant", "content": row["output"]}], system)
-
-def instruction_of(row):
-    """What the user says in a row of Alpaca's form"""
     for key in ("instruction", "input"):
         if not isinstance(row.get(key) or "", str):
             raise TypeError(f"{key} is {shown(row[key])}, expected text")
-    return "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    return from_messages([{"role": "user", "content": asked},
+                          {"role": "assistant", "content": row["output"]}], system)
 
 def from_messages(found, system=""):
     """Messages, OpenAI's or ShareGPT's -> as tokenizer.messages_of takes them. All that the
@@ -111,18 +108,18 @@ def text_of(where, content):
 def parts_of(where, role, content):
     """What a message of the user or the assistant says -> list of parts, as tokenizer.messages_of
     takes them"""
-    kinds = tok.KINDS[role]
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise TypeError(f"{where} has the content {shown(content)}, expected text")
     parts = []
     for part in content:
-        sound = isinstance(part, dict) and part.get("type") in kinds
-        if not sound or not isinstance(part.get("text"), str):
-            raise ValueError(f"{where} has the part {shown(part)}, expected "
-                             '{"type": "text", "text": "..."}')
-        parts.append({"type": part["type"], "text": part["text"]})
+        match part:
+            case {"type": kind, "text": str(text)} if kind in tok.KINDS[role]:
+                parts.append({"type": kind, "text": text})
+            case _:
+                raise ValueError(f"{where} has the part {shown(part)}, expected "
+                                 '{"type": "text", "text": "..."}')
     return parts
 
 def calls_of(where, message):
