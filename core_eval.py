@@ -31,11 +31,11 @@ import texts
 # --------------------------------------------------------------------------------------------------
 # the bundle: core.yaml, eval_meta_data.csv, eval_data/*/*.jsonl
 
-TASK = re.compile(r"""-\s+label: (\S+)
-  dataset_uri: (\S+)
-  num_fewshot: \[(\d+)\]
-  icl_task_type: (multiple_choice|schema|language_modeling)\b
-(?:  continuation_delimiter: (".*"))?(?!  continuation)""")
+TASK = re.compile(r"""-\s+label: (?P<label>\S+)
+  dataset_uri: (?P<uri>\S+)
+  num_fewshot: \[(?P<shots>\d+)\]
+  icl_task_type: (?P<kind>multiple_choice|schema|language_modeling)\b
+(?:  continuation_delimiter: (?P<delimiter>".*"))?(?!  continuation)""")
 
 def read_core_yaml(path):
     """-> list of {"label", "uri", "kind", "shots", "delimiter"}, one for each TASK: the form in
@@ -47,14 +47,10 @@ def read_core_yaml(path):
         line = 1 + text.count("\n", 0, block.start())
         common.check(found, f"{path}:{line}: a task has a label, a dataset_uri, num_fewshot: "
                      "[NUMBER], and as icl_task_type multiple_choice, schema or language_modeling")
-        label, uri, shots, kind, delimiter = found.groups()
-        tasks.append({
-            "label": label,
-            "uri": uri,
-            "kind": kind,
-            "shots": int(shots),
-            "delimiter": json.loads(delimiter or '" "'),
-        })
+        task = found.groupdict(default='" "')  # of the delimiter
+        task["shots"] = int(task["shots"])
+        task["delimiter"] = json.loads(task["delimiter"])
+        tasks.append(task)
     common.check(tasks, f"{path} has no tasks")
     return tasks
 
