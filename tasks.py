@@ -116,12 +116,12 @@ def located(stem, data):
 
 def find(name, split, data):
     """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
-    stem = stem_of(name, split)
-    if stem == name:
+    if name not in TASKS:
         path = Path(os.path.expanduser(name))
         common.check(path.is_file(), f"there is no file of conversations {path}")
         common.check(os.access(path, os.R_OK), f"{path} cannot be read: you have no permission to")
         return [path]
+    stem = stem_of(name, split)
     found = located(stem, data)
     path = pipeline.task_dir(data) / stem
     common.check(found, f"{path}.jsonl (or .jsonl.gz, .parquet) is missing, which the task {name} "
@@ -217,6 +217,10 @@ def convert(name, row):
         return word_of(row)
     if isinstance(row, bytes):
         row = json.loads(row)
+    for field, kind in JUDGED_BY.get(name, {}).items():
+        if not isinstance(row[field], kind):
+            raise TypeError(f"{field} is {conversations.shown(row[field])}, expected a "
+                            f"{kind.__name__}")
     if name in ("mmlu", "mmlu_aux"):
         letter = dict(enumerate("ABCD"))[row["answer"]]  # -1, where it is not told, is an error
         made = multiple_choice(name, row, row["choices"], "ABCD", letter)
@@ -232,15 +236,11 @@ def convert(name, row):
         made = item(name, row, asked, row["canonical_solution"])
     elif name == "facts":
         made = item(name, row, row["question"], row["answer"])
+        if row["answer"] not in row["candidates"]:
+            raise ValueError("its answer is not among its candidates")
     else:
         made = {"messages": conversations.read(row), "task": name, "row": None}
     tok.messages_of(made)  # an error where it is no conversation
-    for field, kind in JUDGED_BY.get(name, {}).items():
-        if not isinstance(row[field], kind):
-            raise TypeError(f"{field} is {conversations.shown(row[field])}, expected a "
-                            f"{kind.__name__}")
-    if name == "facts" and row["answer"] not in row["candidates"]:
-        raise ValueError("its answer is not among its candidates")
     return made
 
 SPELLING_QUESTIONS = [
@@ -262,9 +262,11 @@ def word_of(line):
     word = line.decode().strip()
     return word if re.fullmatch("[a-z]{3,15}", word) else None
 
-def spelling(name, word, draw):
-    """An item of simplespelling, or of spellingbee: how often a letter, mostly one of its own, is
-    in a word."""
+def spelling(name, words, test, i):
+    """Item i of simplespelling, or of spellingbee: how often a letter, mostly one of its own, is in
+    a word."""
+    draw = common.rng(11, test, name == "spellingbee", i)
+    word = pick(draw, words)
     spelled = " ".join(word)
     if name == "simplespelling":
         return item(name, {"word": word}, f"Spell the word '{word}'.", spelled)
@@ -295,15 +297,9 @@ def load(name, split, data, limit=None):
     common.check(items, f"{paths[0]} has no usable rows of the {split} split of the task {name}",
                  texts.prepare_command(data))
     if name in GENERATED:
-        made = []
-        for i in range(limit or GENERATED_ITEMS):
-            draw = common.rng(11, test, name == "spellingbee", i)
-            made.append(spelling(name, pick(draw, items), draw))
-        return made
-    if limit is not None and limit < len(items):
-        drawn = common.rng(12).permutation(len(items))[:limit]
-        items = [items[i] for i in sorted(drawn)]
-    return items
+        return [spelling(name, items, test, i) for i in range(limit or GENERATED_ITEMS)]
+    drawn = common.rng(12).permutation(len(items))[:limit]
+    return [items[i] for i in sorted(drawn)]
 
 def mixture(specs, data, seed, split="train"):
     """All items of a split of `specs`, shuffled by seed."""
