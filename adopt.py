@@ -86,7 +86,7 @@ def adopt_model(directory, step):
         models.put_weights(gpt.GPT(config), state)
     except Exception as e:  # noqa: BLE001  (a broken file can raise nearly anything)
         common.fail(f"cannot adopt {directory / model_name}, which seems to be nanochat's: "
-                    f"{' '.join(str(e).split())[:200]} (gpt.py knows its plain model of November "
+                    f"{common.one_line(e)[:200]} (gpt.py knows its plain model of November "
                     "2025); move it away to go on without")
     meta |= {"step": step, "model": vars(config), "num_steps": step, "adopted": True,
              "batch_tokens": meta.get("total_batch_size", 2 ** 19)}
