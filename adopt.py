@@ -74,16 +74,14 @@ def adopt_tokenizer(directory):
 def adopt_model(directory, step):
     """Loads nanochat's model of `step`, to be sure, and gives it a manifest and a record. Failure
     where it cannot be loaded, or nothing can be written beside it."""
-    import torch
-
-    import gpt
+    import gpt  # it imports torch
     model_name, _, meta_name = checkpoint.names(step)
     check_readable(directory / model_name)
     meta = common.read_json(directory / meta_name)
     try:
         config = gpt.GPTConfig(**meta["model_config"], arch="nanochat_2025")
-        state = torch.load(directory / model_name, map_location="cpu", weights_only=True)
-        models.put_weights(gpt.GPT(config), state)
+        model_state, _, _ = checkpoint.load(directory, step, optimizer=False)
+        models.put_weights(gpt.GPT(config), model_state)
     except Exception as e:  # noqa: BLE001  (a broken file can raise nearly anything)
         common.fail(f"cannot adopt {directory / model_name}, which seems to be nanochat's: "
                     f"{common.one_line(e)[:200]} (gpt.py knows its plain model of November "
