@@ -33,9 +33,10 @@ def manifest_name(step):
 def mark_name(step):
     return f".partial_{step:06d}"
 
-def steps(directory):
-    """Steps of which the directory holds a manifest, newest first."""
-    found = [p.stem.removeprefix("manifest_") for p in Path(directory).glob("manifest_*.json")]
+def steps(directory, pattern="manifest_*.json"):
+    """Steps of which the directory holds such a file, newest first."""
+    prefix = pattern.partition("*")[0]
+    found = [path.stem.removeprefix(prefix) for path in Path(directory).glob(pattern)]
     return sorted((int(s) for s in found if s.isdigit()), reverse=True)
 
 def files(directory, step):
@@ -54,8 +55,7 @@ def repeated_meta(directory, step):
 
 def load_meta(directory, step):
     """The meta of a checkpoint, a dict; {} where it can be read nowhere."""
-    repeated = repeated_meta(directory, step)
-    return repeated or common.read_json(Path(directory) / names(step)[2])
+    return repeated_meta(directory, step) or common.read_json(Path(directory) / names(step)[2])
 
 # settings that came later, with what held before they were there
 ADDED = {"aspect_ratio": 64, "key_offset": False, "bigram_vocab_size": 0, "digits": 2}
@@ -92,16 +92,15 @@ def fingerprint(directory, step):
 def problem(directory, step, optimizer=True):
     """None if the checkpoint of `step` is whole (sizes and checksums), else why it is not.
     optimizer=False: for who needs the weights and meta alone, wherever the meta stands."""
-    listed = files(directory, step)
-    unneeded = [] if optimizer else [names(step)[1]]
-    if not optimizer and repeated_meta(directory, step):
-        unneeded.append(names(step)[2])
-    if not listed:
+    needed = files(directory, step)
+    if not needed:
         return "its manifest is missing or damaged"
-    for name, (size, digest) in listed.items():
+    if not optimizer:
+        needed.pop(names(step)[1], None)
+        if repeated_meta(directory, step):
+            needed.pop(names(step)[2], None)
+    for name, (size, digest) in needed.items():
         path = Path(directory) / name
-        if name in unneeded:
-            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -129,26 +128,22 @@ def made_by_nanochat(directory):
     """The step of the newest checkpoint in `directory` that nanochat has made (its meta file has a
     model_config), None where there is none, or a run of our own, beside which it counts for
     nothing. It may have no manifest yet: see adopt.py."""
-    found = []
     if is_ours(directory):
         return None
-    for path in Path(directory).glob("model_*.pt"):
-        step = path.stem.removeprefix("model_")
-        meta = common.read_json(path.with_name(f"meta_{step}.json"))
-        if step.isdigit() and "model_config" in meta:
-            found.append(int(step))
-    return max(found, default=None)
+    for step in steps(directory, "model_*.pt"):
+        if "model_config" in common.read_json(Path(directory) / names(step)[2]):
+            return step
+    return None
 
 def leftovers(directory):
     """What deaths in the middle of a save have left, a list of paths: temporary files, and the
     parts of a step that has no manifest but its mark."""
     directory = Path(directory)
     found = list(directory.glob(".*_*.tmp-*"))
-    for mark in directory.glob(".partial_[0-9]*"):
-        step = int(mark.name.removeprefix(".partial_"))
+    for step in steps(directory, ".partial_*"):
         if not (directory / manifest_name(step)).exists():
             found += [directory / name for name in names(step)]
-        found.append(mark)  # behind the parts: they need it to be known
+        found.append(directory / mark_name(step))  # last: by it the parts are known
     return found
 
 def holds_any(directory):
@@ -239,9 +234,7 @@ def load(directory, step, optimizer=True):
     """-> (model_state, optim_state or {}, meta); the tensors are the file's own memory (mmap), so
     that of many ranks each reads only what it takes."""
     import torch
-    model_name, optim_name, _ = [Path(directory) / name for name in names(step)]
-    model_state = torch.load(model_name, map_location="cpu", mmap=True, weights_only=True)
-    optim_state = {}
-    if optimizer:
-        optim_state = torch.load(optim_name, map_location="cpu", mmap=True, weights_only=True)
-    return model_state, optim_state, load_meta(directory, step)
+    def read(name):
+        return torch.load(Path(directory) / name, map_location="cpu", mmap=True, weights_only=True)
+    model_name, optim_name, _ = names(step)
+    return read(model_name), read(optim_name) if optimizer else {}, load_meta(directory, step)
