@@ -119,7 +119,7 @@ def convert(name, value, default):
     if isinstance(value, str) and not isinstance(default, str):
         found = python_value(value)
     if isinstance(default, list) and isinstance(found, str):
-        found = split_list(found) if found else []
+        found = split_list(found)
     if isinstance(found, tuple):
         found = list(found)
     number = isinstance(default, (float, type(None))) and type(found) in (int, float)
@@ -161,7 +161,7 @@ def split_list(text):
     """A text at its commas, but for those in the name of a file of conversations that is there.
     examples: "b, c*2" -> ["b", "c*2"];  "my chats, v2.jsonl*2,c" -> ["my chats, v2.jsonl*2", "c"]
     """
-    pieces = text.split(",")
+    pieces = text.split(",") if text else []
     entries = []
     while pieces:
         taken = 1
@@ -199,8 +199,7 @@ def check_value(name, value, default):
     for text in texts:
         sound = not isinstance(text, str) or not re.search("[\0\ud800-\udfff]", text)
         common.check(sound, f"--{name} is no text: {shown(value)}")
-    given = value is not None and not value == default == -1
-    if given and type(value) in (int, float):
+    if type(value) in (int, float) and not value == default == -1:
         low, high = RANGES.get(key, ANY)
         whole = default is None and type(high) is int
         sound = low <= value <= high and not (whole and type(value) is float)
@@ -300,7 +299,7 @@ def read(script, words, short=(), of_phases=False):
     values = {name: setting.default for name, setting in table.items()}
     given_in = {}
     settings = Settings()
-    settings.of_phases = {}
+    settings.defining, settings.free, settings.of_phases = {}, {}, {}
     words = iter(words)
     for word in words:
         if word in short:
@@ -319,7 +318,6 @@ def read(script, words, short=(), of_phases=False):
                          f"{suggestion(name, table)}")
             values[name] = value
             given_in[name] = word
-    settings.defining, settings.free = {}, {}
     for name, setting in table.items():  # an edited default is checked as an override is
         try:
             settings[name] = convert(name, values[name], setting.default)
@@ -396,11 +394,8 @@ def from_here(word):
     name, value = split(word)
     if name.rpartition(".")[2] not in ("mixture", "held_out", "extra_conversations"):
         return word
-    if value.startswith("["):
-        specs = convert("mixture", value, [])
-        return f"--{name}={[file_from(here, spec) for spec in specs]}"
-    return f"--{name}={','.join(file_from(here, spec) for spec in split_list(value))}"
-
-def file_from(folder, spec):
-    is_file = split_spec(spec)[0].endswith(CONVERSATIONS)
-    return os.path.join(folder, spec) if is_file else spec  # a whole path stays as it is
+    specs = convert("mixture", value, [])
+    for i, spec in enumerate(specs):
+        if split_spec(spec)[0].endswith(CONVERSATIONS):
+            specs[i] = os.path.join(here, spec)  # a whole path stays as it is
+    return f"--{name}={specs if value.startswith('[') else ','.join(specs)}"
