@@ -6,7 +6,8 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 
 import common
 
@@ -26,15 +27,12 @@ class Clock:
     save_interval: float             # seconds
     flops_per_token: float = 0.0
     peak_flops: float | None = None  # of all ranks, where it is known
-    began: float = 0.0
-    last_save: float = 0.0
-    last_step: float = 0.0
-    last_shown: float = 0.0
-    save_waits: float = 0.0          # seconds that the training has waited for saves
-    steps: list = field(default_factory=list)  # seconds of the last 20
 
     def __post_init__(self):
         self.began = self.last_save = self.last_step = time.monotonic()
+        self.last_shown = 0.0
+        self.save_waits = 0.0          # seconds that the training has waited for saves
+        self.steps = deque(maxlen=20)  # seconds of the last ones
 
     def seconds(self):
         """Seconds of training, earlier attempts included."""
@@ -60,7 +58,7 @@ class Clock:
     def tick(self, tokens):
         """A step has ended that has trained on `tokens`. -> the readings for its line of metrics"""
         now = time.monotonic()
-        self.steps = [*self.steps, now - self.last_step][-20:]
+        self.steps.append(now - self.last_step)
         self.last_step = now
         speed = tokens / self.step_seconds()
         reading = {"seconds": round(self.seconds(), 2), "tokens_per_second": round(speed),
