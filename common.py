@@ -131,10 +131,8 @@ def leave_outcome(code, reason, next_command=None, **facts):
     if not path:
         return True
     try:
-        with open(path, "x", encoding="utf-8") as f:
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as f:
             json.dump({"code": code, "reason": reason, "next": next_command, **facts}, f)
-    except FileExistsError:
-        return True
     except OSError:
         return False
     return True
@@ -310,15 +308,15 @@ def duration(seconds):
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
-def progress(what, total=None, every=10.0):
-    """-> show(done): prints how much of the total is done and the time left, once in `every`
-    seconds. total=None: it is not known, nor is the time left."""
+def progress(what, total=None):
+    """-> show(done): prints how much of the total is done and the time left, once in ten seconds.
+    total=None: it is not known, nor is the time left."""
     began = said = time.monotonic()
 
     def show(done):
         nonlocal said
         now = time.monotonic()
-        if done == 0 or now - said < every:
+        if done == 0 or now - said < 10.0:
             return
         said = now
         if total is None:

@@ -95,7 +95,7 @@ def is_earlier_attempt(holder):
     do: those of a node that Slurm has lost run on, until they look at their lock."""
     job = holder.get("job")
     return bool(job) and job == os.environ.get("SLURM_JOB_ID") and \
-        holder.get("restart") != os.environ.get("SLURM_RESTART_COUNT", "0")
+        holder.get("restart") != str(slurm.attempt())
 
 def living_holder(directory, now=time.time):
     """Who writes in `directory`, as lock.json says, or None where nobody does, or a dead process.
@@ -168,8 +168,7 @@ def take_lock(directory):
         json.dump({"token": token, "host": socket.gethostname(), "boot": boot_id(),
                    "pid": os.getpid(), "kernel": bool(in_kernel),
                    "disk": os.fstat(file.fileno()).st_dev,
-                   "job": os.environ.get("SLURM_JOB_ID"),
-                   "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}, file)
+                   "job": os.environ.get("SLURM_JOB_ID"), "restart": str(slurm.attempt())}, file)
         file.flush()
         os.replace(temporary, path)  # the file at that path is locked from its first moment on
     lock = Lock(path, token, file)

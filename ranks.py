@@ -52,16 +52,16 @@ class Ranks:
             import torch.distributed as dist
             dist.destroy_process_group()
 
-    def on_rank0(self, function, *args, **kwargs):
+    def on_rank0(self, function, *args):
         """function's result on every rank, computed on rank 0 alone; a Failure there is one on
         every rank. Collective."""
         if self.world == 1:
-            return function(*args, **kwargs)
+            return function(*args)
         import torch.distributed as dist
         box = [None, None]
         if self.rank == 0:
             try:
-                box[0] = function(*args, **kwargs)
+                box[0] = function(*args)
             except common.Failure as e:
                 box[1] = e
         dist.broadcast_object_list(box, src=0, group=self.patient_group)

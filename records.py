@@ -46,7 +46,6 @@ def find_record(directory, settings, inputs=None, damage=None):
     --start_over=True holds for one beginning: the same command given again goes on with what it has
     begun, or finds it done. inputs=None: they are not known yet. damage: see Run.open_or_exit.
     """
-    directory = Path(directory)
     old = load_record(directory) or recovered_record(directory)
     if old and not binds(old, directory, damage):
         old = {k: v for k, v in old.items() if k not in OF_A_SAVE}
@@ -127,14 +126,12 @@ def binds(record, directory, damage=None):
 
 def differences(old, new):
     """["depth was 4, now 6", ...] for two dicts"""
-    keys = dict.fromkeys([*old, *new])
     return [f"{k} was {old.get(k, 'not set')}, now {new.get(k, 'not set')}"
-            for k in keys if old.get(k) != new.get(k)]
+            for k in {**old, **new} if old.get(k) != new.get(k)]
 
 def other_inputs(old, new):
     """["other data", ...] for the inputs of two starts, whose hashes tell a person nothing"""
-    keys = dict.fromkeys([*old, *new])
-    return [INPUTS.get(k, f"another {k}") for k in keys if old.get(k) != new.get(k)]
+    return [INPUTS.get(k, f"another {k}") for k in {**old, **new} if old.get(k) != new.get(k)]
 
 def comparable(settings, directory):
     """Settings as two starts are compared: an empty tag stands for the folder's name, and a data

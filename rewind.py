@@ -34,7 +34,7 @@ def went_back(directory, record, step):
     """The record of a run that has gone back to `step`; changes nothing on disk. Failure (code 2)
     where there is no whole checkpoint of it, or nothing was trained since."""
     steps = checkpoint.steps(directory)
-    if step not in steps or checkpoint.problem(directory, step) is not None:
+    if checkpoint.problem(directory, step) is not None:
         whole = [str(s) for s in steps if checkpoint.problem(directory, s) is None]
         common.fail(f"--rewind={step}: {directory} holds no whole checkpoint of step {step}; there "
                     f"is {', '.join(whole) or 'none'}")
