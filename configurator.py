@@ -161,18 +161,15 @@ def split_list(text):
     """A text at its commas, but for those in the name of a file of conversations that is there.
     examples: "b, c*2" -> ["b", "c*2"];  "my chats, v2.jsonl*2,c" -> ["my chats, v2.jsonl*2", "c"]
     """
+    def is_there(entry):
+        name = split_spec(entry)[0]
+        return name.endswith(CONVERSATIONS) and os.path.isfile(os.path.expanduser(name))
     pieces = text.split(",") if text else []
     entries = []
     while pieces:
-        taken = 1
-        for n in range(1, len(pieces) + 1):
-            path = ",".join(pieces[:n]).strip()
-            name = split_spec(path)[0]
-            if name.endswith(CONVERSATIONS) and os.path.isfile(os.path.expanduser(name)):
-                taken = n
-                break
-        entries.append(",".join(pieces[:taken]).strip())
-        del pieces[:taken]
+        beginnings = [",".join(pieces[:n + 1]).strip() for n in range(len(pieces))]
+        entries.append(next(filter(is_there, beginnings), beginnings[0]))
+        del pieces[:entries[-1].count(",") + 1]
     return entries
 
 def check_value(name, value, default):
@@ -195,10 +192,9 @@ def check_value(name, value, default):
         common.check(sound, f"--{name} takes a list of texts, not {shown(value)}")
         # a mixture may be of your own conversations alone
         common.check(value or not default or key == "mixture", f"--{name} is empty: name one or "
-                     f"more, as in --{name}={default[:1] and default[0]}")
-    for text in texts:
-        sound = not isinstance(text, str) or not re.search("[\0\ud800-\udfff]", text)
-        common.check(sound, f"--{name} is no text: {shown(value)}")
+                     f"more, as in --{name}={','.join(default[:1])}")
+    if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
+        common.fail(f"--{name} is no text: {shown(value)}")
     if type(value) in (int, float) and not value == default == -1:
         low, high = RANGES.get(key, ANY)
         whole = default is None and type(high) is int
