@@ -121,8 +121,9 @@ def newest(directory, optimizer=True, say=common.print0):
 def is_ours(directory):
     """Whether the record of a run, or a checkpoint, is there that adopt.py has not written."""
     record = common.read_json(Path(directory) / "phase.json")
-    said = [load_meta(directory, step) for step in steps(directory)]
-    return any("adopted" not in facts for facts in ([record] if record else []) + said)
+    if record and "adopted" not in record:
+        return True
+    return any("adopted" not in load_meta(directory, step) for step in steps(directory))
 
 def made_by_nanochat(directory):
     """The step of the newest checkpoint in `directory` that nanochat has made (its meta file has a
