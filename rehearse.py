@@ -9,7 +9,6 @@ those of one that nobody has disturbed. Under Slurm the job also puts itself bac
 Works in $NANOCHAT_BASE_DIR/rehearsal-NUMBER, of the job or process, and removes it at the end.
 Exit code 0: "your site: works".
 """
-import json
 import os
 import platform
 import re
@@ -83,13 +82,10 @@ def prepare():
 # -------------------------------------------------------------------------------------------------
 # what is tried; each says what it has found
 
-def said():
-    """The last error in the log, in brackets; "" for none."""
-    return "".join(f" ({line})" for line in causes.errors_in(LOG)[:1])
-
 def nobody_disturbs():
     code = end_of(begin("straight"))
-    common.check(code == 0, f"a small training ended with {code}{said()}")
+    last_error = "".join(f" ({line})" for line in causes.errors_in(LOG)[:1])
+    common.check(code == 0, f"a small training ended with {code}{last_error}")
     seconds = common.read_json(folder_of("straight") / "phase.json")["seconds"]
     return f"a training of {STEPS} steps, {STEPS * 1024 / seconds:,.0f} tokens/s with a save a step"
 
@@ -123,10 +119,9 @@ def compare():
         return (checkpoint.files(folder_of(name), STEPS),
                 [{k: v for k, v in line.items() if k != "clock"} for line in lines])
     (files, lines), (others, other_lines) = left("straight"), left("broken")
-    same = [name for name in checkpoint.names(STEPS)[:2] if files[name] == others[name]]
-    differing = ", ".join(files.keys() - {*same})
-    common.check(len(same) == 2, f"the bits of {differing} differ from those of the training that "
-                 "nobody has disturbed")
+    differing = [name for name in checkpoint.names(STEPS)[:2] if files[name] != others[name]]
+    common.check(not differing, f"the bits of {', '.join(differing)} differ from those of the "
+                 "training that nobody has disturbed")
     common.check(lines == other_lines, "the lines of metrics.jsonl differ")
     return f"model, optimizer and {len(lines)} lines of metrics are equal, bit for bit"
 
@@ -145,24 +140,10 @@ def the_job():
                  "--time_limit=MINUTES")
     return f"the job's end is known: in {common.duration(end - time.time())}"
 
-def attempt(what):
-    """-> (True, what was found) or (False, what is missing)"""
-    began = time.monotonic()
-    try:
-        found = True, f"{what()} ({time.monotonic() - began:.0f} s)"
-    except (KeyError, OSError, common.Failure, subprocess.SubprocessError) as e:
-        found = False, f"{what.__name__}: {e}"
-    print("ok      " if found[0] else "MISSING ", found[1], flush=True)
-    return found
-
 # -------------------------------------------------------------------------------------------------
 
-def end(results):
-    """Prints the verdict and removes what was made, but not where something is missing."""
-    missing = [words for well, words in results if not well]
-    if missing:
-        print(f"your site: {len(missing)} missing: {'; '.join(missing)}; all that was said: {LOG}")
-        return 1
+def end():
+    """Where nothing is missing: removes what was made."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     print("your site: works")
     return 0
@@ -170,26 +151,29 @@ def end(results):
 def main():
     common.check(all(word.startswith("--nproc=") for word in FLAGS),
                  f"--rehearse takes --nproc=N alone, not {' '.join(FLAGS)}")
-    notes = FOLDER / "results.json"
-    if notes.exists():  # by a job that has put itself back into the queue
-        results = common.read_json(notes)["results"]
-        notes.unlink()
+    mark = FOLDER / "goes_on"
+    if mark.exists():  # by a job that has put itself back into the queue
         print("ok       the job has gone on by itself, on", platform.node())
-        return end(results)
+        return end()
     shutil.rmtree(FOLDER, ignore_errors=True)
     with common.writing(pipeline.base_dir(), code=2):
         FOLDER.mkdir(parents=True)
     print(f"rehearsal on {platform.node()} in {FOLDER}: Python {platform.python_version()}",
           flush=True)
-    results = []
     for what in (prepare, nobody_disturbs, time_limit, kill, go_on, compare, the_disk,
                  *([the_job] if IN_JOB else [])):
-        results.append(attempt(what))
-        if not results[-1][0]:
-            return end(results)  # those behind it build on it
+        began = time.monotonic()
+        try:
+            found = what()
+        except (KeyError, OSError, common.Failure, subprocess.SubprocessError) as e:
+            missing = f"{what.__name__}: {e}"
+            print("MISSING ", missing)
+            print(f"your site: 1 missing: {missing}; all that was said: {LOG}")
+            return 1  # those behind it build on it
+        print(f"ok       {found} ({time.monotonic() - began:.0f} s)", flush=True)
     if not IN_JOB:
-        return end(results)
-    common.atomic_write(notes, json.dumps({"results": results}))
+        return end()
+    mark.touch()
     line, requeued = slurm.after_attempt(75, False, ["--rehearse", *FLAGS])
     print(line, flush=True)
     if requeued:  # Slurm ends this attempt now
@@ -198,7 +182,7 @@ def main():
         return 0
     print("note     neither requeueing nor submitting from a job is permitted: after every time "
           "limit the command is to be typed again")
-    return end(results)
+    return end()
 
 if __name__ == "__main__":
     sys.exit(main())
