@@ -72,6 +72,12 @@ class Plan:
         return ["launch.py", self.data, self.tag.removeprefix("d"), *listed,
                 "--given", flag, *slurm_flag, *self.given]
 
+    def to_type(self, flags):
+        """The command that a person types to run this with the flags."""
+        if self.in_slurm:
+            return shlex.join(slurm.sbatch_command(flags))
+        return shlex.join(["bash", "speedrun.sh", *flags])
+
     def folder(self, name):
         return pipeline.state_path(name, self.data, self.tag)
 
@@ -168,10 +174,8 @@ def start_over_command(plan, reason):
     if name not in plan.names:
         flags = [f for f in flags if not f.startswith(("--from=", "--only=", "--skip-"))]
         flags.append(f"--from={name}")
-    words = [*flags, "--", *(settings[0] if settings else []), f"--{name}.start_over=True"]
-    if plan.in_slurm:
-        return shlex.join(slurm.sbatch_command(words))
-    return shlex.join(["bash", "speedrun.sh", *words])
+    settings = settings[0] if settings else []
+    return plan.to_type([*flags, "--", *settings, f"--{name}.start_over=True"])
 
 def default_nproc(in_slurm):
     if in_slurm:
@@ -215,14 +219,11 @@ def free_port():
 def run_phase(plan, supervisor, name, words):
     """Runs a phase, once more with fewer rows where its memory is out. -> (exit code, the arguments
     that were added for it, outcome)"""
-    added = []
-    while True:
+    code, outcome = supervisor.run(command_for(plan, name, words))
+    added = [] if code in (0, 75) else outcome.get("retry_with", [])
+    if added:
+        print(f"{name} ran out of memory; trying it once with {' '.join(added)}", flush=True)
         code, outcome = supervisor.run(command_for(plan, name, [*words, *added]))
-        retry = outcome.get("retry_with")
-        if code in (0, 75) or not retry or added:
-            break
-        print(f"{name} ran out of memory; trying it once with {' '.join(retry)}", flush=True)
-        added = retry
     if code == 128 + signal.SIGKILL:
         print(f"{name} was killed (SIGKILL), probably because the host ran out of memory: fewer "
               "rows at once (--device_batch_size) need less", file=sys.stderr, flush=True)
@@ -295,14 +296,16 @@ def run_all(plan, supervisor):
     if code == 75:
         return 75, "stopped before the first phase"
     if code:
-        reason = (supervisor.outcome or {}).get("reason", "a check before the first phase failed")
+        reason = supervisor.outcome.get("reason", "a check before the first phase failed")
         note_end(plan, first_left(plan), code, reason)
         return code, "nothing was started: fix the error above and run the same command again"
-    failed, tried = [], []
+    failed = []
 
     def try_phase(name, words):
-        tried.append(name)
-        return run_phase(plan, supervisor, name, words)
+        code, added, outcome = run_phase(plan, supervisor, name, words)
+        if code not in (0, 75):
+            note_end(plan, name, code, f"its trial: {outcome.get('reason', ended_by(code))}")
+        return code, added, outcome
     added = {} if "--skip-trial" in plan.given else None  # {phase: arguments that make it fit}
     for name in plan.names:
         phase = pipeline.find_phase(name)
@@ -313,8 +316,6 @@ def run_all(plan, supervisor):
             if code == 75:
                 return 75, "stopped while trying out the trainings to come"
             if code:
-                reason = (supervisor.outcome or {}).get("reason", ended_by(code))
-                note_end(plan, tried[-1], code, f"its trial: {reason}")
                 return code, f"the trial failed (exit {code}): fix the error above"
         words = [*plan.words(name), *(added or {}).get(name, [])]
         code, reason = start(plan, supervisor, name, words)
@@ -414,7 +415,7 @@ def main():
     with common.writing(folder, code=2):
         folder.mkdir(parents=True, exist_ok=True)
         supervisor.outcome_path.touch()
-    supervisor.began = {"time": time.time()}
+    supervisor.began["time"] = time.time()
     if plan.in_slurm:
         supervisor.began |= {"job": slurm.job_name(), "ends": slurm.end_time(),
                              "log": slurm.show_this_job().get("StdOut")}

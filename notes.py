@@ -8,12 +8,10 @@ What the launcher leaves for status.py in a run's pipeline.command_file():
 """
 import contextlib
 import json
-import shlex
 import time
 
 import common
 import pipeline
-import slurm
 
 def note(plan, **facts):
     """Keeps facts on a run for status.py, where it has a folder. What goes wrong here costs
@@ -30,10 +28,7 @@ def noted(plan, key):
 
 def note_command(plan):
     """Keeps what goes on with the phases of this run."""
-    command = ["bash", "speedrun.sh", *plan.given]
-    if plan.in_slurm:
-        command = slurm.sbatch_command(plan.given)
-    commands = {**noted(plan, "commands"), **dict.fromkeys(plan.names, shlex.join(command))}
+    commands = {**noted(plan, "commands"), **dict.fromkeys(plan.names, plan.to_type(plan.given))}
     note(plan, commands=commands, phases=list(plan.listed))
 
 def note_end(plan, name, code, reason):

@@ -2,11 +2,12 @@
 Runs the command of a phase for launch.py: passes signals on to it until it has saved and ended, and
 reads how.
 """
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
@@ -21,8 +22,8 @@ class Supervisor:
     terminated: bool = False   # it was SIGTERM, as from scancel or a preemption
     child: object = None
     command: tuple = ()
-    began: dict | None = None    # when, in which job: for status.py
-    outcome: dict | None = None  # what the last command has left of its end
+    began: dict = field(default_factory=dict)    # when, in which job: for status.py
+    outcome: dict = field(default_factory=dict)  # what the last command has left of its end
 
     def on_signal(self, signum, frame):
         self.stopping = True
@@ -54,20 +55,18 @@ class Supervisor:
         environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
         if "torchrun" in command:  # which would do so itself, and print five lines about it
             environment.setdefault("OMP_NUM_THREADS", "1")
-        ends = (self.began or {}).get("ends")
+        ends = self.began.get("ends")
         if ends and pipeline.inside():  # a container has no scontrol to ask for it
             environment["SLURM_JOB_END_TIME"] = str(int(ends))
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
                                 preexec_fn=before_exec)
-        while True:
+        code = None
+        while code is None:
             if self.stopping:
                 self.pass_on()  # again and again, in case it was not yet listening
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self.child.wait(timeout=3)
-                break
-            except subprocess.TimeoutExpired:
-                continue
         self.child = None
         outcome = self.outcome = common.read_json(self.outcome_path)
         told = str(outcome.get("reason")).startswith("signal")
