@@ -4,13 +4,11 @@ note, its job in Slurm's books, the end of the job's log. Only reads; status.py 
 """
 import re
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import slurm
 
-@dataclass
-class Cause:
+class Cause(NamedTuple):
     kind: str       # a word or two, for status.py --json=True: "host memory"
     sentence: str   # what has happened
     mend: str       # what to do about it
@@ -108,13 +106,10 @@ def of_death(reasons, job=None, log=None):
 
 def end_of_job(job):
     """How Slurm's books say that a job and its steps have ended, a line each; [] without Slurm."""
-    answer = slurm.ask("sacct", "-n", "-P", "-D", "-j", job,
-                       "-o", "JobID,State,ExitCode,Elapsed,Timelimit,NodeList")
-    lines = answer.stdout.split("\n") if answer and answer.returncode == 0 else []
-    lines = [line for line in lines if line.strip()]
-    begins = [i for i, line in enumerate(lines) if "." not in line.split("|")[0]]
-    lines = lines[begins[-1]:] if begins else lines  # of the last attempt, with its steps
-    over = [f"sacct: {line}" for line in lines
+    lines = slurm.lines_of("sacct", "-n", "-P", "-D", "-j", job,
+                           "-o", "JobID,State,ExitCode,Elapsed,Timelimit,NodeList")
+    begins = [0, *(i for i, line in enumerate(lines) if "." not in line.split("|")[0])]
+    over = [f"sacct: {line}" for line in lines[begins[-1]:]  # of the last attempt, with its steps
             if not re.search(r"RUNNING|PENDING|COMPLETED|REQUEUED", line)]
     if not over:  # sites without accounting: the controller knows it for some minutes
         over = [f"scontrol: JobState={facts.get('JobState')} Reason={facts.get('Reason')}"
@@ -132,8 +127,8 @@ def last_lines(path, most=200):
 def errors_in(log):
     """The lines of a job's log that speak of an error, the last first, of its last attempt."""
     lines = last_lines(log)
-    begins = [i for i, line in enumerate(lines) if re.match(r"job \S+, attempt \d+ of it", line)]
-    lines = lines[begins[-1]:] if begins else lines
+    head = r"job \S+, attempt \d+ of it"  # see slurm.describe_job
+    begins = [0, *(i for i, line in enumerate(lines) if re.match(head, line))]
     signs, guesses = r"^error: |^\w*Error\b|slurmstepd|srun: ", "probably because|last attempt was"
-    return [line for line in reversed(lines)
+    return [line for line in reversed(lines[begins[-1]:])
             if re.search(signs, line) and not re.search(guesses, line)]

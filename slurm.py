@@ -32,6 +32,12 @@ def ask(*command, **more):
                               timeout=30, check=False, **more)
     return None
 
+def lines_of(*command):
+    """The lines that a command of Slurm's prints; [] where it fails."""
+    answer = ask(*command)
+    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    return [line.strip() for line in lines if line.strip()]
+
 def attempt():
     """The number of this attempt of the job, 0 for the first."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or "0")
@@ -85,7 +91,7 @@ def given_up():
 
 def nodes():
     """The names of this job's nodes."""
-    return ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
+    return lines_of("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
 
 # sbatch's flags as this job has got them: where its environment has them, where scontrol shows them
 IN_ENVIRONMENT = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
@@ -181,9 +187,10 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
 def elements_that_wait():
     """The numbers of the elements of this job's array that are still to come, as texts."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    answer = ask("squeue", "-h", "-r", "-t", "PENDING", "-j", array, "-o", "%K") if array else None
-    own = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return [number for number in (answer.stdout.split() if answer else []) if number != own]
+    if not array:
+        return []
+    waiting = lines_of("squeue", "-h", "-r", "-t", "PENDING", "-j", array, "-o", "%K")
+    return [number for number in waiting if number != os.environ["SLURM_ARRAY_TASK_ID"]]
 
 def submit_successor(flags, job):
     """Submits a job that begins when this one has ended. -> its number, None where it may not"""

@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import time
-from dataclasses import asdict
 from json import dumps, loads
 
 import causes
@@ -204,17 +203,16 @@ def figures(phase, state, name, tag):
         words.append(f"{size / 1e6:,.1f} MB")
     return words, size
 
-def worded(form, *values):
-    """[the values in this form], or [] where they have none: a damaged file may hold anything"""
+def worded(form, value):
+    """[the value in this form], or [] where it has none: a damaged file may hold anything"""
     try:
-        return [form.format(*values)]
+        return [form.format(value)]
     except (TypeError, ValueError):
         return []
 
 def pace(directory):
     """Where a training is: ["at step 431 of 1,000", "9,300 tokens/s", "about 4m10s left"], or []
     before its first step has ended."""
-    record = common.read_json(directory / "phase.json")
     steps = []
     for line in causes.last_lines(directory / "metrics.jsonl", 40):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may be half written
@@ -224,7 +222,7 @@ def pace(directory):
     if not steps:
         return []
     (first, began, _), (step, now, speed) = steps[0], steps[-1]
-    total = record.get("num_steps", 0)
+    total = common.read_json(directory / "phase.json").get("num_steps", 0)
     words = [f"at step {step:,}" + f" of {total:,}" * bool(total), f"{speed:,} tokens/s"]
     if step > first and total:
         left = (total - step) * (now - began) / (step - first)
@@ -242,9 +240,8 @@ def cause(phase, state, given, name, tag):
         record = common.read_json(path / "phase.json")
     reasons = []
     if state in ("half", "failed"):
-        reasons.append(record.get("reason"))
-        if record.get("status") == "done":  # it was, but a file is missing
-            reasons = [describe(path)[1]]
+        was_done = record.get("status") == "done"  # but a file is missing
+        reasons = [describe(path)[1] if was_done else record.get("reason")]
     ended = given.get("ends", {}).get(phase.name, {})
     is_newer = ended.get("time", 0.0) > record.get("updated", 0.0) - 60.0
     # one that is done may have been refused since
@@ -262,9 +259,10 @@ def waiting(given):
     """The job of this run, or its successor, that Slurm has in its queue or runs, in words; None
     for none."""
     job = given.get("began", {}).get("job")
-    array = job.split("_")[0] if job else ""
-    answer = slurm.ask("squeue", "--me", "-h", "-o", "%i|%T|%r|%E") if job else None
-    for line in answer.stdout.splitlines() if answer and answer.returncode == 0 else []:
+    if not job:
+        return None
+    array = job.split("_")[0]
+    for line in slurm.lines_of("squeue", "--me", "-h", "-o", "%i|%T|%r|%E"):
         number, state, reason, dependency = line.split("|", 3)
         if number.split("_")[0] == array or re.search(rf"after\w*:{array}\b", dependency):
             return f"job {number} is {state}" + f" ({reason})" * (reason != "None")
@@ -273,25 +271,22 @@ def waiting(given):
 def what_is_left(states, given, name, tag):
     """What the rest needs, in words, as far as the trial before the first training knows; None
     where nothing is left or was tried."""
-    tried = common.read_json(pipeline.data_root(name) / f"tried_{tag}.json")
+    root = pipeline.data_root(name)
+    tried = common.read_json(root / f"tried_{tag}.json")
     tried = {phase: facts for phase, facts in tried.items()
              if states.get(phase, ("done",))[0] not in ("done", "stale") and "bytes" in facts}
     if not tried:
         return None
-
-    def folder_of(phase):
-        return pipeline.state_path(phase, name, tag)
-    seconds = trial.seconds_left(tried, folder_of)
+    seconds = trial.seconds_left(tried, name, tag)
     words = f"about {trial.in_words(seconds)}"
     began = given.get("began", {})
     if began.get("ends"):
         limit = began["ends"] - began["time"]
         jobs = math.ceil(sum(seconds.values()) / max(limit - 120.0, 60.0))
         words += f", {jobs} job{'s' * (jobs > 1)} of {common.duration(limit)}"
-    root = pipeline.data_root(name)
     files = sum(4 * facts["keep"] + 2 for facts in tried.values())
     inodes = os.statvfs(root).f_favail
-    words += (f"; {trial.bytes_needed(tried, folder_of) / 1e9:.2f} GB in {files} files, "
+    words += (f"; {trial.bytes_needed(tried, name, tag) / 1e9:.2f} GB in {files} files, "
               f"{shutil.disk_usage(root).free / 1e9:.2f} GB"
               f"{f' and {inodes:,} inodes' * (inodes > 0)} free")
     return words
@@ -335,7 +330,7 @@ def facts_of(phase, state, words, given, name, tag):
         found, size = guarded(([], 0), figures, phase, state, name, tag)
     why = guarded(None, cause, phase, state, given, name, tag)
     return {"phase": phase.name, "state": state, "words": words, "figures": found, "bytes": size,
-            "parent": phase.parent, "cause": why and asdict(why)}
+            "parent": phase.parent, "cause": why and why._asdict()}
 
 def look_at(name, tag):
     """All that is known of a run, as --json=True prints it."""
@@ -394,13 +389,12 @@ def main():
         check_folder(data)
     sets = {name: [look_at(name, tag) for tag in tags(name) or [""]]
             for name in ([data] if data else data_sets())}
-    command = [run["next"] for runs in sets.values() for run in runs][-1:]
-    command = command[0] if command else "bash speedrun.sh"
+    commands = ["bash speedrun.sh", *(run["next"] for runs in sets.values() for run in runs)]
     if json:
         found = [{"data": name, "folder": str(pipeline.data_root(name)), "runs": runs}
                  for name, runs in sets.items()]
-        print(dumps({"state": str(pipeline.base_dir()), "sets": found, "next": command},
-                          indent=1))
+        print(dumps({"state": str(pipeline.base_dir()), "sets": found, "next": commands[-1]},
+                    indent=1))
         return
     for name, runs in sets.items():
         print(f"{name} ({pipeline.data_root(name)})")
@@ -408,7 +402,7 @@ def main():
             show(run)
     if not sets:
         print(f"nothing in {pipeline.base_dir()} yet")
-    print(f"next: {command}")
+    print(f"next: {commands[-1]}")
 
 if __name__ == "__main__":
     main()

@@ -98,13 +98,12 @@ def facts_of(run):
         f"in {run.longest_save:.1f} s, read in {read_seconds:.1f} s")
     return facts
 
-def bytes_needed(tried, folder_of):
+def bytes_needed(tried, data, tag):
     """How many bytes the checkpoints to come need: those that are kept, less what is there already,
-    and one more, since an old one goes after the new one is there. tried: {phase: facts_of()};
-    folder_of(phase): its folder."""
+    and one more, since an old one goes after the new one is there. tried: {phase: facts_of()}"""
     needed = max(facts["bytes"] for facts in tried.values())
     for name, facts in tried.items():
-        folder = folder_of(name)
+        folder = pipeline.state_path(name, data, tag)
         files = [checkpoint.files(folder, step) for step in checkpoint.steps(folder)]
         there = sum(size for of_step in files for size, _ in of_step.values())
         needed += max(0, facts["keep"] * facts["bytes"] - there)
@@ -113,7 +112,7 @@ def bytes_needed(tried, folder_of):
 def check_disk(plan, tried):
     """Failure (code 2) where the disk has no room for the checkpoints to come."""
     root = pipeline.data_root(plan.data)
-    needed = bytes_needed(tried, plan.folder) / 1e9
+    needed = bytes_needed(tried, plan.data, plan.tag) / 1e9
     free = shutil.disk_usage(root).free / 1e9
     words = f"checkpoints need {needed:.2f} GB, {free:.2f} GB free in {root}"
     common.check(needed <= free, f"{words}: free some disk space")
@@ -122,11 +121,11 @@ def check_disk(plan, tried):
                  f"(inodes) may be made in {root}: remove some, or ask for a larger quota")
     print(f"trial: {words}", flush=True)
 
-def seconds_left(tried, folder_of):
+def seconds_left(tried, data, tag):
     """{phase: seconds that its training still takes}"""
     found = {}
     for name, facts in tried.items():
-        done = max(checkpoint.steps(folder_of(name)), default=0)
+        done = max(checkpoint.steps(pipeline.state_path(name, data, tag)), default=0)
         # the model is saved, and the training waits for that, before each measurement
         measuring = facts["evals"] * (facts["eval_seconds"] + facts["save_seconds"])
         whole = facts["num_steps"] * facts["seconds"] + measuring
@@ -141,7 +140,7 @@ def in_words(seconds):
 
 def print_time(plan, tried):
     """Prints how long the trainings to come take, against the time that the job has."""
-    seconds = seconds_left(tried, plan.folder)
+    seconds = seconds_left(tried, plan.data, plan.tag)
     line = f"trial: the trainings left take about {in_words(seconds)}"
     end = slurm.end_time()
     if end:
