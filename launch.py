@@ -65,12 +65,12 @@ class Plan:
         script, *words = self.listed[name]
         return [script, f"--data={self.data}", *words, *own]
 
-    def call(self, flag):
-        """What starts a launcher of the same plan with one more flag."""
+    def input_check(self):
+        """What starts a launcher that looks at the inputs of the same plan."""
         listed = [word for name, line in self.listed.items() for word in ("--run", name, *line)]
         slurm_flag = ["--slurm"] if self.in_slurm else []
         return ["launch.py", self.data, self.tag.removeprefix("d"), *listed,
-                "--given", flag, *slurm_flag, *self.given]
+                "--given", "--check-inputs", *slurm_flag, *self.given]
 
     def to_type(self, flags):
         """The command that a person types to run this with the flags."""
@@ -82,8 +82,8 @@ class Plan:
         return pipeline.state_path(name, self.data, self.tag)
 
     def is_done(self, name):
-        return status.state_of(pipeline.find_phase(name), self.data, self.tag)[0] in (
-            "done", "stale")
+        state, _ = status.state_of(pipeline.find_phase(name), self.data, self.tag)
+        return state in ("done", "stale")
 
 def split_at(words, mark):
     """example: (["a", "-", "b", "c"], "-") -> [["a"], ["b", "c"]]"""
@@ -113,12 +113,12 @@ def make_plan(words):
         key, equals, value = word.partition("=")
         flags[key + equals] = value
 
-    skipped = {flag for flag in flags if flag.startswith("--skip-")} - FLAGS
-    unknown = flags.keys() - skipped - FLAGS
+    others = flags.keys() - FLAGS
+    unknown = [flag for flag in others if not flag.startswith("--skip-")]
     common.check(not unknown, f"unknown flag: {', '.join(sorted(unknown))} (write --depth=4; "
                  "settings of phases go behind --, as in: bash speedrun.sh -- --num_steps=3; "
                  f"{HELP} prints all flags)")
-    skipped = {flag.removeprefix("--skip-") for flag in skipped}
+    skipped = {flag.removeprefix("--skip-") for flag in others}
     only = flags["--only="].split(",") if "--only=" in flags else listed
     first = flags.get("--from=", "data")
     for name in [*only, first, *skipped]:
@@ -129,9 +129,9 @@ def make_plan(words):
     common.check(names, f"--from, --only and --skip-... leave nothing to run ({HELP})")
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", flags.get("--depth=", depth), configurator.RANGES["depth"][1])
-    nproc = flags.get("--nproc=", default_nproc("--slurm" in flags))
-    check_number("--nproc", nproc, 9999)
     in_slurm = "--slurm" in flags
+    nproc = flags.get("--nproc=", default_nproc(in_slurm))
+    check_number("--nproc", nproc, 9999)
     common.check(not in_slurm or "SLURM_JOB_ID" in os.environ, "--slurm is for the job's own use: "
                  "sbatch slurm_speedrun.sbatch")
     configurator.check_arguments(settings)
@@ -248,7 +248,7 @@ def run_checks(plan, supervisor):
     needed = {phase.parent for phase in plan.phases("training", "evaluation")} - {*plan.names}
     commands = [["adopt.py", f"--data={plan.data}", f"--stage={parent}"] for parent in needed
                 if parent != "tok" and checkpoint.made_by_nanochat(plan.folder(parent)) is not None]
-    commands.append(plan.call("--check-inputs"))
+    commands.append(plan.input_check())
     # only the toy world is made in a job itself: there is no network
     brings = "data" in plan.names and not (plan.in_slurm and plan.data != "toy")
     if not brings and plan.names != ["report"]:
@@ -367,9 +367,7 @@ def ended_by(code):
 
 def first_left(plan):
     """The phase that a refusal before the first one concerns."""
-    with contextlib.suppress(Exception):
-        return next(name for name in plan.names if not plan.is_done(name))
-    return plan.names[0]
+    return next((name for name in plan.names if not plan.is_done(name)), plan.names[0])
 
 def check_nodes(plan, supervisor):
     """-> exit code: whether all nodes of the job have what is needed"""
