@@ -133,14 +133,13 @@ def sbatch_command(flags, array=True):
 def describe_job(flags):
     """The first lines of a job's log."""
     commit, difference = source_version()
-    lines = [f"job {job_name()}, attempt {attempt() + 1} of it, {time.strftime('%F %T')}",
-             f"limit {show_this_job().get('TimeLimit', 'unknown')}, flags: "
-             + (shlex.join(flags) or "none"),
-             f"nodes: {os.environ['SLURM_JOB_NODELIST']}, GPUs per node: "
-             + os.environ.get("SLURM_GPUS_ON_NODE", "0"),
-             f"state: {pipeline.base_dir()}",
-             f"commit: {commit}" + " with uncommitted changes" * bool(difference)]
-    return "\n".join(lines)
+    changed = " with uncommitted changes" if difference else ""
+    limit, gpus = show_this_job().get("TimeLimit"), os.environ.get("SLURM_GPUS_ON_NODE")
+    return (f"job {job_name()}, attempt {attempt() + 1} of it, {time.strftime('%F %T')}\n"
+            f"limit {limit or 'unknown'}, flags: {shlex.join(flags) or 'none'}\n"
+            f"nodes: {os.environ['SLURM_JOB_NODELIST']}, GPUs per node: {gpus or 0}\n"
+            f"state: {pipeline.base_dir()}\n"
+            f"commit: {commit}{changed}")
 
 # -------------------------------------------------------------------------------------------------
 # when an attempt has ended
