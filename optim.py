@@ -34,7 +34,7 @@ POLAR_EXPRESS = [
 ]
 SMALL = 65536  # AdamW parameters under this many elements are stacked, to be one message, not many
 
-def orthogonalise(matrices, steps, dtype):
+def orthogonalise(matrices, dtype):
     """The nearest matrix with orthonormal rows (or columns, if there are fewer) to each of
     [K, m, n], roughly: singular vectors stay, singular values become about 1. Computed in `dtype`
     -> [K, m, n] float32. Zero matrices stay zero."""
@@ -42,7 +42,7 @@ def orthogonalise(matrices, steps, dtype):
     X = matrices.mT if tall else matrices  # the products X X^T are then of the short side
     norms = X.norm(dim=(-2, -1), keepdim=True)  # Frobenius, at least the largest singular value
     X = (X / (norms * 1.01 + 1e-6)).to(dtype)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
@@ -56,7 +56,7 @@ def muon_update(p, grad, group, dtype, momentum_buffer, second_moment):
     m, n = p.shape[-2:]
     momentum = group["momentum"]
     momentum_buffer.lerp_(grad, 1 - momentum)
-    update = orthogonalise(grad.lerp(momentum_buffer, momentum), group["ns_steps"], dtype)
+    update = orthogonalise(grad.lerp(momentum_buffer, momentum), dtype)
 
     # Every row of a wide matrix has norm 1 by now, its columns differ (tall: the other way round).
     # Bring those to one size over time, and then the whole matrix back to the norm that it had.
@@ -98,11 +98,11 @@ class Bucket:
         share = math.ceil(self.rows / world)
         self.padding = share * world - self.rows
         self.mine = slice(rank * share, rank * share + share)
-        shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}  # of each parameter's states
         if group["kind"] == "muon":
             m, n = p.shape
-            small = (m, 1) if m >= n else (1, n)
-            shapes = {"momentum_buffer": p.shape, "second_moment": small}
+            shapes = {"momentum_buffer": (m, n), "second_moment": (m, 1) if m >= n else (1, n)}
+        else:
+            shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
         self.state = {}
         for key, shape in shapes.items():
             row = shape if self.stacked else shape[1:]
@@ -127,7 +127,7 @@ def is_stacked(group, p):
 class MuonAdamW:
     def __init__(self, groups, ns_dtype=torch.float32):
         """groups: dicts {"kind": "muon" | "adamw", "params": [(name, float32 parameter)], "lr",
-        "weight_decay", and for adamw "betas", "eps", for muon "momentum", "ns_steps", "beta2"}.
+        "weight_decay", and for adamw "betas", "eps", for muon "momentum", "beta2"}.
         ns_dtype: what Muon orthogonalises in."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -268,11 +268,10 @@ def make_optimizer(model, settings, scale, weight_decay, compute_dtype):
         "": adamw(scalar_lr, (0.8, 0.95), 0.0),  # gates, and what else is no matrix
     }
     muon = {"kind": "muon", "params": [], "lr": matrix_lr, "weight_decay": weight_decay,
-            "momentum": 0.95, "ns_steps": 5, "beta2": 0.9}
+            "momentum": 0.95, "beta2": 0.9}
     for name, p in model.named_parameters():
         group = next(groups[word] for word in groups if word in name)
         if "transformer.h." in name and p.ndim == 2 and "ve_gate" not in name:
             group = muon
         group["params"].append((name, p))
-    used = [group for group in (*groups.values(), muon) if group["params"]]
-    return MuonAdamW(used, ns_dtype=compute_dtype)
+    return MuonAdamW([*groups.values(), muon], ns_dtype=compute_dtype)
