@@ -219,7 +219,7 @@ while True:
     total = torch.zeros((), device=compute.device)
     for start in range(0, len(sequences), device_batch_size):
         part = sequences[start:start + device_batch_size]
-        idx, _ = engine.pad_right([ids for ids, _ in part])
+        idx = engine.pad_right([ids for ids, _ in part])
         longest = idx.size(1)
         advantages = torch.tensor([a + [0.0] * (longest - len(a)) for _, a in part])
         idx, advantages = idx.to(compute.device), advantages.to(compute.device)

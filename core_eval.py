@@ -213,7 +213,7 @@ def make_batches(groups, model, budget):
 def score(model, rows):
     """Runs a batch and fills in `loss` and `greedy` of its rows."""
     device = model.lm_head.weight.device
-    ids, _ = engine.pad_right([row.ids[row.prefix:-1] for row in rows])
+    ids = engine.pad_right([row.ids[row.prefix:-1] for row in rows])
     cache = None
     if rows[0].prefix:
         prefixes = [row.ids[:row.prefix] for row in rows]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt import GATE_CHANNELS, SHARPNESS, SOFTCAP, bigram_ids, key_channels
 from packed import Packed
@@ -49,7 +49,9 @@ class KVCache:
         if longest > 0:
             keys = torch.arange(self.end, device=device)
             self.mask = keys <= self.positions[:, None, :, None]  # [rows, 1, T, end]
-        self.lengths = self.lengths + (T if counts is None else counts)
+        if counts is None:
+            counts = torch.full_like(self.lengths, T)
+        self.lengths = self.lengths + counts
         before, self.last = self.last, last_real(idx, counts)[:, None]
         return before
 
@@ -69,21 +71,15 @@ class KVCache:
         rows = torch.tensor(rows, device=self.lengths.device)
         self.kv = [kv.index_select(1, rows) for kv in self.kv]
         self.lengths = self.lengths[rows]
-        if self.last is not None:
-            self.last = self.last[rows]
+        self.last = self.last[rows]
 
-def pad_right(rows):
-    """lists of token ids -> (tensor [B, longest] int64, tensor [B] of lengths).
-    example: [[1], [2, 3]] -> [[1, 0], [2, 3]], [1, 2]"""
+def pad_right(rows, fill=0):
+    """lists of token ids -> [B, longest] int64.  example: [[1], [2, 3]] -> [[1, 0], [2, 3]]"""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    return padded, torch.tensor([len(row) for row in rows])
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 def last_real(x, counts):
-    """x [B, T, ...] -> x[b, counts[b] - 1] of each row b, [B, ...]; the last of all without
-    counts"""
-    if counts is None:
-        return x[:, -1]
+    """x [B, T, ...] -> x[b, counts[b] - 1] of each row b, [B, ...]"""
     return x[torch.arange(len(x), device=x.device), counts - 1]
 
 def prefill(model, prompts, max_len):
@@ -92,10 +88,9 @@ def prefill(model, prompts, max_len):
     device = model.lm_head.weight.device
     numbers = {}  # prompt -> its row in the pass
     rows = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    idx, counts = pad_right(numbers)
-    counts = counts.to(device)
+    counts = torch.tensor([len(prompt) for prompt in numbers], device=device)
     cache = KVCache(model.config, len(numbers), max_len, device, model.dtype)
-    h = model.hidden(idx.to(device), cache, counts)
+    h = model.hidden(pad_right(numbers).to(device), cache, counts)
     logits = model.logits(last_real(h, counts))
     if len(numbers) < len(prompts):
         cache.select(rows)

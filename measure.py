@@ -48,18 +48,22 @@ def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
+def make_model(config, chosen):
+    """A random model on its device."""
+    model = gpt.GPT(config, chosen.dtype)
+    model.init_weights(0)
+    return model.to(chosen.device)
+
 def best_seconds(function, device, least=0.3):
     """The shortest of several calls: at least four, and `least` seconds of them. The first is not
     counted."""
-    function()
-    wait(device)
     times = []
-    while len(times) < 4 or sum(times) < least:
+    while len(times) < 5 or sum(times[1:]) < least:
         began = time.perf_counter()
         function()
         wait(device)
         times.append(time.perf_counter() - began)
-    return min(times)
+    return min(times[1:])
 
 # -------------------------------------------------------------------------------------------------
 # machine
@@ -128,9 +132,7 @@ def training(computing, micro_rows, repeat, config=None, turns=None):
     device = chosen.device
     config = config or gpt.config_from_depth(DEPTH, VOCAB, LENGTH)
     length = config.sequence_len
-    model = gpt.GPT(config, chosen.dtype)
-    model.init_weights(0)
-    model.to(device)
+    model = make_model(config, chosen)
     rates = configurator.defaults("base_train.py")
     optimizer = optim.make_optimizer(model, rates, 0.1, 0.0, chosen.dtype)
     forward = torch.compile(model, dynamic=False) if chosen.compile else model
@@ -171,9 +173,9 @@ def training(computing, micro_rows, repeat, config=None, turns=None):
         found["steps"][tokens] = dict(zip(("data", "passes", "optimizer"), parts))
     found["peak"] = peak_memory()
     allocated = memory.measured(lambda: step(tokens, 1), device)
-    found["allocated"] = allocated + sum(memory.of_model(model, optimizer))
-    found["predicted"] = memory.of_training(model, optimizer, micro_rows,
-                                            tokens // (length * micro_rows), chosen.dtype,
+    found["allocated"] = allocated + memory.of_model(model, optimizer)
+    turns = tokens // (length * micro_rows)
+    found["predicted"] = memory.of_training(model, optimizer, micro_rows, turns, chosen.dtype,
                                             chosen.compile)
     if device.type == "cpu":
         pairs = batches(sizes[0], 0)
@@ -208,9 +210,7 @@ def decoding(computing, depth, tokens):
     "predicted": bytes of decoding a few rows, measured and as memory.py has it}. The gaps between
     tokens are measured, their median counts."""
     chosen = choose(computing)
-    model = gpt.GPT(gpt.config_from_depth(depth, VOCAB, 2048), chosen.dtype)
-    model.init_weights(0)
-    model.to(chosen.device).eval()
+    model = make_model(gpt.config_from_depth(depth, VOCAB, 2048), chosen)
     used = sum(m.weight.numel() for m in model.modules() if isinstance(m, gpt.Linear))
     found = {"weights": used * chosen.dtype.itemsize, "int8": {}}
 
@@ -220,11 +220,9 @@ def decoding(computing, depth, tokens):
     def seconds(rows, packed=None):
         uniforms = common.rng(1, rows).random((rows, tokens))
         came = []  # when each token came, those of all rows one after another
-
-        def note(token):
-            came.append(time.perf_counter())
         engine.generate(model, ENDLESS, prompts(rows), tokens, temperature=1.0, top_k=50,
-                        uniforms=uniforms, on_token=note, packed=packed)
+                        uniforms=uniforms, packed=packed,
+                        on_token=lambda token: came.append(time.perf_counter()))
         return statistics.median(after - before for before, after in pairwise(came[::rows]))
 
     for rows in (1, 16):
@@ -254,9 +252,7 @@ def core(computing, folder, n):
             some += map("".join, core_eval.choices_of(task["kind"], item)[0])
     ranks = tok_train.train_bpe(tok_train.count_words(some), VOCAB - len(SPECIAL_TOKENS))
     tokenizer = Tokenizer(ranks)
-    model = gpt.GPT(gpt.config_from_depth(DEPTH, tokenizer.vocab_size, 2048), chosen.dtype)
-    model.init_weights(0)
-    model.to(chosen.device).eval()
+    model = make_model(gpt.config_from_depth(DEPTH, tokenizer.vocab_size, 2048), chosen)
     budget = core_eval.usual_budget(chosen.device)
     found = {}
     core_eval.evaluate(model, tokenizer, tasks[0], range(1), 2048, budget)  # warms up
@@ -286,8 +282,7 @@ def bits_per_byte(model, tokenizer, documents, rows_at_once=8):
     nats = 0.0
     with torch.inference_mode():
         for at in range(0, len(rows), rows_at_once):
-            y, counts = engine.pad_right(rows[at:at + rows_at_once])
-            y[torch.arange(y.size(1)) >= counts[:, None]] = -1  # padding is not counted
+            y = engine.pad_right(rows[at:at + rows_at_once], fill=-1)  # padding is not counted
             x = torch.cat([torch.full_like(y[:, :1], tokenizer.bos), y[:, :-1].clamp(min=0)], 1)
             losses = model.nats(x.to(device), y.to(device))
             nats += losses.double().sum().item()

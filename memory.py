@@ -27,9 +27,9 @@ def of_weights(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 def of_model(model, optimizer):
-    """-> (bytes of weights and tables, of optimizer states on this rank)"""
-    states = sum(t.nbytes for bucket in optimizer.buckets for t in bucket.state.values())
-    return of_weights(model), states
+    """Bytes of weights, tables, and of the optimizer's states on this rank."""
+    states = (t for bucket in optimizer.buckets for t in bucket.state.values())
+    return of_weights(model) + sum(t.nbytes for t in states)
 
 def of_step(model, optimizer):
     """Bytes that optimizer.step() takes for itself: copies of the gradients and of the weights that
@@ -79,12 +79,12 @@ def of_training(model, optimizer, rows, turns, dtype, compiled):
     rank; dtype: what is computed in. The peak is where a forward pass ends, or where the
     optimizer works.
     """
-    weights, states = of_model(model, optimizer)
     gradients = sum(p.nbytes for p in model.parameters())
     activations = of_activations(model.config, rows, dtype, compiled)
     if turns > 1:  # those of the micro-batches before are there
         activations += gradients
-    return weights + states + max(activations, gradients + of_step(model, optimizer))
+    working = max(activations, gradients + of_step(model, optimizer))
+    return of_model(model, optimizer) + working
 
 def of_decoding(model, rows, prompt, new):
     """The peak of engine.generate, in bytes: rows different prompts of `prompt` tokens, each
@@ -113,7 +113,7 @@ def free(device):
 def rows_that_fit(model, optimizer, dtype, compiled, most):
     """How many rows, at most `most` and at least 1, a micro-batch can have on the model's device,
     where the model and the optimizer are already. A tenth of what is free is left free."""
-    room = 0.9 * free(model.lm_head.weight.device) + sum(of_model(model, optimizer))
+    room = 0.9 * free(model.lm_head.weight.device) + of_model(model, optimizer)
 
     def needed(rows):  # more for more rows
         return of_training(model, optimizer, rows, 2, dtype, compiled)
@@ -150,4 +150,4 @@ def of_process(model, optimizer, compute, micro_rows, rows):
     needed = of_training(model, optimizer, micro_rows, turns, compute.dtype, compute.compile)
     if compute.device.type == "cuda":
         return needed
-    return peak_memory() + needed - sum(of_model(model, optimizer))
+    return peak_memory() + needed - of_model(model, optimizer)
