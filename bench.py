@@ -57,7 +57,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import statistics
@@ -142,12 +141,11 @@ def call(function, *args):
 
 def cpu_in_words():
     """example: "AMD EPYC, 2 cores, avx2 avx512f avx512_bf16" """
-    said = platform.processor() or platform.machine()
+    said = ""
     with contextlib.suppress(OSError):
         said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    named = re.search(r"model name\s*: (.*)", said)
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in said]
-    return f"{named[1] if named else platform.machine()}, {common.cores()} cores, {' '.join(flags)}"
+    return f"{records.machine()['CPU']}, {common.cores()} cores, {' '.join(flags)}"
 
 def machine(figures, computing, work):
     found = in_child("machine", computing)
@@ -170,9 +168,8 @@ def training(figures, computing, work):
     for tokens, parts in found["steps"].items():
         speed = tokens / sum(parts.values())
         figures.add(f"training, {tokens:,} tokens a step", speed, "tokens/s")
-    rate, goal = found["flops"] * speed, None
-    if speeds["computed in"] == "bfloat16":
-        goal = 60
+    rate = found["flops"] * speed
+    goal = 60 if speeds["computed in"] == "bfloat16" else None
     figures.add("training", rate / 1e9, "GFLOP/s")
     at_shapes, large = speeds["rates"][speeds["computed in"]]
     figures.add("training, of the products' rate", 100 * rate / at_shapes, "%", at_least=goal)
@@ -242,32 +239,25 @@ def as_words(computing):
     """example: (("device", "cpu"), ("threads", 0)) -> ["--device=cpu", "--threads=0"]"""
     return [f"--{key}={value}" for key, value in computing]
 
-def run_script(env, *words):
-    """Runs `python WORDS` in silence -> seconds. Failure (code 1) with its last line."""
+def run_script(env, *words, until=None):
+    """Runs `python WORDS` in silence -> seconds until it ends, or begins a line with `until`; it is
+    killed then. Failure (code 1) with its last line."""
     began = time.perf_counter()
-    out = subprocess.run([sys.executable, *words], cwd=pipeline.REPO, env=env, text=True,
-                         errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         check=False)
-    last = out.stdout.strip().rpartition("\n")[2]
-    if out.returncode != 0:
-        common.fail(f"{words[0]} ended with {out.returncode}: {last}", code=1)
-    return time.perf_counter() - began
-
-def first_step(env, *words):
-    """Starts base_train.py -> seconds until it says that a step is done; it is killed then."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "base_train.py", *words], cwd=pipeline.REPO,
-                               env=env, text=True, errors="replace", stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, *words], cwd=pipeline.REPO, env=env, text=True,
+                               errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        line = ""
+        last = ""
         for line in process.stdout:
-            if line.startswith("step 1/"):
+            if until and line.startswith(until):
                 return time.perf_counter() - began
+            last = line.strip() or last
+        code = process.wait()
     finally:
         process.kill()
         process.wait()
-    common.fail(f"base_train.py ended before its first step: {line}", code=1)
+    if until or code != 0:
+        common.fail(f"{words[0]} ended with {code}: {last}", code=1)
+    return time.perf_counter() - began
 
 def write_texts(folder):
     """Two files of random words, of which the second is held out."""
@@ -298,7 +288,8 @@ def start(figures, computing, work):
     shape = ["--depth=4", "--max_seq_len=512", "--total_batch_size=4096", "--num_steps=10",
              f"--device_batch_size={device_batch_size}"]
     for how, goal in (("cold", 40), ("warm", 15)):
-        seconds = first_step(env, where, f"--tag={how}", *shape, *as_words(computing))
+        seconds = run_script(env, "base_train.py", where, f"--tag={how}", *shape,
+                             *as_words(computing), until="step 1/")
         if how == "warm" or not quick:
             figures.add(f"base_train.py to its first step, {how}", seconds, "s", at_most=goal)
     seconds = min(run_script(env, "status.py") for _ in range(3))
@@ -367,10 +358,8 @@ def check_settings():
         common.check(name in SECTIONS, f"--sections takes {', '.join(SECTIONS)}, not {name!r}")
     writable = os.access(os.path.dirname(out) or ".", os.W_OK) and not os.path.isdir(out)
     common.check(not out or writable, f"--out={out} cannot be written")
-    if "learning" in sections:
-        check_learning()
-
-def check_learning():
+    if "learning" not in sections:
+        return
     whole = all(seed.isdecimal() for seed in seeds.split(","))
     common.check(whole, f"--seeds takes whole numbers, as in 1,2,3, not {seeds!r}")
     with pipeline.naming(f"--state={state}"):

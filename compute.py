@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
-import time
+import timeit
 from dataclasses import dataclass
 
 import torch
@@ -96,12 +96,8 @@ def probe_dtype(device):
     float32, else "float32"."""
     def seconds(dtype):
         a = torch.ones(1024, 512, device=device, dtype=dtype)
-        times = []
-        for _ in range(5):
-            t0 = time.perf_counter()
-            (a @ a.T).sum().item()  # .item() waits for the device
-            times.append(time.perf_counter() - t0)
-        return min(times)
+        # .item() waits for the device
+        return min(timeit.repeat(lambda: (a @ a.T).sum().item(), number=1, repeat=5))
     if device.type == "mps":
         return "float32"
     faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)

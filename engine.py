@@ -371,7 +371,8 @@ class Batch:
             self.answers.pop()
 
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0, uniforms=None,
-             calculate=None, max_rows=64, on_token=None, keep_going=lambda: True, packed=None):
+             calculate=None, max_rows=64, on_token=lambda token: None, keep_going=lambda: True,
+             packed=None):
     """Continues each prompt (a list of one or more token ids) until <|assistant_end|>, <|bos|> or
     max_new_tokens. -> list of (tokens, forced) per prompt, the closing token left out; forced[i]
     is True where the tool spoke. uniforms: float64 [len(prompts), max_new_tokens], needed when
@@ -391,6 +392,5 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_k=0
     while (waiting or batch.answers) and keep_going():
         new = [waiting.popleft() for _ in range(min(batch.free(), len(waiting)))]
         for _, token in batch.step(new):
-            if on_token is not None:
-                on_token(token)
+            on_token(token)
     return [(answer.tokens, answer.forced) for answer in answers]
