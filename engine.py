@@ -120,8 +120,6 @@ class Decoder:
         self.kv = torch.zeros(shape, device=device, dtype=self.dtype)
         keys, values = self.kv.flatten(1, 2).chunk(2, dim=2)
         self.kept = list(zip(*key_channels(keys), values))  # of each layer, for writing
-        self.max_len = max_len
-        self.device = device
         self.lengths = []  # tokens in each slot in use
         self.last = []  # and the last of them
         self.prefilled = {}  # prompt -> its keys and values of each layer, logits
@@ -174,21 +172,21 @@ class Decoder:
     def step(self, tokens):
         """tokens: the newest one of each slot in use, a list -> logits [n, V] after each"""
         modern = self.model.config.modern
-        n, device = len(tokens), self.device
-        self.n, self.end = n, max(self.lengths) + 1
+        n, device, max_len = len(tokens), self.kv.device, self.kv.size(2)
+        end = max(self.lengths) + 1
         ids = torch.tensor([tokens, self.last, self.lengths], device=device)
         self.idx, _, positions = ids
         self.last = list(tokens)
-        place = positions + torch.arange(0, n * self.max_len, self.max_len, device=device)
+        place = positions + torch.arange(0, n * max_len, max_len, device=device)
         self.places = place, place + self.model.config.key_offset, place  # as in self.kept
         self.cos, self.sin = self.rotary.index_select(0, positions).split(1, dim=1)
         self.mask = None
-        if min(self.lengths) + 1 < self.end:
-            unseen = torch.arange(self.end, device=device) > positions[:, None]
+        if min(self.lengths) + 1 < end:
+            unseen = torch.arange(end, device=device) > positions[:, None]
             mask = torch.zeros(unseen.shape, device=device, dtype=self.dtype)
             self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]
         self.lengths = [length + 1 for length in self.lengths]
-        keys, values = self.kv[:, :n, :self.end].transpose(2, 3).chunk(2, dim=2)
+        keys, values = self.kv[:, :n, :end].transpose(2, 3).chunk(2, dim=2)
         self.seen = list(zip(keys.unbind(), values.unbind()))  # each [n, n_kv_head, end, head_dim]
 
         x = self.embed(ids[:2])
@@ -225,7 +223,7 @@ class Decoder:
         gates -> [n, n_embd]"""
         config = self.model.config
         H, KV, D = config.n_head, config.n_kv_head, config.head_dim
-        heads = qkv[:, :(H + 2 * KV) * D].view(self.n, -1, D)
+        heads = qkv[:, :(H + 2 * KV) * D].view(len(qkv), -1, D)
         qk, v = heads.split([H + KV, KV], dim=1)
         # as gpt.rotate: the roll makes (x2, x1) of the halves (x1, x2)
         turned = torch.addcmul(qk * self.cos, qk.roll(D // 2, -1), self.sin)
@@ -240,7 +238,7 @@ class Decoder:
         # queries that share a key stand as if they followed one another
         y = F.scaled_dot_product_attention(q.unflatten(1, (KV, -1)), *self.seen[layer], self.mask,
                                            scale=self.scale)
-        return y.reshape(self.n, -1).float()
+        return y.flatten(1).float()
 
 # --------------------------------------------------------------------------------------------------
 # generation
