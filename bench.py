@@ -57,7 +57,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -273,9 +272,9 @@ def write_texts(folder):
 def start(figures, computing, work):
     # quick takes what the training above has compiled: so its first start is not cold
     env = in_folder(work / "state", work / "compiled" if quick else None)
-    named = re.compile(r"^settings = configurator\.configure\(", re.MULTILINE)
+    configures = "\nsettings = configurator.configure("
     scripts = sorted(path.name for path in pipeline.REPO.glob("*.py")
-                     if named.search(path.read_text(encoding="utf-8")))
+                     if configures in path.read_text(encoding="utf-8"))
     times = {}
     for script in scripts:
         times[script] = min(run_script(env, script, "--help") for _ in range(1 if quick else 3))

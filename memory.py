@@ -7,6 +7,7 @@ few hundred MB of the host more. tests/test_memory.py holds the formulas against
 and the memory section of bench.py.
 """
 import bisect
+from itertools import accumulate
 
 import torch
 
@@ -136,11 +137,8 @@ def measured(function, device):
                                 profile_memory=True) as profiler:
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0))
 
 def of_process(model, optimizer, compute, micro_rows, rows):
     """What peak_memory() will say at the end of a training of steps of `rows` rows, which is
