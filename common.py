@@ -308,15 +308,15 @@ def duration(seconds):
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
-def progress(what, total=None):
-    """-> show(done): prints how much of the total is done and the time left, once in ten seconds.
-    total=None: it is not known, nor is the time left."""
+def progress(what, total=None, every=10.0):
+    """-> show(done): prints how much of the total is done and the time left, once in `every`
+    seconds. total=None: it is not known, nor is the time left."""
     began = said = time.monotonic()
 
     def show(done):
         nonlocal said
         now = time.monotonic()
-        if done == 0 or now - said < 10.0:
+        if done == 0 or now - said < every:
             return
         said = now
         if total is None:
