@@ -162,7 +162,7 @@ class Run:
             "command": self.command,
             "settings": records.comparable(settings.defining, directory), "free": settings.free,
             "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"), **origin,
+            "job": slurm.job_name(), **origin,
             "starts": [*old.get("starts", []), time.time()]}
         self.update_record()
         return self.record, saved_step

@@ -323,7 +323,7 @@ def completed(row, completion):
     imports and helpers stay."""
     fenced = re.search(r"```(?:python)?[ \t]*\n(.*?)(?:```|\Z)", completion, re.DOTALL)
     code = fenced[1] if fenced else completion
-    if re.search(rf"^def {row['entry_point']}\b", code, re.MULTILINE):
+    if re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE):
         code = "\n    pass\n\n" + code
     return row["prompt"] + code
 

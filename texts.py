@@ -250,7 +250,7 @@ def text_problem(path, enough=None):
     if enough is None and path.stat().st_size > LARGE:
         enough = 10_000
     if is_plain(path):
-        return problem(path, all_lines(path), plain_text_of, enough)
+        return problem(path, all_lines(path, newline=None), plain_text_of, enough)
     return problem(path, read_lines(path), text_of, enough)
 
 def facts_of(path):

@@ -157,8 +157,8 @@ def messages_of(conversation):
         if role != ("user", "assistant")[len(messages) % 2]:
             raise ValueError(f"message {i} of a conversation is by {role!r}; user and assistant "
                              "must take turns")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+        if isinstance(content, str) or content == []:
+            content = [{"type": "text", "text": content or ""}]
         kinds = KINDS[role]
         if not isinstance(content, list) or any(part["type"] not in kinds for part in content):
             raise ValueError(f"message {i} of a conversation, by {role}, is neither text nor a "

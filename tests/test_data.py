@@ -98,6 +98,13 @@ def test_broken_lines_are_named_and_many_of_them_end_the_run(state, tmp_path, ca
 
 WORDS = "Zoë isn't naïve — \u4f60\u597d\n\n\na second paragraph\nof two lines\n"
 
+def test_a_broken_line_is_one_of_many_where_lines_end_as_on_old_macs(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\r".join([b"a good line"] * 2000 + [b"broken \xff\xfe\x00"]))
+    assert texts.text_problem(path) is None
+    text = "".join(texts.read_documents(path))
+    assert text.count("a good line") == 2000 and "broken" not in text
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32",
                                       "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])

@@ -471,6 +471,10 @@ PROBLEM = {
     "test": "def check(candidate):\n    assert candidate(helper(3.5)) == 6\n",
 }
 
+def test_the_name_of_a_function_is_no_pattern():
+    program = tasks.completed({"prompt": "def f(", "entry_point": "f("}, "x):\n    return 1")
+    assert program == "def f(x):\n    return 1"
+
 @pytest.mark.parametrize("completion,right", [
     ("    return 2 * helper(x)\n", True),
     ("    return x\n", False),

@@ -177,6 +177,14 @@ def test_rendering_by_hand():
     asked = {"messages": CHAT["messages"][:2]}
     assert BYTES.render_for_completion(asked) == [bos, us, *user, ue, as_]
 
+def test_a_system_message_before_a_user_who_says_nothing_is_not_taught():
+    def says(*messages):
+        roles = ("system", "user", "assistant")
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, messages)]}
+    ids, mask = BYTES.render_conversation(says("S", [], "x"))
+    assert (ids, mask) == BYTES.render_conversation(says("S", "", "x"))
+    assert [token for token, taught in zip(ids, mask) if taught] == [*b"x", ids[-1]]
+
 @pytest.mark.parametrize("messages, said", [
     ([], "without a user's message"),
     ([{"role": "assistant", "content": "x"}], "take turns"),
