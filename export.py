@@ -130,52 +130,38 @@ CHAT_TEMPLATE = """\
 # -------------------------------------------------------------------------------------------------
 # weights
 
-NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
+NAMES = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers",
+         "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
          "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
          "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 def name_there(name):
     """example: "transformer.h.3.attn.c_q.weight" -> "model.layers.3.self_attn.q_proj.weight" """
-    if name == "transformer.wte.weight":
-        return "model.embed_tokens.weight"
-    if name.startswith("transformer.h."):
-        _, _, layer, *part, _ = name.split(".")
-        return f"model.layers.{layer}.{NAMES['.'.join(part)]}.weight"
+    for own, other in NAMES.items():
+        name = name.replace(own, other)
     return name
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error)
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
-def write_safetensors(path, tensors):
-    """Writes {name: tensor} in the format of huggingface.co/docs/safetensors: the length of a
-    header, the header, the numbers."""
+def safetensors(tensors):
+    """{name: tensor} -> the pieces (bytes) of a file in the format of
+    huggingface.co/docs/safetensors: the length of a header, the header, the numbers."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
-        header[name] = {"dtype": kind, "shape": list(tensor.shape),
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+def write_safetensors(path, tensors):
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            f.write(tensor.contiguous().view(torch.uint8).numpy())
+        f.writelines(safetensors(tensors))
         f.flush()
         os.fsync(f.fileno())
-
-def read_safetensors(path):
-    """-> {name: tensor}, the file's own memory; one of DAMAGE where it is none."""
-    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-    start = 8 + struct.unpack("<Q", content[:8].numpy().tobytes())[0]
-    header = json.loads(content[8:start].numpy().tobytes())
-    del header["__metadata__"]
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        numbers = content[start + begin:start + end].view(DTYPES[entry["dtype"]])
-        tensors[name] = numbers.view(entry["shape"])
-    return tensors
 
 # -------------------------------------------------------------------------------------------------
 # the folder
@@ -245,10 +231,8 @@ def wrong_in(there, files, tensors):
     """-> the names of the files in the folder `there` that are missing or not what was written."""
     wrong = [file for file, content in files.items() if common.read_json(there / file) != content]
     same = False
-    with contextlib.suppress(*DAMAGE):
-        found = read_safetensors(there / "model.safetensors")
-        same = found.keys() == tensors.keys() and all(
-            torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with contextlib.suppress(OSError), open(there / "model.safetensors", "rb") as f:
+        same = all(f.read(len(piece)) == piece for piece in safetensors(tensors)) and not f.read(1)
     return wrong if same else [*wrong, "model.safetensors"]
 
 TEXT = ("The capital of France is Paris, and the capital of Italy is Rome. If 5 apples cost 10 "
