@@ -98,24 +98,24 @@ def turned(weight, heads):
 def tensors_of(model, kind):
     """{name there: (tensor, kind)}. Its activation xIELU is squared ReLU where alpha_p is 1 and the
     rest 0; its norms have weights, here ones; our norm behind the embedding stands in the table."""
-    config, state = model.config, {k: v.detach() for k, v in model.named_parameters()}
+    config = model.config
     ones, ones_of_head = torch.ones(config.n_embd), torch.ones(config.head_dim)
-    table = state["transformer.wte.weight"]
+    table = model.transformer.wte.weight
     table = table * torch.rsqrt(table.square().mean(1, keepdim=True) + EPS)
-    found = {"token_embd": (table, kind), "output": (state["lm_head.weight"], kind),
+    found = {"token_embd": (table, kind), "output": (model.lm_head.weight, kind),
              "output_norm": (ones, "f32")}
-    for layer in range(config.n_layer):
-        own = {name: state[f"transformer.h.{layer}.{name}.weight"] for name in (
-            "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-        matrices = {"attn_q": turned(own["attn.c_q"], config.n_head),
-                    "attn_k": turned(own["attn.c_k"], config.n_kv_head),
-                    "attn_v": own["attn.c_v"], "attn_output": own["attn.c_proj"],
-                    "ffn_up": own["mlp.c_fc"], "ffn_down": own["mlp.c_proj"]}
+    for layer, block in enumerate(model.transformer.h):
+        attn, mlp = block.attn, block.mlp
+        matrices = {"attn_q": turned(attn.c_q.weight, config.n_head),
+                    "attn_k": turned(attn.c_k.weight, config.n_kv_head),
+                    "attn_v": attn.c_v.weight, "attn_output": attn.c_proj.weight,
+                    "ffn_up": mlp.c_fc.weight, "ffn_down": mlp.c_proj.weight}
         norms = {"attn_norm": ones, "ffn_norm": ones, "attn_q_norm": ones_of_head,
                  "attn_k_norm": ones_of_head}
         found |= {f"blk.{layer}.{name}": (matrix, kind) for name, matrix in matrices.items()}
         found |= {f"blk.{layer}.{name}": (norm, "f32") for name, norm in norms.items()}
-    return {f"{name}.weight": tensor for name, tensor in found.items()}
+    return {f"{name}.weight": (tensor.detach(), own_kind)
+            for name, (tensor, own_kind) in found.items()}
 
 def fields_of(model, tokenizer, name):
     """What the file says besides. The softcap is left out: it changes no order of the logits, so at
@@ -162,8 +162,8 @@ def main():
         if not there:
             common.fail(f"{target} is not what this model is exported to", code=1)
     elif not there:
-        ours = not target.exists() or target.suffix == ".gguf"
-        common.check(ours, f"{target} is there and no .gguf: name a new file with --out")
+        common.check(target.suffix == ".gguf" or not target.exists(),
+                     f"{target} is there and no .gguf: name a new file with --out")
         with common.writing(target):
             if target.exists():  # a second name: it keeps its own until the new one is whole
                 common.aside_name(target).hardlink_to(target)
