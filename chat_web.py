@@ -100,11 +100,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.refuse(Refused(message or "no such request", status=code))
 
-    def reply(self, status, body, kind="application/json", **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    def begin(self, status, kind, **headers):
+        """The status and the headers, with which the client knows how it went."""
+        self.begun = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cache-Control", "no-store")
         if self.close_connection:
@@ -112,6 +112,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
+
+    def reply(self, status, body, kind="application/json", **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.begin(status, kind, Content_Length=str(len(body)), **headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 
@@ -126,26 +130,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(refused.status, {"error": refused.error}, **more)
 
     def do_GET(self):
-        routes = {"/": self.get_page, "/v1/models": self.get_models, "/health": self.get_health}
-        routes.update({f"/v1/models/{stage}": self.get_models for stage in pipeline.STAGES})
-        self.answer(routes)
-
-    do_HEAD = do_GET
-
-    def do_POST(self):
-        self.answer({"/v1/chat/completions": self.post_completion})
-
-    def answer(self, routes):
         path = self.path.split("?")[0]
+        gets = {"/": self.get_page, "/v1/models": self.get_models, "/health": self.get_health,
+                **{f"/v1/models/{stage}": self.get_models for stage in pipeline.STAGES}}
+        posts = {"/v1/chat/completions": self.post_completion}
+        routes, others = (posts, gets) if self.command == "POST" else (gets, posts)
         self.closing = self.close_connection  # what the client wants
         self.close_connection = True          # unless the body is read, it is no next request
         self.unread, self.begun = 0, False
         try:
             self.unread = self.length_of_body()
             self.close_connection = self.closing or self.unread > 0
-            known = ("/", "/v1/models", "/health", "/v1/chat/completions")
-            completions.check(path in routes or path not in known, f"{path}: not by this method",
-                              status=405)
+            completions.check(path not in others, f"{path}: not by this method", status=405)
             completions.check(path in routes, f"{path[:200]}: no such address", status=404)
             self.check_client(path)
             routes[path]()
@@ -161,9 +157,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.begun:
                 self.refuse(Refused(f"{type(e).__name__}: a fault of the server", status=500))
 
-    def send_response(self, code, message=None):
-        self.begun = True
-        super().send_response(code, message)
+    do_HEAD = do_POST = do_GET
 
     def length_of_body(self):
         lengths = self.headers.get_all("Content-Length", [])
@@ -229,7 +223,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         job = service.ask(request, max_new_tokens)
         try:
             job.wait(self.client_left)  # until it begins, or cannot
-            (self.stream if request.stream else self.whole)(job)
+            telling = completions.Telling(service.tokenizer, request.stops)
+            (self.stream if request.stream else self.whole)(job, telling)
         finally:
             job.given_up = True
 
@@ -239,27 +234,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def told(self, job, telling):
-        """-> [(kind, text)] at each news, and at last "stop" or "length" """
-        ended = ""
-        while not ended:
+        """-> [(kind, text)] at each news"""
+        while not telling.ended:
             tokens, ended = job.wait(self.client_left)
             if self.client_left():
                 raise ConnectionResetError
-            parts = telling.add(tokens, last=bool(ended))
-            if telling.cut.met:
-                job.given_up, ended = True, "stop"
+            parts = telling.add(tokens, ended)
+            job.given_up = telling.cut.met
             if parts:
                 yield parts
-            if not ended:
+            if not telling.ended:
                 time.sleep(PAUSE)
-        yield ended
 
-    def whole(self, job):
-        telling = completions.Telling(service.tokenizer, job.request.stops)
-        *parts, ended = self.told(job, telling)
-        message = {"role": "assistant", "refusal": None,
-                   **completions.content_of(talk.joined(chain.from_iterable(parts)))}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ended}
+    def whole(self, job, telling):
+        parts = talk.joined(chain.from_iterable(self.told(job, telling)))
+        message = {"role": "assistant", "refusal": None, **completions.content_of(parts)}
+        choice = {"index": 0, "message": message, "logprobs": None,
+                  "finish_reason": telling.ended}
         self.reply(200, {**self.head(job, "chat.completion"), "choices": [choice],
                          "usage": completions.usage_of(len(job.answer.prompt), telling.tokens)})
 
@@ -267,35 +258,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"id": job.name, "object": kind, "created": job.created,
                 "model": job.request.model}
 
-    def stream(self, job):
+    def stream(self, job, telling):
         """Server-sent events. The connection's end is that of the answer, so that no length has to
         be said."""
         self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")
-        self.end_headers()
+        self.begin(200, "text/event-stream; charset=utf-8")
         head = self.head(job, "chat.completion.chunk")
-        telling = completions.Telling(service.tokenizer, job.request.stops)
 
-        def send(delta=None, ended=None, **more):
-            choices = []
-            if delta is not None:
-                choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": ended}]
-            self.event({**head, "choices": choices, **more})
+        def send(delta, ended=None):
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": ended}
+            self.event({**head, "choices": [choice]})
         send({"role": "assistant", "content": ""})
         try:
-            for news in self.told(job, telling):
-                if isinstance(news, str):
-                    send({}, news)
-                else:
-                    send(completions.content_of(news))
+            for parts in self.told(job, telling):
+                send(completions.content_of(parts))
         except Refused as e:  # the status is gone out already
             self.event({"error": e.error})
             return
+        send({}, telling.ended)
         if job.request.usage:
-            send(usage=completions.usage_of(len(job.answer.prompt), telling.tokens))
+            usage = completions.usage_of(len(job.answer.prompt), telling.tokens)
+            self.event({**head, "choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, content):

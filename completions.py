@@ -8,6 +8,7 @@ assistant's message may be sent back with such a list as its content.
 """
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import talk
 import tokenizer as tok
@@ -96,8 +97,7 @@ def read_request(body, temperature, top_k):
 
 def read_messages(messages):
     """A request's messages -> the same as tokenizer.messages_of takes them."""
-    def check_it(condition, message):
-        check(condition, message, param="messages")
+    check_it = partial(check, param="messages")
     check_it(isinstance(messages, list) and messages, "messages has to be a list of messages")
     read = []
     for i, message in enumerate(messages):
@@ -146,14 +146,14 @@ class Cut:
         if places:
             self.met = True
             return text[:min(places)[1]]
-        begun = 0  # how many of the last characters may begin a stop
-        for stop in self.stops:
-            longest = min(len(stop) - 1, len(text))
-            begun = max([begun, *(n for n in range(1, longest + 1) if text.endswith(stop[:n]))])
-        if last or not begun:
+        if last:
             return text
-        self.held = text[-begun:]
-        return text[:-begun]
+        # how many of the last characters may begin a stop
+        begun = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
+                     if text.endswith(stop[:n])), default=0)
+        shown = len(text) - begun
+        self.held = text[shown:]
+        return text[:shown]
 
 class Telling:
     """The tokens of one answer, some at a time, as the parts that a client is told."""
@@ -161,22 +161,24 @@ class Telling:
         self.speech = talk.Speech(tokenizer)
         self.cut = Cut(stops)
         self.tokens = 0  # up to the stop, if one was met
+        self.ended = ""  # "stop" or "length" when nothing is left to say
 
-    def add(self, tokens, last=False):
-        """-> [(kind, text)]; after self.cut.met nothing is left to say"""
+    def add(self, tokens, ended):
+        """ended: "stop" or "length" where no more tokens come, else "" -> [(kind, text)]"""
         told = []
         for token in tokens:
             self.tokens += 1
             told += self.hear(*self.speech.add(token))
             if self.cut.met:
-                return talk.joined(told)
-        if last:
+                break
+        if ended and not self.cut.met:
             told += self.hear(*self.speech.end())
             told.append(("text", self.cut.add("", last=True)))
+        self.ended = "stop" if self.cut.met else ended
         return talk.joined(told)
 
     def hear(self, kind, text):
-        if kind == "text" and text:
+        if kind == "text":
             return [(kind, self.cut.add(text))]
         # a stop does not reach across a call
         return [("text", self.cut.add("", last=True)), (kind, text)] if text else []
@@ -187,5 +189,5 @@ def content_of(parts):
             "parts": [{"type": kind, "text": text} for kind, text in parts]}
 
 def usage_of(read, made):
-    """How many tokens of a prompt were read, and how many were made."""
+    """Tokens of the prompt, and of the answer."""
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}

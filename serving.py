@@ -14,6 +14,7 @@ import common
 import engine
 import execution
 import models
+import pipeline
 import talk
 from completions import Refused, check
 
@@ -68,9 +69,9 @@ class Service:
         self.tokenizer, self.context = first.tokenizer, first.decoder.model.config.sequence_len
 
     def stages(self):
-        """The stages that can be asked, as models.Model; one that is finished meanwhile is there.
-        """
-        return talk.stages(self.data, self.tag)
+        """The finished models of the run, base first, those finished meanwhile too."""
+        return [model for stage in pipeline.STAGES for model in models.trained(self.data, stage)
+                if model.tag == self.tag and model.finished]
 
     def ask(self, request, most):
         """A completions.Request; most: tokens where it does not say how many -> its Job, which
@@ -79,7 +80,7 @@ class Service:
         check(request.model in stages, f"there is no model {request.model[:100]!r}, but "
               f"{', '.join(stages)}", status=404, param="model", code="model_not_found")
         try:
-            prompt = talk.prompt_of(self.tokenizer, request.model, request.messages)
+            prompt = self.prompt_of(request)
         except ValueError as e:
             raise Refused(str(e), param="messages") from None
         room = self.context - len(prompt)
@@ -98,6 +99,13 @@ class Service:
             self.waiting.append(job)
             self.changed.notify()
         return job
+
+    def prompt_of(self, request):
+        """-> token ids. ValueError where its messages do not take turns."""
+        if request.model != "base":
+            return self.tokenizer.render_for_completion({"messages": request.messages})
+        # it knows no turns: it goes on with what was said last
+        return [self.tokenizer.bos, *self.tokenizer.encode(request.messages[-1]["content"])]
 
     def free(self, stage):
         """How many more answers of a stage's model may grow."""

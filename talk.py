@@ -7,6 +7,7 @@ import contextlib
 import shlex
 import sys
 import time
+from itertools import groupby
 
 import common
 import models
@@ -21,6 +22,7 @@ def choose(data, source, tag):
     """What a person has asked for, "" where nothing -> (stage, data, tag) of a finished model, the
     furthest stage, of the data set trained last; and its (folder, step). Failure (code 2) where
     there is none; says what is not finished."""
+    place = pipeline.STAGES.index
     sets = [data] if data else status.data_sets()
     found = sorted(model for name in sets for model in models.trained(name))
     asked_for = [m for m in found if source in ("", m.stage) and tag in ("", m.tag)]
@@ -31,30 +33,21 @@ def choose(data, source, tag):
                     next_command=shlex.join(["bash", "speedrun.sh", f"--data={data or 'toy'}"]))
     last = (asked_for or found)[-1]  # where none is usable find_model says what to do for one
     if usable:
-        newest = usable[-1].data
-        last = max((m for m in usable if m.data == newest), key=furthest)
-        source, data, tag = last.stage, last.data, last.tag
+        of_newest = [m for m in usable if m.data == usable[-1].data]
+        last = max(of_newest, key=lambda m: (place(m.stage), m.saved))
     source, data, tag = source or last.stage, data or last.data, tag or last.tag
     folder_and_step = find(source, data, tag)
     for m in found:
-        later = pipeline.STAGES.index(m.stage) > pipeline.STAGES.index(source)
+        later = place(m.stage) > place(source)
         if later and (m.data, m.tag) == (data, tag) and not m.finished:
             say(f"({m.stage} {tag} is not finished: python status.py says why; this is the stage "
                 "before it)")
     return source, data, tag, folder_and_step
 
-def furthest(model):
-    return pipeline.STAGES.index(model.stage), model.saved
-
 def find(source, data, tag):
     """models.find_model, which says what it passes over: that is no answer to anybody"""
     with contextlib.redirect_stdout(sys.stderr):
         return models.find_model(source, data, tag)
-
-def stages(data, tag):
-    """The finished models of a run, base first."""
-    found = [m for m in models.trained(data) if m.tag == tag and m.finished]
-    return sorted(found, key=furthest)
 
 def description(source, data, tag, step):
     """example: "sft model d4 of toy, step 130, trained from mid, 3m12s old" """
@@ -67,17 +60,6 @@ def description(source, data, tag, step):
         if status.replaced(parent, begun_with, data, tag):
             words += ", which was trained again since"
     return f"{words}, {common.duration(max(0, time.time() - models.saved_at(folder)))} old"
-
-def prompt_of(tokenizer, source, messages):
-    """messages as tokenizer.messages_of takes them, the user's last -> the token ids that the model
-    goes on from. The base model knows no turns: it goes on with what was said last. ValueError
-    where a conversation has no such form."""
-    if source != "base":
-        return tokenizer.render_for_completion({"messages": messages})
-    content = messages[-1]["content"]
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    return [tokenizer.bos, *tokenizer.encode(content)]
 
 def room_for_answer(context, most):
     """How many tokens of the context a prompt has to leave, where an answer may have `most`."""
@@ -98,23 +80,19 @@ class Speech:
 
     def add(self, token):
         """-> (kind, text) that the next token completes; the text may be empty"""
-        kind = self.kind
-        if token in self.turns:
-            self.kind = self.turns[token]
-            return kind, self.decoder.decode(b"", True)
-        return kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        if token not in self.turns:
+            return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        ended = self.end()
+        self.kind = self.turns[token]
+        return ended
 
     def end(self):
-        """-> (kind, text) of what never came to its end"""
+        """-> (kind, text) of a character that never came to its end"""
         return self.kind, self.decoder.decode(b"", True)
 
 def joined(parts):
     """[(kind, text)] -> the same with neighbours of one kind together, empty ones left out.
     example: [("text", "a"), ("text", "b"), ("python", "")] -> [("text", "ab")]"""
-    whole = []
-    for kind, text in parts:
-        if text and whole and whole[-1][0] == kind:
-            whole[-1] = kind, whole[-1][1] + text
-        elif text:
-            whole.append((kind, text))
-    return whole
+    said = [part for part in parts if part[1]]
+    return [(kind, "".join(text for _, text in group))
+            for kind, group in groupby(said, key=lambda part: part[0])]
