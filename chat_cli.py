@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import time
+from itertools import chain
 from types import SimpleNamespace
 
 import common
@@ -77,43 +78,50 @@ load(source, *found)
 # -------------------------------------------------------------------------------------------------
 # answers. A turn: what was said, and the token ids of the answer, None while there is none.
 
+turns, system, number = [], "", 0  # number: of the next answer, for its draws
 MARKS = {now.tokenizer.special("<|python_start|>"): "[",
          now.tokenizer.special("<|python_end|>"): "]",
          now.tokenizer.special("<|output_start|>"): "[= ",
          now.tokenizer.special("<|output_end|>"): "]"}
 
-def ids_of(turn, system):
+def ids_of(turn):
     """The token ids of a turn. The base model knows none: it goes on with the text."""
     if now.source == "base":
         return now.tokenizer.encode(turn.said)
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system and turn is turns[0] else []
     messages.append({"role": "user", "content": turn.said})
     ids = now.tokenizer.render_for_completion({"messages": messages})[1:]
     if turn.answer is not None:
         ids += [*turn.answer, now.tokenizer.special("<|assistant_end|>")]
     return ids
 
-def prompt_of(turns, system=""):
-    """The token ids of all turns. The oldest leave the list where the context would overflow; of a
+def ids_of_all():
+    return [now.tokenizer.bos, *chain.from_iterable(map(ids_of, turns))]
+
+def prompt_ids():
+    """The token ids of all turns. The oldest are forgotten where the context would overflow; of a
     single one only the end is read."""
     longest = now.context - talk.room_for_answer(now.context, max_new_tokens)
-    of_turns = [ids_of(turn, "" if i else system) for i, turn in enumerate(turns)]
-    while len(turns) > 1 and 1 + sum(map(len, of_turns)) > longest:
+    ids = ids_of_all()
+    while len(turns) > 1 and len(ids) > longest:
         talk.say("(the conversation is longer than the model's context: its oldest turn is "
                  "forgotten)")
         del turns[0]
-        of_turns = [ids_of(turns[0], system), *of_turns[2:]]
-    ids = [token for ids_of_turn in of_turns for token in ids_of_turn]
-    too_many = max(0, 1 + len(ids) - longest)
+        ids = ids_of_all()
+    too_many = max(0, len(ids) - longest)
     if too_many:
         talk.say(f"(longer than the model's context: the first {too_many:,} tokens are not read)")
-    return [now.tokenizer.bos, *ids[too_many:]]
+    return [now.tokenizer.bos, *ids[1 + too_many:]]
 
 def keep_going():
     return not now.interrupted and not common.reader_is_gone()
 
-def answer(ids, number):
-    """Streams the answer to the prompt `ids` to the terminal. -> its token ids"""
+def answer():
+    """Streams the answer to the last turn to the terminal."""
+    global number
+    if now.source == "base":
+        del turns[:-1]
+    ids = prompt_ids()
     speech = talk.Speech(now.tokenizer)
 
     def show(token):
@@ -130,10 +138,12 @@ def answer(ids, number):
     if len(tokens) == most:
         why = "raise --max_new_tokens" if most == max_new_tokens else "the context is full: /new"
         talk.say(f"(cut off after {most} tokens: {why})")
-    return tokens
+    turns[-1].answer = tokens
+    number += 1
 
 if prompt:
-    answer(prompt_of([SimpleNamespace(said=prompt, answer=None)]), 0)
+    turns.append(SimpleNamespace(said=prompt, answer=None))
+    answer()
     raise SystemExit(130 if now.interrupted else 0)
 
 # -------------------------------------------------------------------------------------------------
@@ -150,9 +160,8 @@ HELP = """/new, /clear      begin a new conversation
 /help             this
 /quit             leave (or Ctrl-D)"""
 SHORT_HELP = "(/help: what else can be said, /quit: leave)"
-turns, system, number = [], "", 0
 
-def messages_of(turns):
+def conversation():
     """The conversation as a line of a file of conversations holds it."""
     messages = [{"role": "system", "content": system}] if system else []
     for turn in turns:
@@ -163,24 +172,18 @@ def messages_of(turns):
                       "content": [{"type": kind, "text": text} for kind, text in parts]}]
     return {"messages": messages}
 
-def go_on():
-    """The answer to the last turn."""
-    global number
-    if now.source == "base":
-        del turns[:-1]
-    turns[-1].answer = answer(prompt_of(turns, system), number)
-    number += 1
-
 def command(word, rest):
     """What begins with a slash. Failure where it cannot be done."""
     global temperature, top_k, system
-    if word in ("/new", "/clear"):
+    if word in ("/regen", "/stats"):
+        common.check(turns, f"{word}: nothing was said yet")
+    if word in ("/new", "/clear", "/system"):
+        system = rest if word == "/system" else system
         turns.clear()
         print("(a new conversation)")
     elif word == "/regen":
-        common.check(turns, "/regen: nothing was said yet")
         turns[-1].answer = None
-        go_on()
+        answer()
     elif word == "/source":
         common.check(rest in pipeline.STAGES, f"/source takes {', '.join(pipeline.STAGES)}")
         load(rest, *talk.find(rest, data, tag))
@@ -188,10 +191,6 @@ def command(word, rest):
         temperature = configurator.convert("temperature", rest, temperature)
     elif word == "/topk":
         top_k = configurator.convert("top_k", rest, top_k)
-    elif word == "/system":
-        system = rest
-        turns.clear()
-        print("(a new conversation)")
     elif word == "/save":
         common.check(rest, "/save needs the name of a file")
         path = os.path.expanduser(rest)
@@ -199,16 +198,14 @@ def command(word, rest):
         common.check(turns, "/save: nothing was said yet")
         try:
             with open(path, "x", encoding="utf-8") as f:
-                f.write(json.dumps(messages_of(turns), ensure_ascii=False) + "\n")
+                f.write(json.dumps(conversation(), ensure_ascii=False) + "\n")
         except OSError as e:
             common.fail(f"{rest} cannot be written: {e}")
         print(f"(saved in {rest})")
     elif word == "/stats":
-        common.check(turns, "/stats: nothing was said yet")
         made = len(turns[-1].answer)
-        used = 1 + sum(len(ids_of(turn, "" if i else system)) for i, turn in enumerate(turns))
         talk.say(f"({made} tokens in {now.seconds:.2f} s, {made / now.seconds:,.0f} tokens/s; the "
-                 f"conversation is {used:,} of {now.context:,} tokens)")
+                 f"conversation is {len(ids_of_all()):,} of {now.context:,} tokens)")
     elif word == "/help":
         talk.say(HELP)
     else:
@@ -228,19 +225,20 @@ if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb")
         atexit.register(keep_history)
         readline.read_history_file(history)
 talk.say(SHORT_HELP)
-said = ""
-while said != "/quit" and not common.reader_is_gone():
+while not common.reader_is_gone():
     try:
         said = input("\n> ").strip()
     except EOFError:
         print()
         break
+    if said == "/quit":
+        break
     word, _, rest = said.partition(" ")
-    if said.startswith("/") and word[1:].isalpha() and said != "/quit":
+    if said.startswith("/") and word[1:].isalpha():
         try:
             command(word, rest.strip())
         except common.Failure as e:
             talk.say(f"({e})")
-    elif said not in ("", "/quit"):
+    elif said:
         turns.append(SimpleNamespace(said=said, answer=None))
-        go_on()
+        answer()
