@@ -8,7 +8,6 @@ import secrets
 import threading
 import time
 import traceback
-from collections import deque
 
 import common
 import engine
@@ -32,25 +31,23 @@ class Job:
         """Waits for news -> (tokens that have come, "stop" or "length" if that was all, else "").
         Refused where it cannot be answered. client_left() -> whether nobody is there any more:
         a ConnectionResetError."""
-        tokens, ended = [], ""
-        while not ended:
+        tokens = []
+        while True:
             try:
                 item = self.news.get(timeout=0 if tokens else 0.5)
             except queue.Empty:
                 if tokens:
-                    break
+                    return tokens, ""
                 if client_left():
                     raise ConnectionResetError from None
                 continue
             if isinstance(item, Refused):
                 raise item
             if item is None:
-                break
+                return tokens, ""
             if isinstance(item, str):
-                ended = item
-            else:
-                tokens.append(item)
-        return tokens, ended
+                return tokens, item
+            tokens.append(item)
 
 class Service:
     def __init__(self, data, tag, source, found, compute, weights, rows, max_waiting):
@@ -61,7 +58,7 @@ class Service:
         self.rows, self.max_waiting = rows, max_waiting
         self.batches = {}       # stage -> its engine.Batch
         self.jobs = {}          # engine.Answer that grows -> its Job
-        self.waiting = deque()  # jobs
+        self.waiting = []       # jobs
         self.taken = []         # those that begin with the next step
         self.changed = threading.Condition()  # guards waiting and ending
         self.ending = False
@@ -124,8 +121,7 @@ class Service:
         """Answers, for ever."""
         while True:
             with self.changed:
-                while not self.waiting and not self.jobs:
-                    self.changed.wait()
+                self.changed.wait_for(lambda: self.waiting or self.jobs)
                 self.taken = self.take()
             for stage in {*self.batches, *(job.request.model for job in self.taken)}:
                 new = [job for job in self.taken if job.request.model == stage]
@@ -158,16 +154,12 @@ class Service:
     def take(self):
         """-> the jobs that have waited longest, as far as there is a place for each; a few at a
         time, since all others wait until their prompts have been read"""
-        taken, others, room = [], deque(), {}
-        for job in self.waiting:
-            stage = job.request.model
-            room.setdefault(stage, min(self.free(stage), 4))
-            if room[stage] > 0 and not job.given_up:
-                taken.append(job)
-                room[stage] -= 1
-            elif not job.given_up:
-                others.append(job)
-        self.waiting = others
+        waiting = [job for job in self.waiting if not job.given_up]
+        taken = []
+        for stage in {job.request.model for job in waiting}:
+            of_stage = [job for job in waiting if job.request.model == stage]
+            taken += of_stage[:min(self.free(stage), 4)]
+        self.waiting = [job for job in waiting if job not in taken]
         return taken
 
     def step(self, stage, new):
