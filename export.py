@@ -262,13 +262,17 @@ def plain_model(source, data, tag):
                  "know the plain model; train one with --arch=nanochat_2025 to export it")
     return folder, step, tokenizer
 
+def target_of(out, data, name):
+    """The path to write: `out` where that is given, else export/<name> in the state folder."""
+    if not out:
+        return pipeline.data_root(data) / "export" / name
+    with pipeline.naming(f"--out={out}"):
+        return Path(out).expanduser().resolve()
+
 def main():
     folder, step, tokenizer = plain_model(source, data, tag)
     name = f"{source}_{folder.name}"
-    target = pipeline.data_root(data) / "export" / name
-    if out:
-        with pipeline.naming(f"--out={out}"):
-            target = Path(out).expanduser().resolve()
+    target = target_of(out, data, name)
     there = os.path.lexists(target)
     if check:
         common.check(there, f"there is no {target}: export it first, without --check")

@@ -11,12 +11,10 @@ Needs the plain model of November 2025 (--arch=nanochat_2025) and a tokenizer of
 export/<stage>_<tag>-q8_0.gguf in the state folder.
 """
 import struct
-from pathlib import Path
 
 import common
 import configurator
 import models
-import pipeline
 import tokenizer as tok
 
 data = "fineweb_edu"         # the data set of the model
@@ -30,7 +28,7 @@ settings = configurator.configure(globals()) if __name__ == "__main__" else None
 import numpy as np
 import torch  # only here: it takes seconds, and --help needs none of it
 
-from export import CHAT_TEMPLATE, plain_model, vocabulary
+from export import CHAT_TEMPLATE, plain_model, target_of, vocabulary
 
 # -------------------------------------------------------------------------------------------------
 # the format: github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3
@@ -150,10 +148,7 @@ def main():
                  "digits in a token: train one with tok_train.py --digits=1 (speedrun.sh ... -- "
                  "--tok.digits=1), and a model on it")
     name = f"{source}_{folder.name}"
-    target = pipeline.data_root(data) / "export" / f"{name}-{quant}.gguf"
-    if out:
-        with pipeline.naming(f"--out={out}"):
-            target = Path(out).expanduser().resolve()
+    target = target_of(out, data, f"{name}-{quant}.gguf")
     model, _ = models.load_model(folder, step, "cpu", torch.float32)
     made = gguf(fields_of(model, tokenizer, name), tensors_of(model, quant))
     there = target.is_file() and target.read_bytes() == made
