@@ -117,34 +117,26 @@ def bits_per_byte(stores):
 def write_samples():
     """Greedy continuations of PROMPTS, and four texts out of nothing, drawn.
     -> [{"prompt", "text"}], None if stopped"""
-    asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    said = engine.generate(model, tokenizer, asked, 24, keep_going=run.going)
+    samples = training.continuations(run, model, tokenizer, PROMPTS, 24)
     uniforms = np.stack([common.rng(seed, i).random(64) for i in range(4)])
-    said += engine.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms,
+    drawn = engine.generate(model, tokenizer, [[tokenizer.bos]] * 4, 64, 1.0, uniforms=uniforms,
                             keep_going=run.going)
-    texts = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
-             for prompt, (tokens, _) in zip([*PROMPTS, "", "", "", ""], said)]
-    return texts if run.going() else None
+    samples += [{"prompt": "", "text": tokenizer.decode(tokens)} for tokens, _ in drawn]
+    return samples if run.going() else None
 
-for split, stores in splits.items():
-    piece = f"{split} bpb"
-    if piece not in measured.pieces:
-        measured.keep(piece, bits_per_byte(stores))
-    common.print0(f"{split}: {measured.pieces[piece]:.4f} bits per byte")
 def write_answers():
     """What the model, which knows no turns yet, goes on with behind each of the ten prompts."""
-    prompts = evaluation.prompts(data)
-    asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    said = engine.generate(model, tokenizer, asked, 48, keep_going=run.going)
-    answers = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
-               for prompt, (tokens, _) in zip(prompts, said)]
+    answers = training.continuations(run, model, tokenizer, evaluation.prompts(data), 48)
     return answers if run.going() else None
 
-if show_samples and "samples" not in measured.pieces:
-    measured.keep("samples", run.ranks.on_rank0(write_samples))
-if show_samples and "answers" not in measured.pieces:
-    measured.keep("answers", run.ranks.on_rank0(write_answers))
-samples = measured.pieces.get("samples", [])
+bpb = {}
+for split, stores in splits.items():
+    bpb[split] = measured.piece(f"{split} bpb", bits_per_byte, stores)
+    common.print0(f"{split}: {bpb[split]:.4f} bits per byte")
+samples = answers = []
+if show_samples:
+    samples = measured.piece("samples", run.ranks.on_rank0, write_samples)
+    answers = measured.piece("answers", run.ranks.on_rank0, write_answers)
 for sample in samples:
     common.print0(f"  {sample['prompt']} | {sample['text']}".replace("\n", "\\n"))
 
@@ -154,12 +146,11 @@ for sample in samples:
 budget = 1e9 * memory_gb or core_eval.usual_budget(compute.device)
 results = {}
 for task in core_tasks:
-    def answers(numbers, task=task):
-        return core_eval.evaluate(model, tokenizer, task, numbers, max_prompt, budget,
-                                  run.going)
+    def right(numbers, task=task):
+        return core_eval.evaluate(model, tokenizer, task, numbers, max_prompt, budget, run.going)
     label, n = task["label"], len(task["items"])
     asked = range(n if core_items == -1 else min(core_items, n))
-    results[label] = core_eval.summary(task, measured.outcomes(label, asked, answers))
+    results[label] = core_eval.summary(task, measured.outcomes(label, asked, right))
     evaluation.print_score(label, results[label])
 
 core, reason = core_eval.core_of(results, missing)
@@ -170,5 +161,5 @@ if results:
                   else f"mean of what was measured: {mean:.4f} (not {name}: {reason})")
 measured.exit_done(
     data=data, tag=folder.name, step=step, core=core, reason=reason, mean_centred=mean,
-    train_bpb=measured.pieces.get("train bpb"), val_bpb=measured.pieces.get("val bpb"),
-    missing=missing, tasks=results, samples=samples, answers=measured.pieces.get("answers", []))
+    train_bpb=bpb.get("train"), val_bpb=bpb.get("val"),
+    missing=missing, tasks=results, samples=samples, answers=answers)

@@ -110,26 +110,28 @@ def categorical(items, prompts):
             outcomes.append(best == item["messages"][-1]["content"])
     return outcomes
 
+def answer(prompts, most):
+    """The greedy answers to prompts, of so many tokens at most: texts, None if stopped."""
+    said = engine.generate(model, tokenizer, prompts, most, max_rows=rows, packed=packed,
+                           calculate=execution.calculate, keep_going=run.going)
+    return [tokenizer.decode(tokens) for tokens, _ in said] if run.going() else None
+
 def generative(items, prompts):
     """What is right of the greedy answers."""
-    answers = engine.generate(model, tokenizer, prompts, max_new_tokens, max_rows=rows,
-                              calculate=execution.calculate, keep_going=run.going, packed=packed)
-    if not run.going():
+    texts = answer(prompts, max_new_tokens)
+    if texts is None:
         return None
-    texts = [tokenizer.decode(tokens) for tokens, _ in answers]
     with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's are processes of their own
         return list(pool.map(task_list.correct, items, texts, repeat(unsafe_exec)))
 
 def write_answers():
     """The greedy answers to the ten prompts of the report. -> [{"prompt", "text"}], None if
     stopped"""
-    asked = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
-             for prompt in evaluation.prompts(data)]
-    said = engine.generate(model, tokenizer, asked, min(96, max_new_tokens), max_rows=rows,
-                           calculate=execution.calculate, keep_going=run.going, packed=packed)
-    answers = [{"prompt": prompt, "text": tokenizer.decode(tokens)}
-               for prompt, (tokens, _) in zip(evaluation.prompts(data), said)]
-    return answers if run.going() else None
+    prompts = evaluation.prompts(data)
+    turns = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    texts = answer([tokenizer.render_for_completion(turn) for turn in turns],
+                   min(96, max_new_tokens))
+    return texts and [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 
 def outcomes_of(items):
     length = model.config.sequence_len
@@ -146,8 +148,7 @@ for name in tasks:
     title = evaluation.name_of(name, data, results[name])
     evaluation.print_score(evaluation.called(title, data), results[name])
 
-if "answers" not in measured.pieces:
-    measured.keep("answers", run.ranks.on_rank0(write_answers))
+answers = measured.piece("answers", run.ranks.on_rank0, write_answers)
 missing = [name for name in evaluation.CHATCORE if name not in results]
 chatcore = None
 if missing:
@@ -157,4 +158,4 @@ else:
     part = " in part" if evaluation.in_part(data, results) else ""
     common.print0(f"{evaluation.called('ChatCORE', data)}{part} {chatcore:.4f}")
 measured.exit_done(source=source, data=data, tag=folder.name, step=step, results=results,
-                   chatcore=chatcore, missing=missing, answers=measured.pieces["answers"])
+                   chatcore=chatcore, missing=missing, answers=answers)

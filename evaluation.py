@@ -51,6 +51,12 @@ class Evaluation:
     pieces: dict      # {piece: value} that are measured
     began: float      # on time.monotonic(), as if it had never been interrupted
 
+    def piece(self, name, measure, *args):
+        """The value of a piece: measured and kept already, or measure(*args) now. Collective."""
+        if name not in self.pieces:
+            self.keep(name, measure(*args))
+        return self.pieces[name]
+
     def keep(self, piece, value):
         """Keeps a piece that is measured; collective. None is the answer of one that was asked to
         stop: it ends the process with 75."""
@@ -71,23 +77,19 @@ class Evaluation:
         turns, and each is a piece. -> the outcomes of all items. measure gives None where it was
         asked to stop. Collective.
         """
-        pieces = {start: f"{task} {start} to {start + BLOCK}"
-                  for start in range(0, len(items), BLOCK)}
-        todo = [start for start, piece in pieces.items() if piece not in self.pieces]
+        parts = {f"{task} {start} to {start + BLOCK}": items[start:start + BLOCK]
+                 for start in range(0, len(items), BLOCK)}
+        todo = [piece for piece in parts if piece not in self.pieces]
         ranks = self.run.ranks
-        left = sum(len(items[start:start + BLOCK]) for start in todo)
-        show = common.progress(f"items of {task}", left)
+        show = common.progress(f"items of {task}", sum(len(parts[piece]) for piece in todo))
         for turn in range(0, len(todo), ranks.world):
             due = todo[turn:turn + ranks.world]
-            mine = None
-            if ranks.rank < len(due):
-                start = due[ranks.rank]
-                mine = measure(items[start:start + BLOCK])
-            for start, value in zip(due, ranks.gather(mine)):
-                self.keep(pieces[start], value)
+            mine = measure(parts[due[ranks.rank]]) if ranks.rank < len(due) else None
+            for piece, value in zip(due, ranks.gather(mine)):
+                self.keep(piece, value)
             if turn + len(due) < len(todo):
                 show(BLOCK * (turn + len(due)))
-        return [outcome for piece in pieces.values() for outcome in self.pieces[piece]]
+        return [outcome for piece in parts for outcome in self.pieces[piece]]
 
     def exit_done(self, **result):
         """Writes the result file, which makes the pieces superfluous; ends the process with 0."""
@@ -131,11 +133,10 @@ def open_or_exit(run, path, inputs, settings, needed=()):
         run.leave(0, "done already")
     run.ranks.on_rank0(hold, run, partial)
     unfinished = run.ranks.on_rank0(attempts, partial)
-    mine = [(found, lines) for found, lines in unfinished if fits(lines[0])]
-    found, lines = mine[0] if mine else (partial, [{}])
+    found, lines = next((one for one in unfinished if fits(one[1][0])), (None, [{}]))
     begun, kept = lines[0], [line for line in lines if "piece" in line]
     others = [before for before in (result, *[lines[0] for _, lines in unfinished]) if before]
-    if others and not mine and not fits(result):
+    if others and not found and not fits(result):
         common.print0("measuring anew, since what was measured is of other settings or inputs: "
                       + what_changed(others[0].get("inputs", {}), inputs))
     compute = choose_compute(run.ranks, settings, begun.get("chosen"))
@@ -143,10 +144,10 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     if run.ranks.rank == 0:  # without a line torn by a death
         text = "".join(json.dumps(line) + "\n" for line in [start, *kept])
         with common.writing(partial):
-            if found != partial or not mine:
+            if found != partial:
                 put_aside(partial)
             common.atomic_write(partial, text)
-            if found != partial:
+            if found and found != partial:
                 found.unlink()
         run.partial = partial
     if kept:

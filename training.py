@@ -298,11 +298,15 @@ def log_measured(run, step, val_bpb):
                       f"{best:.4f} bits per byte and is {val_bpb:.4f} now (overfitting): more "
                       "text, fewer steps or a smaller model would help")
 
-def print_samples(run, model, tokenizer, prompts):
-    """Greedy continuations of a few prompts, of 48 tokens, on rank 0."""
-    if run.ranks.rank != 0:
-        return
+def continuations(run, model, tokenizer, prompts, tokens):
+    """How a model goes on with texts, greedily, for so many tokens. -> [{"prompt", "text"}], cut
+    short where the run is asked to stop"""
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    said = engine.generate(model, tokenizer, asked, 48, keep_going=run.going)
-    for prompt, (tokens, _) in zip(prompts, said):
-        common.print0(f"  sample: {prompt + tokenizer.decode(tokens)!r}"[:300])
+    said = engine.generate(model, tokenizer, asked, tokens, keep_going=run.going)
+    return [{"prompt": prompt, "text": tokenizer.decode(ids)}
+            for prompt, (ids, _) in zip(prompts, said)]
+
+def print_samples(run, model, tokenizer, prompts):
+    if run.ranks.rank == 0:
+        for sample in continuations(run, model, tokenizer, prompts, 48):
+            common.print0(f"  sample: {sample['prompt'] + sample['text']!r}"[:300])
