@@ -26,7 +26,6 @@ import configurator
 import data as dataset
 import execution
 import models
-import pipeline
 import tasks
 
 data = "fineweb_edu"         # the data set the finetuned model comes from
@@ -72,12 +71,8 @@ test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]
 
 run.ranks.join()
-if not tag:
-    tag = run.ranks.on_rank0(models.choose_tag, "rl", data, run.command)
-    run.command += models.tag_argument(tag)  # so that it goes on with this one
-parent, parent_step = run.ranks.on_rank0(models.find_parent, "sft", data, tag, try_out)
+parent, parent_step, directory = models.where_to_go_on(run, "rl", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
-directory = pipeline.state_path("rl", data, parent.name, try_out)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
 run.open_or_exit(directory, settings,
                  {"tokenizer": tokenizer.fingerprint, "tasks": "-".join(files),
@@ -96,7 +91,7 @@ from compute import choose_compute, peak_flops
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
 run.update_record(chosen=compute.recorded())
-model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
+model = models.load_model(parent, parent_step, compute.device, compute.dtype)
 if num_steps == -1:
     num_steps = max(1, len(train_items) // problems_per_step)
 optimizer = optim.make_optimizer(model, settings, lr_fraction, 0.0, compute.dtype)

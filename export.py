@@ -281,7 +281,7 @@ def main():
         common.check(ours or not there, f"{target} is there and holds no export: name a new folder "
                      "with --out")
 
-    model, _ = models.load_model(folder, step, "cpu", torch.float32)
+    model = models.load_model(folder, step, "cpu", torch.float32)
     files = files_of(model, tokenizer)
     readme = card(folder, step, name, sum(p.numel() for p in model.parameters()))
     tensors = {name_there(name): p.detach().to(getattr(torch, precision))

@@ -149,7 +149,7 @@ def main():
                  "--tok.digits=1), and a model on it")
     name = f"{source}_{folder.name}"
     target = target_of(out, data, f"{name}-{quant}.gguf")
-    model, _ = models.load_model(folder, step, "cpu", torch.float32)
+    model = models.load_model(folder, step, "cpu", torch.float32)
     made = gguf(fields_of(model, tokenizer, name), tensors_of(model, quant))
     there = target.is_file() and target.read_bytes() == made
     if check:

@@ -293,7 +293,7 @@ def learned(computing, folder, tag, path):
     chosen = choose(computing)
     directory, step = models.find_model("base", folder, tag)
     tokenizer = models.load_tokenizer_of(directory, step, folder)
-    model, _ = models.load_model(directory, step, chosen.device, chosen.dtype)
+    model = models.load_model(directory, step, chosen.device, chosen.dtype)
     documents = list(islice(texts.read_documents(Path(path)), DOCUMENTS))
     prompts = ["Once upon a time", "The most important", "She said that"]
     asked = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]

@@ -22,10 +22,8 @@ run = Run.start("mid_train")  # a signal counts from here on; importing torch ta
 import checkpoint
 import common
 import configurator
-import conversations
 import data as dataset
 import models
-import pipeline
 import records
 import tasks
 
@@ -69,11 +67,7 @@ files = tasks.fingerprint(learned, "train", data)
 val_files = tasks.fingerprint(held_out, "test", data)
 
 run.ranks.join()
-if not tag:
-    tag = run.ranks.on_rank0(models.choose_tag, "mid", data, run.command)
-    run.command += models.tag_argument(tag)  # so that it goes on with this one
-parent, parent_step = run.ranks.on_rank0(models.find_parent, "base", data, tag, try_out)
-directory = pipeline.state_path("mid", data, parent.name, try_out)
+parent, parent_step, directory = models.where_to_go_on(run, "mid", data, tag, try_out)
 run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 meta = checkpoint.load_meta(parent, parent_step)
@@ -112,27 +106,16 @@ from compute import choose_compute, peak_flops, to_device
 
 ranks = run.ranks
 compute = choose_compute(ranks, settings, run.record.get("chosen"))
-model, _ = models.load_model(parent, parent_step, compute.device, compute.dtype)
+model = models.load_model(parent, parent_step, compute.device, compute.dtype)
 
 plan = dataset.make_plan([store._replace(mask=None)], length + 1, tokenizer.bos, split=False)
-why = "as in pretraining" if total_batch_size == -1 else training.GIVEN
 num_steps = max(1, dataset.n_rows(plan) // rows)
 if max_steps != -1:
     num_steps = min(num_steps, max_steps)
 scale = lr_fraction * training.batch_lr_scale(batch_tokens)
 optimizer = optim.make_optimizer(model, settings, scale, 0.0, compute.dtype)
 micro_rows = training.rows_at_once(run, model, optimizer, compute, rows)
-said = [conversations.in_words(dataset.counts_of(s), length) for s in (store, val_store)]
-common.print0(
-    f"mid {directory.name}: {said[0]}\n"
-    f"  held out: {said[1]}\n"
-    f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
-    f"({batch_tokens:,} tokens)\n"
-    f"  batch: {training.batch_in_words(why, rows, length, micro_rows, ranks.world)}\n"
-    f"  devices: {ranks.world} x {compute}")
-if dataset.n_rows(plan) < rows:
-    common.print0(f"  all rows together are less than one batch of {batch_tokens:,} tokens: some "
-                  "are trained on more than once; a smaller --total_batch_size makes more steps")
+training.print_lessons(run, "mid", store, val_store, plan, num_steps, rows, micro_rows, compute)
 
 # -------------------------------------------------------------------------------------------------
 # the loop: save when due, measure when due, then train one step

@@ -62,9 +62,9 @@ def command_for(stage, data, tag):
     parent = phase.parent
     if parent in pipeline.STAGES and not is_finished(pipeline.state_path(parent, data, tag)):
         return command_for(parent, data, tag)
-    record = load_record(pipeline.state_path(stage, data, tag))
-    if record and (record.get("next") or record.get("command")):
-        return record.get("next") or record["command"]
+    record = load_record(pipeline.state_path(stage, data, tag)) or {}
+    if known := record.get("next") or record.get("command"):
+        return known
     words = pipeline.command_of(stage, data)
     if stage == "base" and tag[:1] == "d" and tag[1:].isdigit():
         words.append(f"--depth={tag[1:]}")  # from which base_train.py makes its tag
@@ -94,22 +94,24 @@ def find_model(stage, data, tag=""):
                         next_command=copy_first(adopt))
         common.fail(f"{made}; to use it, adopt it first", next_command=adopt)
     step = finished_step(folder)
-    why = step is not None and checkpoint.problem(folder, step, optimizer=False)
-    if step is not None and why is None:
-        return folder, step
+    damage = None
+    if step is not None:
+        damage = checkpoint.problem(folder, step, optimizer=False)
+        if damage is None:
+            return folder, step
     reasons = []
     half_way = checkpoint.newest(folder, optimizer=False, say=reasons.append)
     common.check(half_way is not None, f"{folder} holds no whole checkpoint "
                  f"({'; '.join(reasons) or 'no manifest'}): put the damaged or missing file back, "
                  f"or train it anew ({over} puts the old one aside)",
                  f"{command} {over}" if over.startswith("--start") else None)
-    half = f"the {stage} model {tag} of {data} is only half trained (step {half_way})"
-    if why:
-        half = f"the {stage} model {tag} of {data} is damaged in {folder}: {why}"
+    state, advice = f"only half trained (step {half_way})", "finish it first"
+    if damage:
+        state, advice = f"damaged in {folder}: {damage}", f"train it again from step {half_way} on"
+    said = f"the {stage} model {tag} of {data} is {state}"
     if holder := living_holder(folder):
-        common.fail(f"{half} and is being trained now by {holder_name(holder)}: wait for it")
-    advice = f"train it again from step {half_way} on" if why else "finish it first"
-    common.fail(f"{half}: {advice}", next_command=command)
+        common.fail(f"{said} and is being trained now by {holder_name(holder)}: wait for it")
+    common.fail(f"{said}: {advice}", next_command=command)
 
 def copy_first(command):
     """A command line for a state folder that cannot be written: copies it to where it can, and runs
@@ -134,6 +136,16 @@ def choose_tag(stage, data, command):
 def tag_argument(tag):
     """What a command that named no tag gets behind it, to be recorded and said."""
     return f" {shlex.quote(f'--tag={tag}')}"
+
+def where_to_go_on(run, stage, data, tag, try_out):
+    """What a training of `stage` goes on from, and where it saves -> (folder and step of that
+    model, its own folder). Where no tag is named the command to go on with gets one. Collective."""
+    if not tag:
+        tag = run.ranks.on_rank0(choose_tag, stage, data, run.command)
+        run.command += tag_argument(tag)
+    parent = pipeline.find_phase(stage).parent
+    folder, step = run.ranks.on_rank0(find_parent, parent, data, tag, try_out)
+    return folder, step, pipeline.state_path(stage, data, folder.name, try_out)
 
 def find_parent(stage, data, tag, try_out=False):
     """The finished model of `stage` that another one goes on from -> (folder, step). For trying out
@@ -179,16 +191,16 @@ def put_weights(model, model_state):
                     f"phase.json), or train anew ({pipeline.starting_over('base')})")
 
 def load_model(folder, step, device, dtype):
-    """What find_model has found -> (gpt.GPT in eval mode on `device`, computing in `dtype`, to go
-    on training; meta)"""
+    """What find_model has found -> gpt.GPT in eval mode on `device`, computing in `dtype`, to go
+    on training"""
     from gpt import GPT, GPTConfig
     model_state, _, meta = checkpoint.load(folder, step, optimizer=False)
     model = GPT(GPTConfig(**meta["model"]), dtype)
     put_weights(model, model_state)
-    return model.to(device).eval(), meta
+    return model.to(device).eval()
 
 def load_to_use(folder, step, device, dtype):
     """What find_model has found -> model that is not trained any more: its weights are kept in
     dtype. In bfloat16 that takes half the memory and no cast at each use; a forward pass gives the
     same bits."""
-    return load_model(folder, step, device, dtype)[0].to(dtype)
+    return load_model(folder, step, device, dtype).to(dtype)

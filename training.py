@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import common
+import conversations
 import data as dataset
 import engine
 import memory
@@ -55,13 +56,10 @@ def exit_done(run, result, **facts):
     """Says what came out and how long it took, records the facts for the report, and ends the
     process with 0."""
     clock = run.clock
-    seconds = clock.seconds()
-    peak = peak_memory()
-    common.print0(
-        f"{run.name} is done: {result} after {clock.num_steps:,} steps in "
-        f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; at most "
-        f"{peak / 1e9:,.2f} GB of memory; the checkpoint "
-        f"is in {run.directory}")
+    seconds, peak = clock.seconds(), peak_memory()
+    common.print0(f"{run.name} is done: {result} after {clock.num_steps:,} steps in "
+                  f"{common.duration(seconds)}; saving took {100 * clock.save_share():.2f} %; at "
+                  f"most {peak / 1e9:,.2f} GB of memory; the checkpoint is in {run.directory}")
     run.exit_done(step=clock.num_steps, seconds=seconds, peak_bytes=peak, **facts)
 
 # -------------------------------------------------------------------------------------------------
@@ -119,6 +117,25 @@ def batch_in_words(why, rows, length, micro_rows, world):
     turns = rows // (micro_rows * world)
     return (f"{rows * length:,} tokens a step ({why}) = {rows:,} rows of {length:,} tokens = "
             f"{turns} micro-batches of {micro_rows} on each of {world} ranks")
+
+def print_lessons(run, stage, store, val_store, plan, num_steps, rows, micro_rows, compute):
+    """Says what mid_train.py or chat_sft.py is about to train on, and how."""
+    length = plan.length - 1
+    batch_tokens = rows * length
+    why = "as in pretraining" if run.settings["total_batch_size"] == -1 else GIVEN
+    lessons, held_out = [conversations.in_words(dataset.counts_of(part), length)
+                         for part in (store, val_store)]
+    common.print0(
+        f"{stage} {run.directory.name}: {lessons}\n"
+        f"  held out: {held_out}\n"
+        f"  training: {num_steps:,} steps of {rows:,} of the {dataset.n_rows(plan):,} rows "
+        f"({batch_tokens:,} tokens)\n"
+        f"  batch: {batch_in_words(why, rows, length, micro_rows, run.ranks.world)}\n"
+        f"  devices: {run.ranks.world} x {compute}")
+    if dataset.n_rows(plan) < rows:
+        common.print0(f"  all rows together are less than one batch of {batch_tokens:,} tokens: "
+                      "some are trained on more than once; a smaller --total_batch_size makes "
+                      "more steps")
 
 OLD_DEFAULT = 32  # --device_batch_size, before it could be left open
 

@@ -75,7 +75,8 @@ def test_it_is_loaded_marked_and_whole_and_stays_byte_for_byte(left):
     assert models.find_model("base", "fineweb_edu") == (left, 20), "the newest, without a tag"
     assert load_record(left)["adopted"] and checkpoint.problem(left, 20) is None
     assert contents(left) == before
-    model, meta = models.load_model(left, 20, "cpu", torch.float32)
+    model = models.load_model(left, 20, "cpu", torch.float32)
+    meta = checkpoint.load_meta(left, 20)
     assert meta["adopted"] and meta["val_bpb"] == 1.5 and model.config.arch == "nanochat_2025"
     assert adopt_it(left.parents[1]).startswith("nothing is left to adopt in"), "once is enough"
     damaged = bytearray(before["model_000020.pt"])
@@ -179,7 +180,8 @@ def test_one_that_nanochat_made_itself(state):
     adopt_it(state)
     assert models.find_model("base", "fineweb_edu") == (folder, 400)
     tokenizer = models.load_tokenizer_of(folder, 400, "fineweb_edu")
-    model, meta = models.load_model(folder, 400, "cpu", torch.float32)
+    model = models.load_model(folder, 400, "cpu", torch.float32)
+    meta = checkpoint.load_meta(folder, 400)
     assert meta["step"] == 400 and tokenizer.vocab_size == 4096 == model.config.vocab_size
 
 READ_ONLY = """

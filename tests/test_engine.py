@@ -99,7 +99,7 @@ def test_a_model_to_use_keeps_its_weights_in_its_dtype_and_computes_the_same_bit
     folder = save_model("sft", "toy", "d3", model, BYTES)
     to_use = models.load_to_use(folder, 7, torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in to_use.parameters()} == {torch.bfloat16}
-    to_train, _ = models.load_model(folder, 7, torch.device("cpu"), torch.bfloat16)
+    to_train = models.load_model(folder, 7, torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in to_train.parameters()} == {torch.float32}
     idx = torch.tensor([prompts()[2]])
     assert torch.equal(to_use(idx), to_train(idx))
