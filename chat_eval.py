@@ -46,9 +46,8 @@ settings = configurator.configure(globals())
 if data == "toy" and "facts" not in tasks:
     tasks = [*tasks, "facts"]
 task_list.check_names(settings)
-items_of = {}
-for name in tasks:
-    items_of[name] = task_list.load(name, "test", data, None if max_items == -1 else max_items)
+most = None if max_items == -1 else max_items
+items_of = {name: task_list.load(name, "test", data, most) for name in tasks}
 run.ranks.join()
 folder, step = run.ranks.on_rank0(models.find_parent, source, data, tag, try_out)
 tokenizer = models.load_tokenizer_of(folder, step, data)

@@ -152,7 +152,7 @@ class Run:
                         "again")
         origin = records.origin()
         if old.get("free"):  # else it is a new run, or its record was lost
-            self.say_what_changed(old, origin["commit"], origin["difference"])
+            self.say_what_changed(old, origin)
         self.lock = lock
         if back is not None:
             with common.writing(directory):
@@ -167,7 +167,7 @@ class Run:
         self.update_record()
         return self.record, saved_step
 
-    def say_what_changed(self, old, commit, difference):
+    def say_what_changed(self, old, origin):
         """Prints how the last attempt has ended, and what has changed since without counting for
         the result: settings, the source."""
         if old["status"] == "running":
@@ -178,9 +178,9 @@ class Run:
         of_one_call = ("start_over", "rewind", "try_out", "time_limit")
         keys = [k for k in self.settings.free if k in old["free"] and k not in of_one_call]
         before = {k: old["free"][k] for k in keys} | {"commit": old.get("commit")}
-        now = {k: self.settings.free[k] for k in keys} | {"commit": commit}
+        now = {k: self.settings.free[k] for k in keys} | {"commit": origin["commit"]}
         changed = records.differences(before, now)
-        if difference != old.get("difference"):
+        if origin["difference"] != old.get("difference"):
             changed.append("the uncommitted part of the source code")
         for line in changed:
             common.print0(f"{self.name}: changed since the last attempt: {line}")
@@ -440,10 +440,11 @@ class Run:
         lost = "DistBackendError" in kind.__name__ or "connection" in str(value).lower()
         if lost and self.ranks.world > 1:
             reason = f"another rank died or cannot be reached ({str(value)[-150:]})"
+        ending = (failure.code, reason, failure.next_command, failure.facts)
         if failure.code in (2, 75):
-            self.leave(failure.code, reason, failure.next_command, failure.facts)
+            self.leave(*ending)
         # the others may wait for this rank: to leave their group in order could take for ever
-        self.close(failure.code, reason, failure.next_command, failure.facts)
+        self.close(*ending)
         self.end(failure.code)
 
 def under_torchrun():
