@@ -35,7 +35,7 @@ TASK = re.compile(r"""-\s+label: (?P<label>\S+)
   dataset_uri: (?P<uri>\S+)
   num_fewshot: \[(?P<shots>\d+)\]
   icl_task_type: (?P<kind>multiple_choice|schema|language_modeling)\b
-(?:  continuation_delimiter: (?P<delimiter>"(?:[^"\\]|\\["\\nt])*"))?(?!  continuation)""")
+(?:  continuation_delimiter: (?P<delimiter>"(?:[^"\\\n]|\\["\\nt])*"))?(?!  continuation)""")
 
 def read_core_yaml(path):
     """-> list of {"label", "uri", "kind", "shots", "delimiter"}, one for each TASK: the form in

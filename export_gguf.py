@@ -160,9 +160,11 @@ def main():
         common.check(target.suffix == ".gguf" or not target.exists(),
                      f"{target} is there and no .gguf: name a new file with --out")
         with common.writing(target):
-            if target.exists():  # a second name: it keeps its own until the new one is whole
-                common.aside_name(target).hardlink_to(target)
-            common.atomic_write(target, made)
+            part = target.with_name(f".{target.name}.part")
+            common.atomic_write(part, made)
+            if target.exists():
+                target.rename(common.aside_name(target))
+            part.rename(target)
     print(f"{target} holds {name}, {len(made) / 1e6:,.1f} MB, weights in {quant}; "
           "llama-cli -m FILE talks to it")
 

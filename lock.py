@@ -182,7 +182,7 @@ def put_aside(directory, what="starting over; the old state"):
     aside = common.aside_name(directory)
     directory.rename(aside)
     common.print0(f"{what} is kept in {aside}")
-    copies = sorted(directory.parent.glob(f"{glob.escape(directory.name)}.old-*"))
+    copies = sorted(directory.parent.glob(f"{glob.escape(directory.name)}.old-[0-9]*-[0-9]*"))
     sizes = [path.lstat().st_size for copy in copies for path in copy.rglob("*")]
     common.print0(f"copies put aside so far: {len(copies)}, {sum(sizes) / 1e6:,.1f} MB; once you "
                   f"need none of them: {shlex.join(['rm', '-r', *map(str, copies)])}")

@@ -12,6 +12,7 @@ Only the standard library is needed here.
 import contextlib
 import hashlib
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ STAGES = [p.name for p in PHASES if p.kind == "training"]  # base, mid, sft, rl
 def inside(*words):
     """A command as it is started where our packages are: behind $NANOCHAT_CONTAINER, if that is
     set.  example: ("python", "x.py") -> ["apptainer", "exec", "--nv", "x.sif", "python", "x.py"]"""
-    return [*os.environ.get("NANOCHAT_CONTAINER", "").split(), *words]
+    return [*shlex.split(os.environ.get("NANOCHAT_CONTAINER", "")), *words]
 
 def find_phase(name):
     """The Phase of that name; a KeyError where there is none."""

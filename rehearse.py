@@ -23,6 +23,7 @@ import checkpoint
 import common
 import pipeline
 import slurm
+from lock import holds_open
 
 def number():
     """Whose rehearsal this is: the job's that this one goes on with, this job's, or process's."""
@@ -102,6 +103,9 @@ def kill():
         time.sleep(0.01)
     record = common.read_json(folder_of("broken") / "phase.json")
     common.check(launcher.poll() is None, "the training to be killed ended by itself")
+    common.check(holds_open(record["pid"], folder_of("broken") / "lock.json"),
+                 f"process {record['pid']} is not the training (a container with processes of its "
+                 "own?)")
     os.kill(record["pid"], signal.SIGKILL)
     code = end_of(launcher)
     common.check(code not in (0, 2, 75), f"a training that was killed ended with {code}")

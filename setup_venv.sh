@@ -26,9 +26,11 @@ fi
 setup_venv() {
     local want
     if [ -n "${NANOCHAT_CONTAINER:-}" ]; then  # nothing is installed: it has what is needed, or not
-        # shellcheck disable=SC2086
-        if ! $NANOCHAT_CONTAINER python -c "import torch, tiktoken, numpy, requests, pyarrow"; then
-            echo "error: the packages of requirements.txt cannot be imported behind" \
+        if ! "$python_of_venv" -c 'import os, shlex, sys
+words = [*shlex.split(os.environ["NANOCHAT_CONTAINER"]), *sys.argv[1:]]
+os.execvp(words[0], words)' python -c "import sys, torch, tiktoken, numpy, requests, pyarrow
+assert sys.version_info >= (3, 11), sys.version"; then
+            echo "error: Python 3.11 and the packages of requirements.txt are not to be had behind" \
                  "NANOCHAT_CONTAINER ($NANOCHAT_CONTAINER): install them in the image" >&2
             exit 2
         fi

@@ -75,6 +75,8 @@ def end_time():
 
 def attempt_over(job, restart):
     """Whether the attempt number `restart` of `job` has ended; None where nobody can say."""
+    if os.environ.get("NANOCHAT_JOB_OVER") == f"{job} {restart}":
+        return True  # the launcher has asked
     shown, answer = show_jobs(job)
     if not shown:
         return True if "Invalid job id" in answer else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import common
 import pipeline
+import slurm
 
 @dataclass
 class Supervisor:
@@ -34,10 +35,15 @@ class Supervisor:
         """Asks the processes of the phase itself to save and stop."""
         if self.child is None:
             return
-        if "torchrun" in self.command:
-            subprocess.run(["pkill", "-TERM", "-P", str(self.child.pid)], check=False)
-        elif self.command[0] == "srun":
+        if self.command[0] == "srun":
             self.child.send_signal(signal.SIGUSR1)  # passed on to all processes on all nodes
+        elif pipeline.inside():
+            script = next(word for word in self.command if word.endswith(".py"))
+            for pid in running(script, self.child.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+        elif self.command[0] == "torchrun":
+            subprocess.run(["pkill", "-TERM", "-P", str(self.child.pid)], check=False)
         else:  # not its children: a sandbox that dies is an answer that counts as wrong
             self.child.send_signal(signal.SIGTERM)
 
@@ -55,8 +61,8 @@ class Supervisor:
         environment = {**os.environ, "NANOCHAT_OUTCOME": str(self.outcome_path)}
         if "torchrun" in command:  # which would do so itself, and print five lines about it
             environment.setdefault("OMP_NUM_THREADS", "1")
-        ends = self.began.get("ends")
-        if ends and pipeline.inside():  # a container has no scontrol to ask for it
+        ends = slurm.end_time() if pipeline.inside() else None
+        if ends:  # a container has no scontrol to ask for it
             environment["SLURM_JOB_END_TIME"] = str(int(ends))
         self.command = command
         self.child = self.popen(command, env=environment, stdin=subprocess.DEVNULL,
@@ -84,6 +90,19 @@ class Supervisor:
         if self.stopping and (code == 0 or not_begun):
             code = 75
         return code, outcome
+
+def running(script, pid):
+    """The processes under `pid` that run a script of ours, the topmost: of a container's own, and
+    torchrun, nobody knows what they do with a signal."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in children.read_text().split():
+                words = Path(f"/proc/{child}/cmdline").read_bytes().decode("utf-8", "replace")
+                python, *first = words.split("\0")[:3]  # python -u SCRIPT
+                is_ours = "python" in python and script in first
+                found += [int(child)] if is_ours else running(script, child)
+    return found
 
 def before_exec():
     """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it

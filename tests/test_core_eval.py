@@ -94,6 +94,7 @@ def test_core_yaml_by_hand(tmp_path):
     ("multiple_choice", "essay", ":3: "),
     ('"\\nAnswer: "', "Answer", ":3: "),
     ('"\\nAnswer: "', '"\\q"', ":3: "),
+    ('"\\nAnswer: "', '"never ended', ":3: "),
     (YAML, "icl_tasks:\n", " has no tasks")])
 def test_a_core_yaml_without_what_a_task_needs_names_the_place(tmp_path, capsys, old, new, place):
     (tmp_path / "core.yaml").write_text(YAML.replace(old, new, 1))

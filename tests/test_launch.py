@@ -14,17 +14,20 @@ import pytest
 import common
 import launch
 import pipeline
+import plan as plan_of
 import run as launch_run
+import slurm
 import status
 import trial
 from conftest import REPO, ends, environment, script, wait_for
+from lock import living_holder
 
 def given(*flags, data="toy", depth="4", phases=None):
     """A Plan of all phases, as speedrun.sh lists them."""
     words = [data, depth]
     for phase in pipeline.PHASES:
         words += ["--run", phase.name, phase.script]
-    return launch.make_plan([*words, "--given", *flags])
+    return plan_of.make_plan([*words, "--given", *flags])
 
 class FakeProcess:
     """A process that takes `ticks` waits until it ends with `code`; signals are noted."""
@@ -125,12 +128,21 @@ def test_settings_go_to_the_phases_that_have_them_those_for_one_phase_last():
 def test_what_starts_a_phase_over_is_a_whole_command():
     hint = "other settings: give the old ones, or -- --sft.start_over=True to start anew"
     plan = given("--depth=4", "--only=mid,sft", "--nproc=1", "--", "--seed=5")
-    assert launch.start_over_command(plan, hint) == (
+    assert plan_of.start_over_command(plan, hint) == (
         "bash speedrun.sh --depth=4 --only=mid,sft --nproc=1 -- --seed=5 --sft.start_over=True")
     plan = given("--nproc=1", "--from=rl", "--skip-report")
-    assert launch.start_over_command(plan, hint) == (
+    assert plan_of.start_over_command(plan, hint) == (
         "bash speedrun.sh --nproc=1 --from=sft -- --sft.start_over=True")
-    assert launch.start_over_command(plan, "the disk is full") is None
+    assert plan_of.start_over_command(plan, "the disk is full") is None
+
+@pytest.mark.parametrize("flags", [
+    ("--nproc=2", "--only=sft,rl", "--", "--sft.mixture=my chats.jsonl*2", "--seed=5"),
+    ("--depth=3", "--skip-report", "--nproc=1")])
+def test_who_looks_at_the_inputs_has_the_same_plan(flags):
+    plan = given(*flags)
+    assert plan_of.make_plan(plan.input_check()[1:]) == plan
+    over = plan_of.start_over_command(plan, "-- --sft.start_over=True")
+    assert "--check-inputs" not in over
 
 def test_one_process_several_ranks():
     one, two = given("--nproc=1"), given("--nproc=2")
@@ -197,11 +209,26 @@ def test_what_runs_in_a_container_knows_the_end_of_its_job(supervise, monkeypatc
     supervisor = supervise()
     supervisor.popen = lambda command, env, **more: (told.append(env.get("SLURM_JOB_END_TIME")),
                                                      FakeProcess())[1]
-    supervisor.began = {"ends": 1234.5}
+    monkeypatch.setattr(slurm, "end_time", lambda: 1234.5)
     supervisor.run(["python", "x.py"])
     monkeypatch.setenv("NANOCHAT_CONTAINER", "apptainer exec x.sif")
     supervisor.run(["apptainer", "exec", "x.sif", "python", "x.py"])
     assert told == [None, "1234"]
+
+def test_what_runs_in_a_container_knows_that_the_job_of_a_lock_is_over(state, monkeypatch):
+    """A node was lost, and the successor must not wait for it, nor be refused."""
+    folder = pipeline.state_path("base", "toy", "d4")
+    folder.mkdir(parents=True)
+    lock = {"token": "x", "host": "lost", "pid": 7, "job": "41", "restart": "0"}
+    (folder / "lock.json").write_text(json.dumps(lock))
+    assert living_holder(folder), "without Slurm nobody knows"
+    monkeypatch.setenv("NANOCHAT_CONTAINER", "apptainer exec x.sif")
+    monkeypatch.setenv("NANOCHAT_JOB_OVER", "")
+    with monkeypatch.context() as outside:
+        outside.setattr(slurm, "show_jobs", lambda job: ([], "Invalid job id specified"))
+        outside.setattr(launch, "run_phase", lambda *args: (1, [], {}))
+        launch.start(given("--nproc=1"), launch.Supervisor(folder / "outcome"), "base", ["x.py"])
+    assert living_holder(folder) is None, "what the launcher has asked is known inside"
 
 def test_torchrun_does_not_hear_of_signals_its_workers_do(supervise, monkeypatch):
     asked = []

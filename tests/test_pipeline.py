@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -320,57 +321,78 @@ def test_what_later_phases_read_is_looked_at_before_the_first_begins(prepared, t
 # ---- where the packages are in a container
 
 def container(folder, packages=True):
-    """What stands before a command so that it runs in a mount namespace of its own, in which python
-    has our packages; [] where namespaces are refused. Outside `folder`/bin has one without any."""
-    marked = folder / "container.sh"
-    inner = f"{Path(sys.executable).parent}" if packages else f"{folder}/bin"
-    marked.write_text(f'mount -t tmpfs none /opt && touch /opt/inside && PATH={inner}:$PATH\n'
-                      'exec "$@"\n')
+    """$NANOCHAT_CONTAINER of a mount namespace of its own, in which python has our packages; ""
+    where namespaces are refused. Like Apptainer's, its first process stays and passes no signal on.
+    What has run in it stands in `folder`/inside.log; `folder`/bin has a python without packages."""
+    there = Path(sys.executable).parent if packages else folder / "bin"
+    (folder / "my container.sh").write_text(
+        f'PATH="{there}:$PATH"\necho "$@" >> "{folder}/inside.log"\n'
+        'trap : TERM\n"$@" &\n'
+        'while kill -0 $! 2>/dev/null; do wait $!; code=$?; done\nexit $code\n')
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    words = ["unshare", "--map-root-user", "--mount", "bash", str(marked)]
-    return words if not subprocess.run([*words, "true"], check=False).returncode else []
+    words = ["unshare", "--map-root-user", "--mount", "bash", str(folder / "my container.sh")]
+    return shlex.join(words) if not subprocess.run([*words, "true"], check=False).returncode else ""
 
-def repository(folder, *names):
-    """A repository without .venv."""
-    folder.mkdir()
-    for name in (*names, "speedrun.sh", "setup_venv.sh", "requirements.txt", "config", "assets",
-                 *(p.name for p in REPO.glob("*.py"))):
-        (folder / name).symlink_to(REPO / name)
-    for file in REPO.glob("*.py"):  # where a script is decides what it calls the repository
-        (folder / file.name).unlink()
-        shutil.copy(file, folder)
-    return folder
-
-def test_a_container_has_the_packages_and_the_host_only_python(tmp_path):
+@pytest.fixture
+def in_container(tmp_path):
+    """in_container(*flags) -> how to start speedrun.sh with them: its arguments for Popen"""
     prefix = container(tmp_path)
     if not prefix:
         pytest.skip("namespaces are refused here")
-    here = repository(tmp_path / "repository")
-    env = {**environment(tmp_path / "state"), "NANOCHAT_CONTAINER": " ".join(prefix),
+    here = tmp_path / "repository"
+    here.mkdir()
+    for name in ("speedrun.sh", "setup_venv.sh", "requirements.txt", "config", "assets"):
+        (here / name).symlink_to(REPO / name)
+    for file in REPO.glob("*.py"):  # where a script is decides what it calls the repository
+        shutil.copy(file, here)
+    env = {**environment(tmp_path / "state"), "NANOCHAT_CONTAINER": prefix,
            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    missing = [sys.executable, "-c", "import torch"]
-    assert subprocess.run(["python3", *missing[1:]], env=env, check=False,
+    assert subprocess.run(["python3", "-c", "import torch"], env=env, check=False,
                           stderr=subprocess.DEVNULL).returncode, "the host has no packages"
+
+    def arguments(*flags):
+        return {"args": ["bash", "speedrun.sh", *flags], "cwd": here, "env": env, "text": True,
+                "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return arguments
+
+def test_a_container_has_the_packages_and_the_host_only_python(tmp_path, in_container):
+    """Two ranks in it are stopped by a signal to the launcher, and go on."""
     words = ["--depth=1", "--nproc=2", "--only=data,tok,base", "--skip-trial", "--", *SMALL,
-             "--device_batch_size=4"]
-    out = bash(here, *words, env=env)
-    assert out.returncode == 0, out.stdout + out.stderr
-    assert not (here / ".venv").exists()
-    again = bash(here, "--depth=1", "--nproc=2", "--only=base-eval", "--", *SMALL, env=env)
-    assert again.returncode == 0 and "toy-CORE" in again.stdout, again.stdout + again.stderr
-    bad = bash(here, "--depth=1", "--only=sft", env=env)
+             "--device_batch_size=4", "--num_steps=2000", "--save_minutes=60"]
+    process = subprocess.Popen(**in_container(*words))
+    lines = [process.stdout.readline()]
+    while lines[-1] and not lines[-1].startswith("step 1/"):
+        lines.append(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 75, "".join(lines) + said + errors
+    folder = tmp_path / "state/toy/base_checkpoints/d1"
+    record = json.loads((folder / "phase.json").read_text())
+    assert record["reason"].startswith("signal SIGTERM: saved at step"), record["reason"]
+    step = int(re.search(r"at step (\d+)", record["reason"])[1])
+    assert 0 < step < 2000 and [*folder.glob(f"model_{step:06d}.pt")], "and so it had begun"
+    assert "torchrun" in (tmp_path / "inside.log").read_text()
+    assert not [*(tmp_path / "state").glob("outcome-*")]
+    assert not (tmp_path / "repository/.venv").exists()
+
+    bad = subprocess.run(**in_container("--depth=1", "--only=sft"), check=False)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "mid" in bad.stderr, bad.stderr
-    status = json.loads(bash(here, "--status", "--json=True", env=env).stdout)
-    assert "there is no mid model" in str(status), "what was refused inside is known outside"
+    status = subprocess.run(**in_container("--status", "--json=True"), check=True).stdout
+    assert "there is no mid model" in status, "what was refused inside is known outside"
+
+def test_a_refusal_in_a_container_leaves_nothing(tmp_path, in_container):
+    out = subprocess.run(**in_container("--depth=1", "--only=sft"), check=False)
+    assert out.returncode == 2 and "there is no mid model" in out.stderr
+    assert not (tmp_path / "state").exists()
 
 def test_a_container_without_the_packages_is_named(tmp_path):
     prefix = container(tmp_path, packages=False)
     if not prefix:
         pytest.skip("namespaces are refused here")
-    here = repository(tmp_path / "repository")
-    out = bash(here, "--only=data", env={**environment(tmp_path / "state"),
-                                         "NANOCHAT_CONTAINER": " ".join(prefix)})
-    assert out.returncode == 2 and "cannot be imported behind NANOCHAT_CONTAINER" in out.stderr
+    with_shell_files(tmp_path, *(p.name for p in REPO.glob("*.py")))
+    out = bash(tmp_path, "--only=data", env={**environment(tmp_path / "state"),
+                                             "NANOCHAT_CONTAINER": prefix})
+    assert out.returncode == 2 and "are not to be had behind NANOCHAT_CONTAINER" in out.stderr
     assert not (tmp_path / "state").exists()
 
 # ---- speedrun.sh itself
