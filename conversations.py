@@ -114,12 +114,11 @@ def parts_of(where, role, content):
         raise TypeError(f"{where} has the content {shown(content)}, expected text")
     parts = []
     for part in content:
-        match part:
-            case {"type": kind, "text": str(text)} if kind in tok.KINDS[role]:
-                parts.append({"type": kind, "text": text})
-            case _:
-                raise ValueError(f"{where} has the part {shown(part)}, expected "
-                                 '{"type": "text", "text": "..."}')
+        sound = isinstance(part, dict) and part.get("type") in tok.KINDS[role]
+        if not sound or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where} has the part {shown(part)}, expected "
+                             '{"type": "text", "text": "..."}')
+        parts.append({"type": part["type"], "text": part["text"]})
     return parts
 
 def calls_of(where, message):
