@@ -97,7 +97,7 @@ def running(script, pid):
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # it has ended
-            for child in children.read_text().split():
+            for child in children.read_text("utf-8").split():
                 words = Path(f"/proc/{child}/cmdline").read_bytes().decode("utf-8", "replace")
                 python, *first = words.split("\0")[:3]  # python -u SCRIPT
                 is_ours = "python" in python and script in first
