@@ -187,7 +187,7 @@ def test_habits_of_other_sites(state, prepared):
     log = (elsewhere / f"speedrun-{job.id}.log").read_text()
     found = re.search(r"job (\d+) is submitted and goes on when this one has ended", log)
     assert found and log.count("=== base:") == 1 and "saved at step" in log, log
-    assert "python base_train.py" in Path(f"{container}.log").read_text()
+    assert " base_train.py --data=toy" in Path(f"{container}.log").read_text()
     successor = run("scontrol", "show", "job", "-o", found[1]).stdout
     for fact in ("JobName=my run", "ExcNodeList=n2", "CPUs/Task=2", "TresPerNode=gres:gpu:1",
                  "TimeLimit=00:07:00", "Requeue=0", f"StdOut={elsewhere}/speedrun-{found[1]}.log"):
