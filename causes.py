@@ -41,7 +41,8 @@ SIGNS = [
     Sign("not finite", r"not? finite|has exploded|(loss|norm) nan\b",
          "its numbers were no longer finite",
          "go back to a checkpoint before it (--rewind, as the line says), or lower the rate"),
-    Sign("another rank", "another rank died|one of its processes has died|DistBackendError|NCCL",
+    Sign("another rank",
+         r"another rank died|one of its processes has died|DistBackendError|NCCL|\bgloo\b",
          "another of its processes died first", "that one's lines in the log say why"),
     Sign("no network", r"[Nn]etwork is unreachable|[Nn]ame or service not known|[Nn]ame resolution|"
          r"NANOCHAT_OFFLINE|Connection(Error| refused| reset)|could not (be )?download|timed out",
@@ -66,7 +67,7 @@ SIGNS = [
     Sign("time limit", r"TIMEOUT|DUE TO TIME LIMIT|\bdeadline\b|time limit",
          "its time was over", AGAIN),
     Sign("cancelled", "CANCELLED", "somebody has cancelled the job", AGAIN),
-    Sign("killed", "SIGKILL",
+    Sign("killed", r"SIGKILL|\|0:9\|",
          "it was killed at once (SIGKILL): often because the machine's memory was full, else by "
          "somebody or something that ends processes",
          f"the same command goes on; if it happens again give {ROWS}"),
@@ -110,7 +111,8 @@ def end_of_job(job):
                            "-o", "JobID,State,ExitCode,Elapsed,Timelimit,NodeList")
     begins = [0, *(i for i, line in enumerate(lines) if "." not in line.split("|")[0])]
     over = [f"sacct: {line}" for line in lines[begins[-1]:]  # of the last attempt, with its steps
-            if not re.search(r"RUNNING|PENDING|COMPLETED|REQUEUED", line)]
+            # a step is cancelled because its job has ended, of whatever
+            if not re.search(r"RUNNING|PENDING|COMPLETED|REQUEUED|^[^|]*\.[^|]*\|CANCELLED", line)]
     if not over:  # sites without accounting: the controller knows it for some minutes
         over = [f"scontrol: JobState={facts.get('JobState')} Reason={facts.get('Reason')}"
                 for facts in slurm.show_jobs(job)[0]]

@@ -243,7 +243,8 @@ def cause(phase, state, given, name, tag):
         was_done = record.get("status") == "done"  # but a file is missing
         reasons = [describe(path)[1] if was_done else record.get("reason")]
     ended = given.get("ends", {}).get(phase.name, {})
-    is_newer = ended.get("time", 0.0) > record.get("updated", 0.0) - 60.0
+    began = (record.get("starts") or [record.get("updated", 0.0) - 60.0])[-1]
+    is_newer = ended.get("time", 0.0) > began  # not the end of an attempt before
     # one that is done may have been refused since
     if ended and is_newer and state != "running" and (state != "done" or ended["code"] == 2):
         reasons.insert(0, ended["reason"])
@@ -252,8 +253,8 @@ def cause(phase, state, given, name, tag):
         reasons.append(f"process {record.get('pid')} died without a word, as by SIGKILL")
     if not reasons:
         return None
-    began = given.get("began", {})
-    return causes.of_death(reasons, record.get("job") or began.get("job"), began.get("log"))
+    launcher = given.get("began", {})
+    return causes.of_death(reasons, record.get("job") or launcher.get("job"), launcher.get("log"))
 
 def waiting(given):
     """The job of this run, or its successor, that Slurm has in its queue or runs, in words; None

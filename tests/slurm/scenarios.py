@@ -233,6 +233,14 @@ def test_the_line_of_the_readme(state):
     assert job.ended(400) == "COMPLETED" and "all done" in job.log(), job.log()[-3000:]
     assert (state / "toy/report/report.md").exists()
 
+def why(state):
+    """What status.py says of the death of a training."""
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(state)}
+    out = run("bash", "speedrun.sh", "--status", "--data=toy", "--json=True", env=environment)
+    causes = [phase["cause"] for found in json.loads(out.stdout)["sets"] for one in found["runs"]
+              for phase in one["phases"] if phase["cause"]]
+    return causes[0]["sentence"] if causes else out.stdout
+
 def test_deaths_of_a_rank_of_the_batch_script_and_by_scancel(state, prepared):
     shutil.copytree(prepared, state)
 
@@ -245,18 +253,21 @@ def test_deaths_of_a_rank_of_the_batch_script_and_by_scancel(state, prepared):
     os.kill(rank_processes(state)[0], signal.SIGKILL)
     assert job.ended(120) == "FAILED" and time.time() - killed < 60, job.log()[-3000:]
     assert "SIGKILL" in job.log() and "base failed" in job.log(), job.log()[-3000:]
+    assert why(state) == "another of its processes died first"
 
     job = submit()
     a_later_step(job)
     os.kill(batch_process(job), signal.SIGKILL)
     assert job.ended(120) == "FAILED" and job.show("ExitCode") == "0:9"
     wait_for("the end of its processes", lambda: not rank_processes(state), 90)
+    assert why(state).startswith("it was killed at once (SIGKILL)")
 
     job = submit()
     a_later_step(job)
     assert run("scancel", job.id).returncode == 0
     assert job.ended(120) == "CANCELLED" and job.attempts() == ["CANCELLED"]
     assert "saved at step" in job.log(), job.log()[-3000:]
+    assert why(state) == "somebody has cancelled the job"
 
     job = submit()
     assert job.ended(200) == "COMPLETED" and "continuing at step" in job.log()
