@@ -440,11 +440,10 @@ class Run:
         lost = "DistBackendError" in kind.__name__ or "connection" in str(value).lower()
         if lost and self.ranks.world > 1:
             reason = f"another rank died or cannot be reached ({str(value)[-150:]})"
-        ending = (failure.code, reason, failure.next_command, failure.facts)
         if failure.code in (2, 75):
-            self.leave(*ending)
+            self.leave(failure.code, reason, failure.next_command, failure.facts)
         # the others may wait for this rank: to leave their group in order could take for ever
-        self.close(*ending)
+        self.close(failure.code, reason, failure.next_command, failure.facts)
         self.end(failure.code)
 
 def under_torchrun():
