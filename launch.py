@@ -174,11 +174,10 @@ def start(plan, supervisor, name, words):
     wait_for_holder(plan.folder(name), supervisor)
     if supervisor.stopping:
         return 75, "a signal came while waiting"
-    holder = read_holder(plan.folder(name) / "lock.json")
-    if pipeline.inside() and holder.get("job") and \
-            slurm.attempt_over(holder["job"], holder["restart"]):
-        # it left its lock, and in a container nobody can ask
-        os.environ["NANOCHAT_JOB_OVER"] = f"{holder['job']} {holder['restart']}"
+    if pipeline.inside():  # where nobody can ask whether the job that has left its lock is over
+        holder = read_holder(plan.folder(name) / "lock.json")
+        if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
+            os.environ["NANOCHAT_JOB_OVER"] = f"{holder['job']} {holder['restart']}"
     done = plan.is_done(name)
     note(plan, began=supervisor.began)
     code, _, outcome = run_phase(plan, supervisor, name, words)
