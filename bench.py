@@ -33,7 +33,7 @@ sections = ["machine", "training", "decoding",  # what is measured: some of
             "core", "start", "memory"]          # these, or learning
 quick = False                # less often, no d20, no cold start, 2 items of each CORE task
 device = "auto"              # device to compute on: auto, cuda, mps, cpu
-dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
+dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32, float16
 threads = 0                  # CPU threads; 0: all cores
 compile = "auto"             # whether to use torch.compile: auto, True or False
 device_batch_size = 8        # rows of 512 that a training step takes at once
@@ -168,7 +168,7 @@ def training(figures, computing, work):
         speed = tokens / sum(parts.values())
         figures.add(f"training, {tokens:,} tokens a step", speed, "tokens/s")
     rate = found["flops"] * speed
-    goal = 60 if speeds["computed in"] == "bfloat16" else None
+    goal = 60 if speeds["computed in"] != "float32" else None
     figures.add("training", rate / 1e9, "GFLOP/s")
     at_shapes, large = speeds["rates"][speeds["computed in"]]
     figures.add("training, of the products' rate", 100 * rate / at_shapes, "%", at_least=goal)

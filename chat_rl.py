@@ -53,7 +53,7 @@ keep = 1                     # how many checkpoints are kept on disk
 time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
 max_skipped = 10             # steps in a row without a finite gradient before the run fails
 device = "auto"              # where it computes: auto, cuda, mps or cpu
-dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
+dtype = "auto"               # to compute in: bfloat16, float32, auto (the faster of both), float16
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 start_over = False           # put the old run of this tag aside and start from nothing
 rewind = -1                  # go back to the checkpoint of this step, skip what came since; -1: no
@@ -164,7 +164,7 @@ def with_advantages(groups):
 # where it was: its own newest whole checkpoint goes over the finetuned model; without one, step 0
 step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
-loss_guard = training.LossGuard(run, max_skipped)
+loss_guard = training.LossGuard(run, optimizer, max_skipped)
 flat = 0  # steps in a row without any variance of the reward
 
 while True:
@@ -220,7 +220,7 @@ while True:
         idx, advantages = idx.to(compute.device), advantages.to(compute.device)
         nats = model(idx[:, :-1], idx[:, 1:], weights=advantages[:, 1:])
         micro_loss = nats / max(counted, 1.0)
-        micro_loss.backward()
+        optimizer.scaled(micro_loss).backward()
         total += micro_loss.detach()
     # Where all rewards of each group are equal there is no gradient, and nothing changes: neither
     # the weights nor the momenta. A gradient that is not finite changes nothing either.

@@ -52,7 +52,7 @@ keep = 1                     # how many checkpoints are kept on disk
 time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
 max_skipped = 10             # steps in a row without a finite gradient before the run fails
 device = "auto"              # where it computes: auto, cuda, mps or cpu
-dtype = "auto"               # compute dtype: bfloat16, float32, or auto, which picks the faster
+dtype = "auto"               # to compute in: bfloat16, float32, auto (the faster of both), float16
 threads = 0                  # CPU threads of a rank; 0: the cores divided by the ranks
 compile = "auto"             # whether to use torch.compile: auto, True or False
 start_over = False           # put the old run of this tag aside and start from nothing
@@ -123,7 +123,7 @@ training.print_lessons(run, "sft", store, val_store, plan, num_steps, rows, micr
 step, seconds = training.resume(run, model, optimizer)
 run.begin_loop(step, num_steps, seconds, model.flops_per_token(), peak_flops(compute.device))
 forward = torch.compile(model, dynamic=False) if compute.compile else model
-loss_guard = training.LossGuard(run, max_skipped)
+loss_guard = training.LossGuard(run, optimizer, max_skipped)
 loss_guard.recall()  # the level that the loss had in earlier attempts
 loss = None
 
@@ -164,7 +164,7 @@ while True:
     for x, y in batches:
         x, y = to_device(x, compute.device), to_device(y, compute.device)
         micro_loss = forward(x, y) / max(counted, 1)
-        micro_loss.backward()
+        optimizer.scaled(micro_loss).backward()
         total += micro_loss.detach()
     loss = ranks.all_reduce_sum(total)
     # Adds up the gradients of all ranks; touches nothing where their norm is nan or inf.

@@ -66,7 +66,8 @@ RANGES = {
     "digits": (1, 2),
 }
 ANY = (-1e18, 1e18)  # of a setting that you add yourself
-CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
+CHOICES = {"device": ("auto", "cuda", "mps", "cpu"),
+           "dtype": ("auto", "bfloat16", "float16", "float32"),
            "compile": ("auto", "True", "False"), "arch": ("modern", "nanochat_2025"),
            "source": pipeline.STAGES, "stage": pipeline.STAGES, "weights": ("auto", "int8"),
            "precision": ("float32", "bfloat16"), "quant": ("q8_0", "bf16", "f32")}

@@ -87,7 +87,7 @@ def machine(computing):
     shapes = Counter(tuple(m.weight.shape) for m in model.modules()
                      if isinstance(m, gpt.Linear) and min(m.weight.shape) >= gpt.HEAD_DIM)
     rates = {}
-    for name in ("float32", "bfloat16"):
+    for name in dict.fromkeys(["float32", "bfloat16", chosen.recorded()["dtype"]]):
         of_type = {"device": device, "dtype": getattr(torch, name)}
         seconds = flops = 0.0
         for (n_out, n_in), count in shapes.items():
@@ -147,7 +147,7 @@ def training(computing, micro_rows, repeat, config=None, turns=None):
 
     def passes(pairs, tokens):
         for x, y in pairs:
-            (forward(x, y) / tokens).backward()
+            optimizer.scaled(forward(x, y) / tokens).backward()
         wait(device)
 
     def step(tokens, number):

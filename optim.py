@@ -4,7 +4,7 @@ The optimizer: Muon for the matrices inside the blocks, AdamW for embeddings, he
     optimizer = make_optimizer(model, settings, scale=1.0, weight_decay=0.1,
                                compute_dtype=torch.bfloat16)
     optimizer.set(lr_scale=0.5, muon_momentum=0.95, muon_weight_decay=0.05)  # before each step
-    loss.backward()
+    optimizer.scaled(loss).backward()
     norm = optimizer.step()
     optimizer.zero_grad()
 
@@ -33,6 +33,8 @@ POLAR_EXPRESS = [
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
 SMALL = 65536  # AdamW parameters under this many elements are stacked, to be one message, not many
+LOSS_SCALE = 2.0 ** 16  # in float16; if it grew further, a step would be lost at each overflow
+DOUBLE_EVERY = 1000     # steps: a scale that was halved comes back
 
 def orthogonalise(matrices, dtype):
     """The nearest matrix with orthonormal rows (or columns, if there are fewer) to each of
@@ -128,12 +130,14 @@ class MuonAdamW:
     def __init__(self, groups, ns_dtype=torch.float32):
         """groups: dicts {"kind": "muon" | "adamw", "params": [(name, float32 parameter)], "lr",
         "weight_decay", and for adamw "betas", "eps", for muon "momentum", "beta2"}.
-        ns_dtype: what Muon orthogonalises in."""
+        ns_dtype: what is computed in: Muon orthogonalises in it, and float16 needs a scale."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.groups = groups
         self.ns_dtype = ns_dtype
         self.steps = 0
+        self.most_scale = LOSS_SCALE if ns_dtype == torch.float16 else 1.0
+        self.loss_scale = self.most_scale
         self.buckets = []
         for group in groups:
             group["initial_lr"] = group["lr"]
@@ -152,14 +156,23 @@ class MuonAdamW:
                 group["momentum"] = muon_momentum
                 group["weight_decay"] = muon_weight_decay
 
+    def scaled(self, loss):
+        """The loss as backward() is to be called on it. float16 has no number below 6e-8, where
+        many gradients are: there it is multiplied by a power of two (arXiv 1710.03740), which
+        step() takes out again, and halves where a gradient is not finite."""
+        return loss * self.loss_scale
+
+    def rescale(self, factor):
+        self.loss_scale = min(max(self.loss_scale * factor, 1.0), self.most_scale)
+
     def zero_grad(self):
         for bucket in self.buckets:
             for p in bucket.params:
                 p.grad = None
 
     def sum_gradients(self):
-        """-> for each bucket this rank's part of the gradient, summed over all ranks. A missing
-        gradient counts as zeros."""
+        """-> for each bucket this rank's part of the gradient, summed over all ranks, without the
+        loss scale. A missing gradient counts as zeros."""
         parts, works = [], []
         for bucket in self.buckets:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.params]
@@ -171,6 +184,8 @@ class MuonAdamW:
             parts.append(part)
         for work in works:  # all are on their way at once
             work.wait()
+        if self.loss_scale != 1.0:
+            parts = [part / self.loss_scale for part in parts]
         return parts
 
     @torch.no_grad()
@@ -184,9 +199,12 @@ class MuonAdamW:
             dist.all_reduce(square)
         norm = square.sqrt().item()
         if not math.isfinite(norm):
+            self.rescale(0.5)
             return norm
 
         self.steps += 1
+        if self.steps % DOUBLE_EVERY == 0:
+            self.rescale(2.0)
         fulls, works = [], []
         for bucket, grad in zip(self.buckets, grads):
             full = bucket.pack(bucket.params)
@@ -210,6 +228,9 @@ class MuonAdamW:
     def state_dict(self):
         """Whole states on the CPU, the same for any number of ranks: {parameter's name: {"step":
         int, "exp_avg": ...}}. All ranks must call it; rank 0 gets the states, the others {}."""
+        scalars = {"step": self.steps}
+        if self.most_scale != 1.0:
+            scalars["loss_scale"] = self.loss_scale
         states = {}
         for bucket in self.buckets:
             for key, full in bucket.state.items():
@@ -219,7 +240,7 @@ class MuonAdamW:
                     dist.all_gather_single(full, shard)
                 if self.rank == 0:
                     for name, tensor in zip(bucket.names, bucket.unpack(full)):
-                        state = states.setdefault(name, {"step": self.steps})
+                        state = states.setdefault(name, {**scalars})
                         state[key] = tensor.to("cpu", copy=True)
         return states
 
@@ -237,12 +258,14 @@ class MuonAdamW:
                 else:
                     part = saved[0][bucket.mine]
                     shard[:len(part)].copy_(part)
-        self.steps = next(iter(states.values()))["step"]
+        scalars = next(iter(states.values()))
+        self.steps = scalars["step"]
+        self.loss_scale = min(scalars.get("loss_scale", LOSS_SCALE), self.most_scale)
 
 def make_optimizer(model, settings, scale, weight_decay, compute_dtype):
     """
     model: a gpt.GPT on its device; settings: a script's, of which the four learning rates count;
-    scale: multiplies them; weight_decay: Muon's; compute_dtype: what Muon orthogonalises in
+    scale: multiplies them; weight_decay: Muon's; compute_dtype: what the model computes in
     -> MuonAdamW. The learning rates of embeddings and head hold at a width of 768 and go with
     width^-0.5. Betas and the small decays are those that nanochat found.
     """

@@ -71,6 +71,8 @@ def give_up(run, why, step):
     saved = checkpoint.newest(run.directory)
     said = f"{why}; {run.last_good()}"
     otherwise = "lower the learning rates, or look at the data"
+    if run.settings["dtype"] == "float16":
+        otherwise += ", or compute in float32 (--dtype=float32)"
     if saved is None or run.try_out:
         common.fail(f"{said}: {otherwise}", code=1)
     back = pipeline.setting_for(run.name, f"rewind={saved}")

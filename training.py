@@ -171,6 +171,7 @@ class LossGuard:
     """Looks at the loss of each step for the two ways in which it goes wrong: no finite gradient,
     and a loss that explodes."""
     run: object
+    optimizer: object
     max_skipped: int
     skipped: int = 0                           # steps in a row without a finite gradient
     first: list = field(default_factory=list)  # losses, until 20 are there
@@ -221,15 +222,19 @@ class LossGuard:
     def check_finite_or_exit(self, step, loss, norm):
         """-> whether both are finite; if not the optimizer has left the step out. Failure (code 1)
         after max_skipped such steps in a row, or where the last step of all, or of a trial, is one:
-        a model that gives no number is not finished."""
+        a model that gives no number is not finished. A gradient that was too large for float16 is
+        no such fault: the optimizer has halved its scale."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             return True
         self.skipped += 1
+        scale = self.optimizer.loss_scale
+        lowered = f"; loss scale {scale:,.0f} from here on" if self.optimizer.most_scale > 1 else ""
         common.print0(f"loss {loss}, gradient norm {norm}: this step was skipped "
-                      f"({self.skipped} in a row)")
+                      f"({self.skipped} in a row){lowered}")
         last = TRY_OUT_STEPS if self.run.try_out else self.run.clock.num_steps
-        if self.skipped > self.max_skipped or step == last:
+        overflow = math.isfinite(loss) and scale > 1
+        if self.skipped > self.max_skipped or (step == last and not overflow):
             self.give_up(f"the last steps had no finite gradient ({self.skipped} in a row)", step)
         return False
 

@@ -67,15 +67,20 @@ def test_the_exit_code_says_whether_a_check_has_failed(monkeypatch, capsys, resu
     assert "there are decoding_of_letters" in capsys.readouterr().out
 
 def test_the_checks_of_numbers_speed_and_memory_work_on_a_cpu(here, monkeypatch):
-    for check in (gpu.bf16_and_compile, gpu.mfu_of_d12, gpu.decoding):
+    for check in (gpu.dtypes_and_compile, gpu.mfu_of_d12, gpu.decoding):
         ok, said = check(here)
         assert ok, (check, said)
     monkeypatch.setattr(gpu.optim.MuonAdamW, "step", lambda self: 0.0)
     assert gpu.cpu_and_gpu(here)[0] is False, "a model that learns nothing is equal everywhere"
 
 def test_a_dtype_that_is_further_off_than_it_may_be_fails(here, monkeypatch):
-    monkeypatch.setitem(gpu.FURTHEST, (torch.bfloat16, False), (1e-9, 1e-9))
-    assert gpu.bf16_and_compile(here)[0] is False
+    for dtype in (torch.bfloat16, torch.float16):
+        with monkeypatch.context() as patch:
+            patch.setitem(gpu.FURTHEST, (dtype, False), (1e-9, 1e-9))
+            assert gpu.dtypes_and_compile(here)[0] is False
+    assert gpu.dtypes_and_compile(here)[0] is True
+    monkeypatch.setattr(gpu.optim, "LOSS_SCALE", 2.0 ** -20)  # gradients too small for float16
+    assert gpu.dtypes_and_compile(here)[0] is False
 
 # a step of 4,000 tokens in 2 s: 2,000 tokens/s of 1e9 FLOP
 MEASURED = {"rows": 8, "first": 30.0, "flops": 1e9, "predicted": 1.05e9, "allocated": 1e9,
@@ -97,8 +102,8 @@ DECODED = {1: 0.01, "weights": 1e9}  # 1,000 GB/s would read them in 0.001 s
     (gpu.decoding, {torch.bfloat16: 2.0}, False, "bfloat16 2.0e+00 below the best logit")])
 def test_good_numbers_pass_and_bad_ones_fail(here, monkeypatch, check, change, result, says):
     """With the GPU and what is measured on it faked."""
-    numbers = {"peak": 7e12, torch.float32: 1e-4, torch.bfloat16: 0.1, **MEASURED, **DECODED,
-               **change}
+    numbers = {"peak": 7e12, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.01,
+               **MEASURED, **DECODED, **change}
     monkeypatch.setattr(gpu.Here, "cuda", property(lambda self: True))
     monkeypatch.setattr(gpu.compute, "peak_flops", lambda device: numbers["peak"])
     monkeypatch.setattr(gpu.measure, "training", lambda *_: numbers)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 import optim
+from conftest import RATES, REPO
 
 # counts that neither 2 nor 4 divides
 MATRICES = {"square": (3, 8, 8), "tall": (5, 16, 8), "wide": (1, 8, 24)}
@@ -55,8 +56,8 @@ def snapshot(params, optimizer):
     copies = {n: p.detach().clone() for n, p in params.items()}
     return {"params": copies, "optim": optimizer.state_dict()}
 
-def restore(saved):
-    params, optimizer = make()
+def restore(saved, dtype=torch.float32):
+    params, optimizer = make(dtype)
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(saved["params"][n])
@@ -221,7 +222,8 @@ def test_the_five_polynomials():
 
 @pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 16), (1, 16, 80)])
 @pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.85, 1.15),
-                                              (torch.bfloat16, 0.80, 1.20)])
+                                              (torch.bfloat16, 0.80, 1.20),
+                                              (torch.float16, 0.85, 1.15)])
 def test_orthogonalise(shape, dtype, low, high):
     U, _, V = torch.linalg.svd(normal(0, shape), full_matrices=False)
     # their Frobenius norm is below 4: the smallest enters at about 0.01
@@ -344,3 +346,50 @@ def test_every_parameter_of_the_model_is_in_its_group(arch):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1.0
+
+def test_in_float16_small_gradients_survive_by_a_scale(monkeypatch):
+    config = gpt.config_from_depth(2, 512, 32)
+    idx = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(1))
+
+    def gradient(dtype):
+        model = gpt.GPT(config, dtype)
+        model.init_weights(0)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():  # in a fresh model the blocks have no gradient
+            model.transformer.h[0].mlp.c_proj.weight.normal_(0.0, 0.02, generator=generator)
+        optimizer = optim.make_optimizer(model, RATES, 1.0, 0.1, dtype)
+        loss = model(idx[:, :-1], idx[:, 1:]) / 2 ** 20  # as in a batch of a million tokens
+        optimizer.scaled(loss).backward()
+        names = [bucket.names[0] for bucket in optimizer.buckets]
+        return optimizer.sum_gradients()[names.index("transformer.h.0.mlp.c_fc.weight")]
+
+    true = gradient(torch.float32)
+    assert (gradient(torch.float16) - true).norm() < 0.01 * true.norm()
+    monkeypatch.setattr(optim, "LOSS_SCALE", 1.0)
+    assert (gradient(torch.float16) - true).norm() > 0.1 * true.norm()
+
+def test_the_scale_is_halved_where_it_overflows_and_comes_back(monkeypatch):
+    monkeypatch.setattr(optim, "DOUBLE_EVERY", 3)
+    params, optimizer = make(torch.float16)
+    train(params, optimizer, 0, 4)
+    assert optimizer.loss_scale == 2 ** 16, "it does not grow above what it is at first"
+    for halved in (2 ** 15, 2 ** 14):
+        before = snapshot(params, optimizer)["params"]
+        for p in params.values():
+            p.grad = torch.full_like(p, math.inf)
+        assert optimizer.step() == math.inf and optimizer.loss_scale == halved
+        assert same(before, snapshot(params, optimizer)["params"])
+    train(params, optimizer, 4, 5)
+    assert optimizer.loss_scale == 2 ** 14
+    other_params, other = restore(snapshot(params, optimizer), torch.float16)
+    for some_params, some in ((params, optimizer), (other_params, other)):
+        train(some_params, some, 5, 6)
+        assert some.loss_scale == 2 ** 15
+    assert same(snapshot(params, optimizer), snapshot(other_params, other))
+    _, plain = restore(snapshot(params, optimizer))  # goes on in float32
+    assert plain.loss_scale == 1.0
+
+def test_every_phase_scales_its_loss():
+    lines = [line.strip() for path in REPO.glob("*.py") for line in path.read_text().splitlines()]
+    calls = [line for line in lines if line.endswith(".backward()")]
+    assert len(calls) >= 6 and all(line.startswith("optimizer.scaled(") for line in calls)
