@@ -28,11 +28,20 @@ def float_product(weight, dtype, rows):
     """weight [out, in] -> a function x [n, in] -> x @ weight.T [n, out], both float32, computed in
     dtype. rows: n at most."""
     weight = weight.to(dtype)
+    if is_one_row_on_amx(weight, dtype, rows):
+        return lambda x: torch.mv(weight, x[0].to(dtype)).float()[None]
     if not is_reordered(weight, dtype, rows):
         return lambda x: F.linear(x.to(dtype), weight).float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: multiply(x.to(dtype), packed, None, "none", [], "").float()
+
+def is_one_row_on_amx(weight, dtype, rows):
+    """Whether oneDNN would multiply a single row in the AMX tiles of a CPU. They are made for many:
+    it then reads a d12 at 8 GB/s, and torch.mv at 12. Without AMX torch.mv takes twice as long as
+    oneDNN (LOG.md)."""
+    on_cpu = weight.device.type == "cpu" and dtype == torch.bfloat16
+    return rows == 1 and on_cpu and torch.cpu._is_amx_tile_supported()
 
 def is_reordered(weight, dtype, rows):
     """Whether a weight is kept in oneDNN's own order, which torch.compile's freezing uses too: on a
@@ -40,7 +49,7 @@ def is_reordered(weight, dtype, rows):
     (LOG.md). Its calls take 10 us longer: not for small matrices in float32."""
     ops = torch.ops.mkldnn
     has_ops = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    if weight.device.type != "cpu" or not has_ops:
+    if weight.device.type != "cpu" or not has_ops or is_one_row_on_amx(weight, dtype, rows):
         return False
     if dtype == torch.bfloat16:
         return ops._is_mkldnn_bf16_supported()

@@ -76,9 +76,13 @@ def test_answers_do_not_depend_on_how_many_grow_at_once():
         assert one == three == all_
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype,weights,most", [(torch.bfloat16, "auto", 0.03),
-                                                (torch.float32, "int8", 0.06)])
-def test_packed_weights_stay_near_the_models(dtype, weights, most):
+@pytest.mark.parametrize("dtype,weights,amx,most", [
+    (torch.bfloat16, "auto", False, 0.03), (torch.bfloat16, "auto", True, 0.03),
+    (torch.float16, "auto", False, 0.004), (torch.float32, "int8", False, 0.06)])
+def test_packed_weights_stay_near_the_models(monkeypatch, dtype, weights, amx, most):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    real, calls = torch.mv, []
+    monkeypatch.setattr(torch, "mv", lambda *args: (calls.append(1), real(*args))[1])
     model = small()
     prompt = prompts()[2]
     whole = model(torch.tensor([prompt]))[0, 1:]
@@ -92,6 +96,8 @@ def test_packed_weights_stay_near_the_models(dtype, weights, most):
         again = engine.Decoder(model, rows, 60, engine.Packed(model, rows, weights))
         again.add([prompt[:1]] * rows)
         assert torch.equal(again.step([prompt[1]] * rows), logits[:, 0])
+        assert bool(calls) == (amx and rows == 1)
+        calls.clear()
 
 @torch.inference_mode()
 def test_a_model_to_use_keeps_its_weights_in_its_dtype_and_computes_the_same_bits(state):
