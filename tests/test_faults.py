@@ -199,24 +199,19 @@ def test_a_terminal_ends_no_training(prepared, folder):
 
 MEASURED = """
 import signal, run
-def memory(when):
-    facts = dict(line.split(":") for line in open("/proc/self/status"))
-    print(when, *(facts[name].split()[0] for name in ("VmRSS", "VmHWM")), flush=True)
-real_begin, real_end = run.Run.begin_loop, run.Run.end
+real_begin = run.Run.begin_loop
 def begin_loop(*args):
     real_begin(*args)
-    memory("before")
-def end(*args, **more):
-    memory("after")
-    real_end(*args, **more)
-run.Run.begin_loop, run.Run.end = begin_loop, end
+    facts = dict(line.split(":") for line in open("/proc/self/status"))
+    print("before", *(facts[name].split()[0] for name in ("VmRSS", "VmHWM")), flush=True)
+run.Run.begin_loop = begin_loop
 training.print_samples = lambda *args: None
 """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_resumed_run_needs_as_much_memory_as_a_fresh_one(prepared, folder):
-    """A copy of the weights that was forgotten would be 46 MB, one of the optimizer 51 MB, of
-    700."""
+    """A copy of the weights that was forgotten would be 46 MB, one of the optimizer 51 MB, of 380
+    where the loop begins. What a step needs on top changes by 40 MB from run to run."""
     args = [*BASE, "--depth=6", "--tag=d1", "--total_batch_size=256", "--device_batch_size=4",
             "--num_steps=2", "--save_minutes=60"]
     found = []
@@ -225,12 +220,11 @@ def test_a_resumed_run_needs_as_much_memory_as_a_fresh_one(prepared, folder):
         out = faulty(prepared, "base_train.py", args, fault, MEASURED, env={
             "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})
         assert out.returncode in (0, 75), out.stderr
-        found.append(re.findall(r"^(?:before|after) (\d+) (\d+)$", out.stdout, re.MULTILINE))
+        found += re.findall(r"^before (\d+) (\d+)$", out.stdout, re.MULTILINE)
     assert "continuing at step 1 of 2" in out.stdout
-    ((fresh, _), (_, fresh_peak)), ((resumed, load_peak), (_, peak)) = found
-    assert int(resumed) == pytest.approx(int(fresh), rel=0.03)
-    assert int(load_peak) < int(fresh_peak), "nor does loading need more than a step"
-    assert int(peak) <= 1.03 * int(fresh_peak)
+    (fresh, _), (resumed, peak) = found
+    assert int(resumed) < int(fresh) + 20_000  # KB
+    assert int(peak) < int(fresh) + 97_000, "of each at most one copy while it loads"
 
 def finite(state):
     return all(torch.isfinite(tensor).all() for tensor in state.values() if torch.is_tensor(tensor))
@@ -242,6 +236,32 @@ def test_a_step_without_a_finite_gradient_is_skipped(prepared, folder):
     model, state, _ = checkpoint.load(folder, 6)
     assert finite(model) and all(map(finite, state.values()))
     assert {s["step"] for s in state.values()} == {5}
+
+def test_in_float16_an_overflow_halves_the_scale_which_a_resumed_run_keeps(prepared, folder):
+    """The last step overflows too: the run is done without it."""
+    args = [*BASE, "--dtype=float16", "--num_steps=8"]
+    at_steps = "loss * (1e30 if call in {} else 1.0)"  # finite, and its gradient is not
+    out = faulty(prepared, "base_train.py", args, at_steps.format((3, 8)))
+    assert out.returncode == 0, out.stdout + out.stderr
+    for scale in ("32,768", "16,384"):
+        assert f"skipped (1 in a row); loss scale {scale} from here on" in out.stdout
+    straight = checkpoint.files(folder, 8)
+    _, state, _ = checkpoint.load(folder, 8)
+    assert {(s["step"], s["loss_scale"]) for s in state.values()} == {(6, 2 ** 14)}
+    shutil.rmtree(folder)
+    stop = "os.kill(os.getpid(), 15) if call == 5 else None"
+    out = faulty(prepared, "base_train.py", args, f"({at_steps.format((3,))}, {stop})[0]")
+    assert out.returncode == 75 and checkpoint.newest(folder) == 5, out.stdout + out.stderr
+    out = faulty(prepared, "base_train.py", args, at_steps.format((3,)))
+    assert out.returncode == 0 and "loss scale 16,384" in out.stdout, out.stdout + out.stderr
+    resumed = checkpoint.files(folder, 8)
+    for name in checkpoint.names(8)[:2]:
+        assert resumed[name] == straight[name]
+
+def test_where_float16_gives_no_number_float32_is_proposed(prepared, folder):
+    out = faulty(prepared, "base_train.py", [*BASE, "--dtype=float16", "--num_steps=6"],
+                 "loss * math.nan if call == 6 else loss", "import math")
+    assert out.returncode == 1 and "or compute in float32 (--dtype=float32)" in out.stderr
 
 def test_too_many_such_steps_end_the_phase_and_name_the_last_good_checkpoint(prepared, folder):
     out = faulty(prepared, "base_train.py", [*BASE, "--num_steps=60", "--max_skipped=3"],
@@ -386,7 +406,7 @@ def test_a_run_says_once_when_validation_turned_up_resumed_or_not(tmp_path, caps
 def test_an_easy_first_batch_sets_no_level(capsys):
     run = alone()
     run.clock = SimpleNamespace(num_steps=100)
-    guard = training.LossGuard(run, max_skipped=10)
+    guard = training.LossGuard(run, SimpleNamespace(), max_skipped=10)
     for step, loss in enumerate([0.01, *[3.0] * 60]):
         guard.check_or_exit(step, loss, 1.0)
         assert not guard.in_trouble()
