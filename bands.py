@@ -82,6 +82,8 @@ def make(folders):
     steps = records[0]["step"]
     curves = [common.read_json_lines(folder / "metrics.jsonl") for folder in folders]
     means = list(zip(*(means_of(lines, steps) for lines in curves)))
+    common.check(None not in {mean for part in means for mean in part},
+                 "a step is missing in metrics.jsonl of one of these folders")
     spread = [max(max(part) - min(part), 0.01 * min(part)) for part in means]
     return {**wanted, "seeds": [record["settings"]["seed"] for record in records],
             "commits": sorted({record["commit"][:12] for record in records}),

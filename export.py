@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import struct
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import checkpoint
@@ -176,9 +176,9 @@ def card(folder, step, name, parameters):
         lines += report.read_text(encoding="utf-8", errors="replace").splitlines()
     scores = []
     if "## Scores" in lines and lines[1].endswith(f", {folder.name}"):  # of this run
-        rows = lines[lines.index("## Scores"):]
-        scores = ["Scores over the stages of its training:", "",
-                  *(line for line in rows if line.startswith("|")), ""]
+        rows = lines[lines.index("## Scores") + 2:]
+        table = takewhile(lambda line: line.startswith("|"), rows)
+        scores = ["Scores over the stages of its training:", "", *table, ""]
     commit = record.get("commit", "unknown")
     if record.get("difference"):
         commit += " with changes"

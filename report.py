@@ -82,12 +82,13 @@ def gather(name, run):
     return Stage(name, record, meta, lines, result("core"), result("chat"))
 
 def guarded(notes, what, function, *args):
-    """What `function` makes; [] where a file is damaged in a way that nobody thought of, which
-    costs its own part only and is noted."""
+    """What `function` makes; [] where a file is damaged in a way that nobody thought of, or the
+    disk is full, which costs its own part only and is noted."""
     try:
         return function(*args)
     except Exception as e:  # noqa: BLE001
-        notes.append(f"{what} is left out, since a file is damaged ({type(e).__name__}: {e})")
+        why = "cannot be read or written" if isinstance(e, OSError) else "is damaged"
+        notes.append(f"{what} is left out, since a file {why} ({type(e).__name__}: {e})")
         return []
 
 # -------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ class Service:
         self.taken = []         # those that begin with the next step
         self.changed = threading.Condition()  # guards waiting and ending
         self.ending = False
-        first = self.batch_of(source, found)
-        self.tokenizer, self.context = first.tokenizer, first.decoder.model.config.sequence_len
+        self.tokenizer = None   # of the first model; prompts are judged by it and its context
+        self.batch_of(source, found)
 
     def stages(self):
         """The finished models of the run, base first, those finished meanwhile too."""
@@ -140,14 +140,14 @@ class Service:
             folder, step = found or talk.find(stage, self.data, self.tag)
             tokenizer = models.load_tokenizer_of(folder, step, self.data)
             model = models.load_to_use(folder, step, self.compute.device, self.compute.dtype)
-            for other in self.batches.values():  # prompts are judged by these
-                same = (other.decoder.model.config.sequence_len == model.config.sequence_len
-                        and other.tokenizer.fingerprint == tokenizer.fingerprint)
-                common.check(same, f"the {stage} model has another context or tokenizer than those "
-                             "that are loaded: start the server anew")
+            context = model.config.sequence_len
+            if self.tokenizer is None:
+                self.tokenizer, self.context = tokenizer, context
+            same = self.context == context and self.tokenizer.fingerprint == tokenizer.fingerprint
+            common.check(same, f"the {stage} model has another context or tokenizer than the first "
+                         "that was loaded: start the server anew")
             packed = engine.Packed(model, self.rows, self.weights)
-            self.batches[stage] = engine.Batch(model, tokenizer, self.rows,
-                                               model.config.sequence_len, packed)
+            self.batches[stage] = engine.Batch(model, tokenizer, self.rows, context, packed)
             talk.say(f"{talk.description(stage, self.data, self.tag, step)}; {self.compute}")
         return self.batches[stage]
 

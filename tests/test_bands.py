@@ -43,6 +43,11 @@ def test_three_seeds_make_a_band(tmp_path, monkeypatch):
         with ends() as end:
             bands.make([*folders[:2], tmp_path / str(wrong)])
         assert end.code == 2
+    metrics = folders[2] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().partition("\n")[2])  # the first step is gone
+    with ends() as end:
+        bands.make(folders)
+    assert end.code == 2
 
 def test_parts_and_words():
     ended = {step: bands.part_ending(step, 600) for step in (0, 29, 30, 300, 600)}

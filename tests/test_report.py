@@ -354,6 +354,14 @@ def test_torn_and_damaged_files_cost_their_own_part_only(whole):
     said, _ = status_of(whole)
     assert said.count("cannot be read") == 3
 
+def test_a_full_disk_is_not_called_a_damaged_file():
+    notes = []
+    with open("/dev/full", "wb", buffering=0) as full:
+        assert report.guarded(notes, "the page", full.write, b"x") == []
+    note, = notes
+    assert note == ("the page is left out, since a file cannot be read or written (OSError: "
+                    "[Errno 28] No space left on device)")
+
 def test_half_done_running_and_dead(whole):
     root = whole / "toy"
     reason = "signal SIGTERM: saved at step 40 of 60"

@@ -12,15 +12,19 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 
 import common
 import completions
 import pipeline
+import talk
 import tokenizer as tok
 from conftest import BYTES, REPO, environment, random_model, save_model, script, wait_for
+from serving import Service
 
 COMPUTE = ["--device=cpu", "--dtype=float32", "--threads=1"]
 CONTEXT = 512
@@ -413,3 +417,14 @@ def test_a_damaged_model_is_an_error_for_who_asks_for_it_alone(models_made, tmp_
             weights.write_bytes(whole)
         assert status == 500 and "checksum" in answer["error"]["message"]
         assert web.complete("x", max_tokens=2) and web.complete("x", model="base", max_tokens=2)
+
+def test_a_model_of_another_context_is_refused_whatever_is_loaded(state):
+    make("base")
+    make("sft")
+    compute = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    service = Service("toy", "d1", "sft", talk.find("sft", "toy", "d1"), compute, "auto", 2, 2)
+    assert service.batch_of("base")
+    service.batches.clear()  # as after an error
+    service.context += 1
+    with pytest.raises(common.Failure, match="the base model has another context or tokenizer"):
+        service.batch_of("base")
