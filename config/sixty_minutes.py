@@ -1,4 +1,4 @@
-# What two cores learn of English in sixty minutes (LEADERBOARD.md; not measured yet)
+# What two cores learn of English in sixty minutes (LEADERBOARD.md)
 #   python bench.py --sections=learning --minutes=60 --recipe=config/sixty_minutes.py \
 #       --vocab_size=4096 --data=FOLDER --held_out=FILE
 depth = 4
