@@ -71,7 +71,7 @@ def give_up(run, why, step):
     saved = checkpoint.newest(run.directory)
     said = f"{why}; {run.last_good()}"
     otherwise = "lower the learning rates, or look at the data"
-    if run.settings["dtype"] == "float16":
+    if run.record.get("chosen", {}).get("dtype") == "float16":
         otherwise += ", or compute in float32 (--dtype=float32)"
     if saved is None or run.try_out:
         common.fail(f"{said}: {otherwise}", code=1)
