@@ -223,8 +223,8 @@ def test_a_resumed_run_needs_as_much_memory_as_a_fresh_one(prepared, folder):
         found += re.findall(r"^before (\d+) (\d+)$", out.stdout, re.MULTILINE)
     assert "continuing at step 1 of 2" in out.stdout
     (fresh, _), (resumed, peak) = found
-    assert int(resumed) < int(fresh) + 20_000  # KB
-    assert int(peak) < int(fresh) + 97_000, "of each at most one copy while it loads"
+    assert int(resumed) == pytest.approx(int(fresh), rel=0.03)
+    assert int(peak) < int(fresh) + 97_000, "KB: of each at most one copy while it loads"
 
 def finite(state):
     return all(torch.isfinite(tensor).all() for tensor in state.values() if torch.is_tensor(tensor))
