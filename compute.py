@@ -4,8 +4,10 @@ or by asking the machine, then recorded and kept when a run resumes: other choic
 """
 import contextlib
 import ctypes
+import hashlib
 import os
 import shutil
+import tempfile
 import timeit
 from dataclasses import dataclass
 
@@ -65,6 +67,8 @@ def choose_compute(ranks, settings, recorded=None):
         has_compiler = shutil.which("g++") or shutil.which("clang++")
         compiled = name == "cuda" or (name == "cpu" and bool(has_compiler))
     compiled = str(compiled) == "True"
+    if compiled:
+        own_cache()
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     # Else the threads of a compiled step add up the gradient of an embedding in any order, and two
@@ -102,6 +106,19 @@ def probe_dtype(device):
         return "float32"
     faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return "bfloat16" if faster else "float32"
+
+def own_cache():
+    """A folder of its own for what is compiled on this kind of CPU. The compiler looks it up by the
+    program alone: where a CPU with AVX512 and one with AVX2 share the folder, on a disk or in an
+    image, the second computes every other half of its numbers, and the first writes where it must
+    not (torch 2.13, LOG.md)."""
+    able = [name for name, yes in torch.cpu.get_capabilities().items() if yes is True]
+    kind = f"{torch.backends.cpu.get_cpu_capability()} {sorted(able)}"
+    own = "cpu-" + hashlib.sha256(kind.encode()).hexdigest()[:8]
+    default = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)
+    if os.path.basename(folder) != own:  # else it is this process's parent's
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, own)
 
 def keep_freed_memory():
     """Large blocks otherwise go back to the system at every free and fault in anew: 11,500 ->

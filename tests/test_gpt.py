@@ -1,5 +1,6 @@
 """gpt.py: gradients, the shape, and a checkpoint that nanochat made."""
 
+import os
 
 import numpy as np
 import torch
@@ -221,3 +222,30 @@ print([all(map(torch.equal, first, train())) for _ in range(5)])
 def test_compiled_and_on_two_threads_a_seed_gives_the_same_bits(state, all_cores):
     out = script(state, "-c", f"RATES = {RATES}\n{TRAIN_TWICE}")
     assert out.stdout.strip() == str([True] * 5), out.stdout + out.stderr
+
+ON_ONE_CPU = """
+import os, torch
+from compute import choose_compute
+from ranks import Ranks
+wanted = {"device": "cpu", "dtype": "float32", "threads": 1, "compile": True}
+for _ in range(2):  # the second time it stays where it is
+    choose_compute(Ranks(0, 0, 1), wanted)
+def double(x):
+    return (2 * x).sin()
+x = torch.arange(1000.0)
+print(torch.allclose(torch.compile(double)(x), double(x)), torch.backends.cpu.get_cpu_capability())
+"""
+
+def test_what_one_cpu_has_compiled_is_not_run_on_another_kind(state, tmp_path):
+    """On a shared disk, in an image: the compiler does not ask which CPU it was made for."""
+    shared = str(tmp_path / "compiled")
+    said = []
+    for capability in ("avx512", "avx2"):
+        env = {"TORCHINDUCTOR_CACHE_DIR": shared, "ATEN_CPU_CAPABILITY": capability,
+               "TORCHINDUCTOR_VEC_ISA_OK": "1"}  # else it tries ten kinds out, for ten seconds
+        out = script(state, "-c", ON_ONE_CPU, env=env)
+        right, kind = out.stdout.split()
+        assert right == "True", f"{kind}: {out.stdout + out.stderr}"
+        said.append(kind)
+    folders = os.listdir(shared)
+    assert len(folders) == len(set(said)) and all(name.startswith("cpu-") for name in folders)
