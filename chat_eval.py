@@ -56,7 +56,7 @@ import torch
 
 import engine
 import evaluation
-from compute import choose_compute
+from compute import choose_compute, cores_of_rank
 
 if try_out:
     run.settings = settings
@@ -120,7 +120,9 @@ def generative(items, prompts):
     texts = answer(prompts, max_new_tokens)
     if texts is None:
         return None
-    with ThreadPoolExecutor(compute.threads) as pool:  # HumanEval's are processes of their own
+    # HumanEval's are processes of their own, and where more run than there are cores, a right one
+    # may take too long; compute.threads may be those of the larger machine that began
+    with ThreadPoolExecutor(min(compute.threads, cores_of_rank())) as pool:
         return list(pool.map(task_list.correct, items, texts, repeat(unsafe_exec)))
 
 def write_answers():

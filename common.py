@@ -295,9 +295,16 @@ def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+CPU_SHARE = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds that it may use, and of which
+
 def cores():
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many CPU cores this process may use: those it may run on, fewer where its container has a
+    share of them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max 100000": no limit
+        share, period = map(int, Path(CPU_SHARE).read_text("utf-8").split())
+        count = min(count, max(1, share // period))
+    return count
 
 def duration(seconds):
     """examples: 42 -> "42s", 750 -> "12m30s", 9000 -> "2h30m" """

@@ -6,10 +6,14 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
+import sys
+import sysconfig
 import tempfile
 import timeit
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,17 +60,19 @@ def choose_compute(ranks, settings, recorded=None):
                  "--weights=int8 needs --device=cpu")
     device = torch.device(name, ranks.local_rank) if name == "cuda" else torch.device(name)
 
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = wanted("threads") or max(1, common.cores() // ranks_here)
+    threads = wanted("threads") or cores_of_rank()
     torch.set_num_threads(threads)
     dtype = wanted("dtype")
     if dtype == "auto":
         dtype = ranks.on_rank0(probe_dtype, device)
     compiled = wanted("compile")
-    if compiled == "auto":  # on a CPU the compiler writes C++
-        has_compiler = shutil.which("g++") or shutil.which("clang++")
-        compiled = name == "cuda" or (name == "cpu" and bool(has_compiler))
+    if compiled == "auto":
+        compiled = can_compile(name)
     compiled = str(compiled) == "True"
+    if compiled and settings["compile"] == "auto" and not can_compile(name):
+        common.print0("warning: the run was compiled so far, and this machine cannot (see README): "
+                      "it goes on without, slower, and with other roundings")
+        compiled = False
     if compiled:
         own_cache()
     if name == "cuda":
@@ -107,16 +113,29 @@ def probe_dtype(device):
     faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return "bfloat16" if faster else "float32"
 
+def cores_of_rank():
+    return max(1, common.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+def can_compile(kind):
+    """Whether what torch.compile needs is here: on a CPU it writes C++ that includes Python's own
+    headers, and hashes headers with openssl."""
+    if kind != "cpu":
+        return kind == "cuda"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(shutil.which(compiler) and shutil.which("openssl") and header.exists())
+
 def own_cache():
-    """A folder of its own for what is compiled on this kind of CPU. The compiler looks it up by the
-    program alone: where a CPU with AVX512 and one with AVX2 share the folder, on a disk or in an
-    image, the second computes every other half of its numbers, and the first writes where it must
-    not (torch 2.13, LOG.md)."""
+    """A folder of its own for what is compiled on this kind of machine. The compiler looks it up by
+    the program alone: where a CPU with AVX512 and one with AVX2 share the folder, on a disk or in
+    an image, the second computes every other half of its numbers, and the first writes where it
+    must not (torch 2.13, LOG.md)."""
     able = [name for name, yes in torch.cpu.get_capabilities().items() if yes is True]
-    kind = f"{torch.backends.cpu.get_cpu_capability()} {sorted(able)}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    kind = f"{capability} {sorted(able)} {platform.libc_ver()}"
     own = "cpu-" + hashlib.sha256(kind.encode()).hexdigest()[:8]
     default = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default
     if os.path.basename(folder) != own:  # else it is this process's parent's
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, own)
 
@@ -128,11 +147,15 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)            # M_MMAP_MAX: no block by mmap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what was freed
 
+def device_name(device):
+    """examples: "NVIDIA H100 80GB HBM3", "cpu" """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
 def peak_flops(device):
     """FLOP/s of a device in bf16, None where its name is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name()
+    name = device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 def to_device(array, device):

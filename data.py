@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import socket
 import tempfile
 from array import array
 from collections import Counter, namedtuple
@@ -112,7 +113,11 @@ def make_store(run, data, tokenizer, name, source, documents, more=None):
     prefix = pipeline.token_dir(data) / tokenizer.fingerprint / name
     run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size,
                        more)
-    return open_store(prefix, source)
+    store = open_store(prefix, source)
+    common.check(store is not None, f"{prefix}.json, which rank 0 has seen or written, is not seen "
+                 f"on {socket.gethostname()}: NANOCHAT_BASE_DIR has to be a folder that all nodes "
+                 "share")
+    return store
 
 def tokenize_files(run, data, files, split, tokenizer):
     """Tokenises the files of a split that are not tokenised yet. files: the same on all ranks, as
@@ -125,7 +130,9 @@ def tokenize_files(run, data, files, split, tokenizer):
                 yield ids, []
 
     shared = files["train"].keys() & files["val"].keys()
-    facts = [[name, *texts.stamp(path), name in shared] for name, path in files[split].items()]
+    # rank 0's, for all: a copy of the texts on another node may have been written at another time
+    stamps_of = run.ranks.on_rank0(lambda: list(map(texts.stamp, files[split].values())))
+    facts = [[name, *of_file, name in shared] for name, of_file in zip(files[split], stamps_of)]
     one_each = files["old"] or not pipeline.is_folder_data(data)
     stores = []
     for group in gathered(facts, 0 if one_each else GATHER):

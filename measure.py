@@ -101,7 +101,7 @@ def machine(computing):
         large = torch.ones(2048, 2048, **of_type)
         once = best_seconds(functools.partial(torch.mm, large, large), device)
         rates[name] = flops / seconds, 2 * 2048 ** 3 / once
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    where = compute.device_name(device)
     return {"bandwidth": bandwidth(device), "rates": rates,
             "computed in": chosen.recorded()["dtype"],
             "words": f"torch {torch.__version__}, {where}: {chosen}"}

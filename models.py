@@ -117,7 +117,7 @@ def copy_first(command):
     """A command line for a state folder that cannot be written: copies it to where it can, and runs
     the command there."""
     here, there = shlex.quote(str(pipeline.base_dir())), "~/nanochat-copy"
-    return (f"cp -r {here} {there} && chmod -R u+w {there} && export NANOCHAT_BASE_DIR={there} && "
+    return (f"cp -a {here} {there} && chmod -R u+w {there} && export NANOCHAT_BASE_DIR={there} && "
             f"{command}")
 
 def choose_tag(stage, data, command):

@@ -18,7 +18,7 @@ import models
 import pipeline
 import rewind
 from clock import peak_memory
-from compute import to_device
+from compute import device_name, to_device
 from run import TRY_OUT_STEPS
 
 # -------------------------------------------------------------------------------------------------
@@ -143,19 +143,23 @@ def rows_at_once(run, model, optimizer, compute, rows):
     """
     How many of a step's `rows` rows a device takes at once: --device_batch_size or, where that is
     -1, as many as the run has recorded, else as many as fit a GPU by memory.py's formula, elsewhere
-    32. Recorded with what else was chosen: another number would round otherwise. Collective.
+    32. Recorded with what else was chosen: another number would round otherwise. On another kind of
+    device than it was recorded on it is no more than fits there. Collective.
     """
     asked = run.settings["device_batch_size"]
     chosen = run.record.get("chosen")
-    if asked == -1 and chosen:
-        asked = chosen.get("device_batch_size", OLD_DEFAULT)
+    on = run.ranks.on_rank0(device_name, compute.device)
+    recorded = chosen.get("device_batch_size", OLD_DEFAULT) if chosen else None
+    if asked == -1 and recorded and chosen.get("on", on) == on:
+        asked = recorded
     if asked == -1:
         asked = OLD_DEFAULT
         if compute.device.type == "cuda":
             most = memory.MOST_TOKENS // model.config.sequence_len or 1
             fitting = memory.rows_that_fit(model, optimizer, compute.dtype, compute.compile, most)
             asked = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
-    run.update_record(chosen={**compute.recorded(), "device_batch_size": asked})
+        asked = min(asked, recorded or asked)
+    run.update_record(chosen={**compute.recorded(), "on": on, "device_batch_size": asked})
     micro_rows = dataset.fit_micro_rows(rows, asked, run.ranks.world)
     run.settings["device_batch_size"] = micro_rows  # of which half is tried where memory runs out
     return micro_rows

@@ -27,6 +27,11 @@ def gpu_names():
         return []
     return re.findall(r"^GPU \d+: (.*?) \(", asked.stdout, re.MULTILINE)
 
+def cpu_in_words():
+    """example: "CPU, 2 cores, 24 GB" """
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"CPU, {common.cores()} cores, {size / 1e9:.0f} GB"
+
 def try_out(plan, run_phase):
     """run_phase(name, words): launch.py's. -> (exit code, {phase: arguments that it needs to fit});
     Failure (code 2) where the disk is too small."""
@@ -34,7 +39,7 @@ def try_out(plan, run_phase):
     if not trainings:
         return 0, {}
     chats = [p.name for p in plan.phases("evaluation") if p.script == "chat_eval.py"]
-    machine = f"{plan.nproc} x {(gpu_names() or ['CPU'])[0]}"
+    machine = f"{plan.nproc} x {(gpu_names() or [cpu_in_words()])[0]}"
     asked = {name: {"words": plan.words(name), "machine": machine}
              for name in [*trainings, *chats[:1]]}
     path = pipeline.data_root(plan.data) / f"tried_{plan.tag}.json"

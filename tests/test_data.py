@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -22,6 +23,16 @@ import pipeline
 import texts
 import tokenizer as tok
 from conftest import BYTES, alone, ends, script
+
+def test_cores_are_those_that_a_container_may_use(tmp_path, monkeypatch):
+    share = tmp_path / "cpu.max"
+    monkeypatch.setattr(common, "CPU_SHARE", str(share))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert common.cores() == 64, "no container"
+    for text, cores in (("max 100000", 64), ("250000 100000", 2), ("50000 100000", 1),
+                        ("9900000 100000", 64)):
+        share.write_text(text)
+        assert common.cores() == cores
 
 def all_texts(folder, split="train"):
     return list(corpus.iter_texts(corpus.dataset_files(folder), split))
@@ -489,6 +500,30 @@ def test_a_half_done_run_keeps_what_is_held_out_and_names_what_has_changed(state
     next(state.rglob("d1/phase.json")).unlink()  # the checkpoint says it too
     out = script(state, *command)
     assert out.returncode == 0 and "held out for validation: b.txt\n" in out.stdout, out.stderr
+
+def test_a_rank_whose_texts_were_copied_later_reads_rank_0s_stores(state, tmp_path, capsys):
+    write(tmp_path / "d", "a.txt", some_texts(300))
+    write(tmp_path / "d", "b.txt", some_texts(30))
+    files = corpus.dataset_files(str(tmp_path / "d"))
+    first, said = alone(), []
+
+    def computed(function, *args):
+        said.append(function(*args))
+        return said[-1]
+    first.ranks = SimpleNamespace(on_rank0=computed)
+    stores = data.tokenize_files(first, str(tmp_path / "d"), files, "train", BYTES)
+    os.utime(tmp_path / "d/a.txt", (1, 1))
+
+    def other():
+        answers = iter(said)
+        run = SimpleNamespace(ranks=SimpleNamespace(on_rank0=lambda *asked: next(answers)))
+        return data.tokenize_files(run, str(tmp_path / "d"), files, "train", BYTES)
+    assert data.fingerprint(other()) == data.fingerprint(stores)
+    for facts in pipeline.token_dir(str(tmp_path / "d")).rglob("train*.json"):
+        facts.unlink()
+    with ends() as end:
+        other()  # its state folder is on a disk of its own
+    assert end.code == 2 and "a folder that all nodes share" in capsys.readouterr().err
 
 def test_an_old_run_goes_on_with_its_own_stores(state, tmp_path):
     """Whose record says nothing of what is held out, and whose documents were other ones."""

@@ -231,13 +231,14 @@ def test_what_runs_in_a_container_knows_that_the_job_of_a_lock_is_over(state, mo
     assert living_holder(folder) is None, "what the launcher has asked is known inside"
 
 def test_torchrun_does_not_hear_of_signals_its_workers_do(supervise, monkeypatch):
-    asked = []
-    monkeypatch.setattr(launch.subprocess, "run", lambda command, **more: asked.append(command))
+    told = []
+    monkeypatch.setattr("supervisor.running", lambda *asked: [asked])
+    monkeypatch.setattr(os, "kill", lambda *args: told.append(args))
     process = FakeProcess(ticks=1)
     supervisor = supervise(process)
     supervisor.on_signal(signal.SIGTERM, None)
     supervisor.run(["torchrun", "x.py"])
-    assert not process.signals and asked == [["pkill", "-TERM", "-P", "4711"]] * 2
+    assert not process.signals and told == [(("x.py", 4711), signal.SIGTERM)] * 2
 
 def test_workers_that_a_signal_kills_before_they_can_hear_it_had_not_begun(supervise, tmp_path):
     """Of them torchrun says 1."""

@@ -391,6 +391,10 @@ def test_the_python_of_the_venv_counts_and_not_the_first_in_the_path(fake, tmp_p
     fake("python3", "echo Python 3.9.2; exit 1")  # a compute node's
     out = setup(**JOB)
     assert out.returncode == 0 and out.stdout.strip() == f"{tmp_path}/.venv/bin/python", out.stderr
+    two, _, _ = own.rpartition(".")  # of Python 3.11.7: Python 3.11
+    for other, code in ((f"{two}.99", 0), (two, 0), ("Python 3.1", 2), (f"{two}7", 2)):
+        (tmp_path / ".venv/matches").write_text(f"{other} {twice}")
+        assert setup(**JOB).returncode == code, "a node may have a newer third number of it"
     (tmp_path / ".venv/bin/python").unlink()
     (tmp_path / ".venv/bin/python").symlink_to("/opt/python/3.12/bin/python3")
     out = setup(**JOB)
