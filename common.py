@@ -299,7 +299,7 @@ CPU_SHARE = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds that it may
 
 def cores():
     """How many CPU cores this process may use: those it may run on, fewer where its container has a
-    share of them."""
+    share of them (cgroup v2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max 100000": no limit
         share, period = map(int, Path(CPU_SHARE).read_text("utf-8").split())

@@ -44,7 +44,8 @@ def choose_compute(ranks, settings, recorded=None):
     """
     settings: the script's, of which device, dtype, threads and compile count (compile is
     missing where each batch has another shape); "auto" (threads: 0) takes what the run has
-    recorded when it was first started, else measures or asks. -> Compute. Failure where there is no
+    recorded when it was first started, else measures or asks; what cannot be compiled here goes on
+    without. -> Compute. Failure where there is no
     such device. Collective.
     """
     def wanted(key):
@@ -65,14 +66,14 @@ def choose_compute(ranks, settings, recorded=None):
     dtype = wanted("dtype")
     if dtype == "auto":
         dtype = ranks.on_rank0(probe_dtype, device)
-    compiled = wanted("compile")
-    if compiled == "auto":
-        compiled = can_compile(name)
-    compiled = str(compiled) == "True"
-    if compiled and settings["compile"] == "auto" and not can_compile(name):
-        common.print0("warning: the run was compiled so far, and this machine cannot (see README): "
-                      "it goes on without, slower, and with other roundings")
-        compiled = False
+    compiled = str(wanted("compile"))
+    lacking = ranks.on_rank0(lacks, name) if settings.get("compile") == "auto" else ""
+    if compiled != "False" and lacking:
+        common.print0(f"note: steps are not compiled, and slower, for want of {lacking}")
+        if compiled == "True":
+            common.print0("warning: so far they were: the last bits will be others; --compile=True "
+                          "brings it back, on a machine that can")
+    compiled = compiled != "False" and not lacking
     if compiled:
         own_cache()
     if name == "cuda":
@@ -116,20 +117,24 @@ def probe_dtype(device):
 def cores_of_rank():
     return max(1, common.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-def can_compile(kind):
-    """Whether what torch.compile needs is here: on a CPU it writes C++ that includes Python's own
-    headers, and hashes headers with openssl."""
-    if kind != "cpu":
-        return kind == "cuda"
+def lacks(kind):
+    """What torch.compile needs and is not here, in words; "" where it has all. On a CPU it writes
+    C++, which includes Python's headers and is hashed by openssl; Triton writes C that does."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    commands = {"cpu": [compiler, "openssl"], "cuda": [os.environ.get("CC", "gcc")]}
+    if kind not in commands:
+        return f"a compiler for {kind}"
+    missing = [command for command in commands[kind] if not shutil.which(command)]
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return bool(shutil.which(compiler) and shutil.which("openssl") and header.exists())
+    if not header.exists():
+        missing.append(f"Python's headers (python3-dev: {header})")
+    return " and ".join(missing)
 
 def own_cache():
     """A folder of its own for what is compiled on this kind of machine. The compiler looks it up by
-    the program alone: where a CPU with AVX512 and one with AVX2 share the folder, on a disk or in
-    an image, the second computes every other half of its numbers, and the first writes where it
-    must not (torch 2.13, LOG.md)."""
+    the program alone: on a shared disk or in an image a CPU with AVX2 finds what one with AVX512
+    has compiled, which leaves half of its numbers uncomputed there; the other way round it writes
+    behind the end of arrays (torch 2.13, LOG.md)."""
     able = [name for name, yes in torch.cpu.get_capabilities().items() if yes is True]
     capability = torch.backends.cpu.get_cpu_capability()
     kind = f"{capability} {sorted(able)} {platform.libc_ver()}"

@@ -114,9 +114,9 @@ def make_store(run, data, tokenizer, name, source, documents, more=None):
     run.ranks.on_rank0(write_store, run, prefix, source, documents, tokenizer.vocab_size,
                        more)
     store = open_store(prefix, source)
-    common.check(store is not None, f"{prefix}.json, which rank 0 has seen or written, is not seen "
-                 f"on {socket.gethostname()}: NANOCHAT_BASE_DIR has to be a folder that all nodes "
-                 "share")
+    common.check(store is not None, f"{prefix}.json cannot be read on {socket.gethostname()}, "
+                 "though rank 0 has just seen or written it: is NANOCHAT_BASE_DIR a folder that "
+                 "all nodes share?")
     return store
 
 def tokenize_files(run, data, files, split, tokenizer):

@@ -24,7 +24,7 @@ if ! "$python_of_venv" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
     exit 2
 fi
 setup_venv() {
-    local want sum
+    local minor sum version
     if [ -n "${NANOCHAT_CONTAINER:-}" ]; then  # nothing is installed: it has what is needed, or not
         if ! "$python_of_venv" -c 'import os, shlex, sys
 words = [*shlex.split(os.environ["NANOCHAT_CONTAINER"]), *sys.argv[1:]]
@@ -37,9 +37,9 @@ assert sys.version_info >= (3, 11), sys.version"; then
         return
     fi
     # the Python by its first two numbers: a node may have a newer third one under the same path
-    want="$("$python_of_venv" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])')"
+    minor="$("$python_of_venv" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])')"
     sum=$(cat requirements.txt "$1" | cksum)
-    if ! grep -qxE "$want(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
+    if ! grep -qxE "$minor(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
             echo "error: .venv does not match $1 and nothing is installed inside a job or with" \
                  "NANOCHAT_OFFLINE; on the login node, where there is internet, run:" \
@@ -50,9 +50,9 @@ assert sys.version_info >= (3, 11), sys.version"; then
         [ -x .venv/bin/python ] || python3 -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         # every requirements file includes requirements.txt
-        want=$(.venv/bin/python --version)
-        echo "$want $sum" >> .venv/matches
-        echo "$want $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches
+        version=$(.venv/bin/python --version)
+        echo "$version $sum" >> .venv/matches
+        echo "$version $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }

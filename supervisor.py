@@ -92,15 +92,23 @@ class Supervisor:
 def running(script, pid):
     """The processes under `pid` that run a script of ours, the topmost: of a container's own, and
     torchrun, nobody knows what they do with a signal."""
+    if not Path("/proc").exists():  # macOS
+        out = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+        return list(map(int, out.stdout.split()))
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended, and so may each child
             for child in children.read_text("utf-8").split():
-                words = Path(f"/proc/{child}/cmdline").read_bytes().decode("utf-8", "replace")
-                python, *first = words.split("\0")[:3]  # python -u SCRIPT
-                is_ours = "python" in python and script in first
+                words = read_words(child)
+                is_ours = "python" in words[0] and script in words[1:3]  # python -u SCRIPT
                 found += [int(child)] if is_ours else running(script, child)
     return found
+
+def read_words(pid):
+    """The words that a process was started with, [""] of one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    return [""]
 
 def before_exec():
     """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it

@@ -143,24 +143,26 @@ def rows_at_once(run, model, optimizer, compute, rows):
     """
     How many of a step's `rows` rows a device takes at once: --device_batch_size or, where that is
     -1, as many as the run has recorded, else as many as fit a GPU by memory.py's formula, elsewhere
-    32. Recorded with what else was chosen: another number would round otherwise. On another kind of
-    device than it was recorded on it is no more than fits there. Collective.
+    32. Recorded with what else was chosen: another number would round otherwise. On another device
+    than that of the record no more than fit there, which is not recorded. Collective.
     """
-    asked = run.settings["device_batch_size"]
+    device = ", ".join(sorted(set(run.ranks.gather(device_name(compute.device)))))
+    asked, asked_on = run.settings["device_batch_size"], device
     chosen = run.record.get("chosen")
-    on = run.ranks.on_rank0(device_name, compute.device)
-    recorded = chosen.get("device_batch_size", OLD_DEFAULT) if chosen else None
-    if asked == -1 and recorded and chosen.get("on", on) == on:
-        asked = recorded
-    if asked == -1:
-        asked = OLD_DEFAULT
+    if asked == -1 and chosen:
+        asked = chosen.get("device_batch_size", OLD_DEFAULT)
+        asked_on = chosen.get("device", device)
+    most = asked
+    if asked == -1 or asked_on != device:
+        most = OLD_DEFAULT
         if compute.device.type == "cuda":
             most = memory.MOST_TOKENS // model.config.sequence_len or 1
             fitting = memory.rows_that_fit(model, optimizer, compute.dtype, compute.compile, most)
-            asked = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
-        asked = min(asked, recorded or asked)
-    run.update_record(chosen={**compute.recorded(), "on": on, "device_batch_size": asked})
-    micro_rows = dataset.fit_micro_rows(rows, asked, run.ranks.world)
+            most = -run.ranks.all_reduce_max(-fitting)  # the least of all ranks
+    if asked == -1:
+        asked = most
+    run.update_record(chosen={**compute.recorded(), "device": asked_on, "device_batch_size": asked})
+    micro_rows = dataset.fit_micro_rows(rows, min(asked, most), run.ranks.world)
     run.settings["device_batch_size"] = micro_rows  # of which half is tried where memory runs out
     return micro_rows
 

@@ -27,7 +27,7 @@ def gpu_names():
         return []
     return re.findall(r"^GPU \d+: (.*?) \(", asked.stdout, re.MULTILINE)
 
-def cpu_in_words():
+def this_cpu():
     """example: "CPU, 2 cores, 24 GB" """
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"CPU, {common.cores()} cores, {size / 1e9:.0f} GB"
@@ -39,7 +39,7 @@ def try_out(plan, run_phase):
     if not trainings:
         return 0, {}
     chats = [p.name for p in plan.phases("evaluation") if p.script == "chat_eval.py"]
-    machine = f"{plan.nproc} x {(gpu_names() or [cpu_in_words()])[0]}"
+    machine = f"{plan.nproc} x {(gpu_names() or [this_cpu()])[0]}"
     asked = {name: {"words": plan.words(name), "machine": machine}
              for name in [*trainings, *chats[:1]]}
     path = pipeline.data_root(plan.data) / f"tried_{plan.tag}.json"

@@ -219,7 +219,7 @@ def test_on_a_read_only_disk_it_is_talked_to_or_the_line_says_copy_it(
     words = "\n".join(f"{a}{b}word" for a in "abcdefgh" for b in "abcdefgh")
     (state / "task_data/words_alpha.txt").write_text(words)
     copied = tmp_path / "nanochat-copy"
-    copy = f"copy it and adopt the copy; run: cp -r {state} ~/nanochat-copy && "
+    copy = f"copy it and adopt the copy; run: cp -a {state} ~/nanochat-copy && "
     before = everything(state)
     for args in (["chat_cli.py", "-p", "hello"], ["adopt.py"], EVALUATION):
         out = on_read_only_disk(*args)

@@ -492,7 +492,7 @@ def try_out(state, monkeypatch):
     return run
 
 def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(
-        try_out, state, record, capsys):
+        try_out, state, record, capsys, monkeypatch):
     record("base")
     fits = {"mid": outcome(added=["--device_batch_size=4"]), "mid-eval": {"reason": "tried out"}}
     (code, added), tried = try_out(fits)
@@ -503,6 +503,8 @@ def test_what_is_to_come_is_tried_and_not_again_when_the_run_goes_on(
     assert not (state / "toy/try_out_d4").exists()
     assert try_out(fits) == ((code, added), [])
     assert "12m30s" in capsys.readouterr().out
+    monkeypatch.setattr(common, "cores", lambda: 640)
+    assert try_out(fits)[1] == tried, "nor does what another machine has tried count"
     assert try_out({}, "--", "--seed=2")[1] == tried, "with other settings it is tried anew"
 
 def test_the_time_left_follows_from_what_is_saved(try_out, record, capsys):

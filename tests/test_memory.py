@@ -87,10 +87,10 @@ def test_rows_are_as_many_as_fit_once_and_then_those(monkeypatch):
     assert rows_of(run, -1, monkeypatch) == 4, "and stays"
     run.record = {"chosen": {"dtype": "float32"}}
     assert rows_of(run, -1, monkeypatch, free=1e6) == 32, "of a run before rows were recorded"
-    run.record["chosen"]["on"] = "a larger GPU"
+    run.record["chosen"].update(device="another GPU", device_batch_size=8)
     assert rows_of(run, -1, monkeypatch, free=1e6) == 1, "as many as fit this one"
-    run.record["chosen"].update(on="a smaller GPU", device_batch_size=8)
     assert rows_of(run, -1, monkeypatch, free=10e9) == 8, "no more than it began with"
+    assert run.record["chosen"]["device"] == "another GPU", "where it is as it was"
     for free, rows in ((1e6, 1), (10e9, 64)):
         run.record = {}
         assert rows_of(run, -1, monkeypatch, free) == rows
