@@ -93,7 +93,8 @@ def running(script, pid):
     """The processes under `pid` that run a script of ours, the topmost: of a container's own, and
     torchrun, nobody knows what they do with a signal."""
     if not Path("/proc").exists():  # macOS
-        out = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+        out = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True,
+                             errors="replace", check=False)
         return list(map(int, out.stdout.split()))
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
