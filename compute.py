@@ -44,9 +44,8 @@ def choose_compute(ranks, settings, recorded=None):
     """
     settings: the script's, of which device, dtype, threads and compile count (compile is
     missing where each batch has another shape); "auto" (threads: 0) takes what the run has
-    recorded when it was first started, else measures or asks; what cannot be compiled here goes on
-    without. -> Compute. Failure where there is no
-    such device. Collective.
+    recorded when it was first started, else measures or asks; without what compiling needs steps
+    are not compiled. -> Compute. Failure where there is no such device. Collective.
     """
     def wanted(key):
         asked = settings.get(key, False)
@@ -115,6 +114,7 @@ def probe_dtype(device):
     return "bfloat16" if faster else "float32"
 
 def cores_of_rank():
+    """How many of this machine's cores are for one of its ranks."""
     return max(1, common.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 def lacks(kind):
