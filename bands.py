@@ -54,7 +54,8 @@ def in_words(band, number, mean):
 
 def means_of(lines, num_steps):
     """mean_of each part. lines: of metrics.jsonl"""
-    losses = {line["step"] + 1: line["loss"] for line in lines if line.get("kind") == "train"}
+    losses = {line["step"] + 1: line["loss"] for line in lines
+              if line.get("kind") == "train" and {"step", "loss"} <= line.keys()}
     return [mean_of(losses, number, num_steps) for number in range(1, PARTS + 1)]
 
 def look(run, step):

@@ -14,8 +14,6 @@ from run import Run
 
 run = Run.start("base_eval")  # a signal counts from here on; importing torch takes seconds
 
-import shlex
-
 import checkpoint
 import common
 import configurator
@@ -23,6 +21,7 @@ import corpus
 import data as dataset
 import models
 import pipeline
+import texts
 from records import load_record
 
 data = "fineweb_edu"         # the data set of the model, as base_train.py had it
@@ -33,8 +32,7 @@ eval_tokens = 10_485_760     # tokens of each split to measure bits per byte on;
 show_samples = True          # whether the model writes samples
 seed = 1337                  # random seed of the samples
 # ---- settings below may change at every resume
-memory_gb = 0.0              # GB of a CORE batch, the model not counted; 0: CPU 0.2, else 4
-device_batch_size = 16       # rows on a device at once, for bits per byte
+device_batch_size = 16       # rows on a device at once; CORE's batches are larger as this is
 device = "auto"              # device to compute on: auto, cuda, mps, cpu
 dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
 threads = 0                  # CPU threads of each rank; 0: the cores divided by the ranks
@@ -61,8 +59,7 @@ folder, step = run.ranks.on_rank0(models.find_model, "base", data, tag)
 core_tasks, missing, bundle = [], [], None
 if core_items:
     where = pipeline.eval_bundle_dir(data)
-    command = shlex.join(["python", "prepare_data.py", f"--data={data}"])
-    core_tasks, missing, bundle = core_eval.read_bundle(where, command)
+    core_tasks, missing, bundle = core_eval.read_bundle(where, texts.prepare_command(data))
 for label in missing:
     common.print0(f"the file of the task {label} is missing in {where}")
 tokenizer = models.load_tokenizer_of(folder, step, data)
@@ -72,6 +69,9 @@ if eval_tokens:
     begun = load_record(folder) or {}
     files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
     held_out = begun.get("val_files") or list(files["val"])
+    if "train_files" not in begun:  # nanochat's own: to tokenize all of it would take hours
+        some = 1 + 2 * eval_tokens // 50_000_000  # shards of 50 million tokens
+        files["train"] = dict(list(files["train"].items())[:some])
     common.check(held_out == list(files["val"]), "what was held out for validation is no longer "
                  f"all there ({corpus.listed(held_out, 3)}): put it back, or give --eval_tokens=0")
     splits = {split: dataset.tokenize_files(run, data, files, split, tokenizer)
@@ -143,7 +143,7 @@ for sample in samples:
 # -------------------------------------------------------------------------------------------------
 # CORE
 
-budget = 1e9 * memory_gb or core_eval.usual_budget(compute.device)
+budget = core_eval.usual_budget(compute.device) * device_batch_size / 16
 results = {}
 for task in core_tasks:
     def right(numbers, task=task):

@@ -68,14 +68,19 @@ class Clock:
         return reading
 
     def show(self, step, words, reading):
-        """Prints progress and time left, about once in two seconds."""
+        """Prints progress and time left, about once in two seconds. Of the first step only how long
+        it took: it may have compiled, and says nothing of those to come."""
         now = time.monotonic()
         if now - self.last_shown < 2.0 and step != self.num_steps:
             return
         self.last_shown = now
+        done = f"step {step:,}/{self.num_steps:,} | {words}"
+        so_far = f"{common.duration(self.seconds())} so far"
+        if len(self.steps) == 1:
+            common.print0(f"{done} | {so_far}; the first step after a start is slow")
+            return
         speed = f"{reading['tokens_per_second']:,} tokens/s"
         if "mfu" in reading:
             speed += f" | MFU {100 * reading['mfu']:.1f} %"
-        left = (self.num_steps - step) * self.step_seconds()
-        common.print0(f"step {step:,}/{self.num_steps:,} | {words} | {speed} | "
-                      f"{common.duration(self.seconds())} so far, {common.duration(left)} left")
+        left = common.duration((self.num_steps - step) * self.step_seconds())
+        common.print0(f"{done} | {speed} | {so_far}, {left} left")

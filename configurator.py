@@ -51,7 +51,7 @@ RANGES = {
     "eval_problems": COUNT, "max_items": COUNT, "core_items": STEPS,
     "eval_tokens": WHOLE, "max_prompt": (2, 2 ** 20), "max_new_tokens": ROWS,
     # at once
-    "device_batch_size": ROWS, "rollout_rows": ROWS, "rows": ROWS, "memory_gb": (0, 10 ** 5),
+    "device_batch_size": ROWS, "rollout_rows": ROWS, "rows": ROWS,
     "port": (0, 65535), "max_waiting": (0, 10 ** 6), "max_body": (1, 2 ** 30),
     # learning rates, as in the scripts' comments
     "matrix_lr": RATE, "embedding_lr": RATE, "unembedding_lr": RATE, "lr_fraction": RATE,
@@ -74,7 +74,7 @@ CHOICES = {"device": ("auto", "cuda", "mps", "cpu"),
 
 class Settings(dict):
     """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given
-    for other phases: {"sft.mixture": "gsm8k,arc_easy"}, as text."""
+    for other phases: {"num_steps": "9", "sft.mixture": "gsm8k,arc_easy"}, as text."""
 
 # -------------------------------------------------------------------------------------------------
 # what a script declares
@@ -290,7 +290,8 @@ def read(script, words, short=(), of_phases=False):
     """
     The Settings of a script that is called with these words; it is not run.
     short: {"-p": "prompt"}, settings that may be given as two words; of_phases: whether settings of
-    other phases (--sft.mixture=...) are taken, too. Failure for an unknown key or a wrong value.
+    other phases (--mixture=..., --sft.mixture=...) are taken, too, as they are: check_arguments
+    looks at them. Failure for an unknown key or a wrong value.
     """
     table = declared(script)
     values = {name: setting.default for name, setting in table.items()}
@@ -307,7 +308,7 @@ def read(script, words, short=(), of_phases=False):
         else:
             given = dict([split(word)])
         for name, value in given.items():
-            if of_phases and "." in name:
+            if of_phases and name not in table:
                 settings.of_phases[name] = value
                 continue
             place = shown(word) if word.startswith("-") else place_of(name, word)
@@ -346,8 +347,8 @@ def print_help(doc, table):
 # settings behind the -- of speedrun.sh, which go to every phase that has them
 
 def accepted(phase, arguments):
-    """The arguments that a phase has a setting for, those for it alone last. What other phases
-    alone were given is the business of the phase "data": it brings what they read.
+    """The arguments that a phase has a setting for, those for it alone last. The phase "data" is
+    given those of all others, too: it brings what they read.
     example: ("rl", ["--rl.samples=4", "--seed=1", "--depth=3"]) -> ["--seed=1", "--samples=4"]"""
     known = defaults(phase.script)
     found = []
@@ -355,7 +356,7 @@ def accepted(phase, arguments):
         part, _, key = name.rpartition(".")
         if part in ("", phase.name) and key in known:
             found.append(f"--{key}={value}")
-        elif part and phase.name == "data":
+        elif phase.name == "data":
             found.append(f"--{name}={value}")
     return found
 

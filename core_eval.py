@@ -39,7 +39,7 @@ TASK = re.compile(r"""-\s+label: (?P<label>\S+)
 
 def read_core_yaml(path):
     """-> list of {"label", "uri", "kind", "shots", "delimiter"}, one for each TASK: the form in
-    which the bundle is written, not YAML at large. Another block, or no block at all: exit 2."""
+    which the bundle is written, not YAML at large. Failure where another block is, or none."""
     text = path.read_text(encoding="utf-8")
     tasks = []
     for block in re.finditer("^-", text, re.MULTILINE):
@@ -57,7 +57,7 @@ def read_core_yaml(path):
 @functools.cache  # two tasks may share a file
 def read_items(path, kind):
     """The items of a task in the order in which they are measured: shuffled with seed 1337.
-    A broken one: exit 2 with file and line."""
+    Failure with file and line for a broken one."""
     items = []
     for number, line in texts.read_lines(path):
         try:
@@ -182,7 +182,7 @@ def worth_scoring(rows):
             if row.start < len(row.ids) and row not in rows[:i]]
 
 def usual_budget(device):
-    """Bytes that a batch may take on a device; on a CPU more is no faster."""
+    """Bytes that a batch takes on a device, the model not counted; on a CPU more is no faster."""
     return 0.2e9 if device.type == "cpu" else 4e9
 
 def make_batches(groups, model, budget):

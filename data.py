@@ -294,7 +294,8 @@ def check_enough(data, train, val, row_length):
                      + (", or give a smaller --max_seq_len" if split == "training" else ""))
 
 def rows_to_measure(plan, tokens):
-    """How many rows, the first ones, are measured: as many as hold so many tokens, at least one."""
+    """How many rows, the first ones, are measured: as many as hold so many tokens, at least one
+    where there is one."""
     return min(n_rows(plan), max(1, tokens // (plan.length - 1)))
 
 def check_measurable(entries, store, plan, tokens, tokenizer):
@@ -304,8 +305,7 @@ def check_measurable(entries, store, plan, tokens, tokenizer):
     rows = (read_rows(plan, [r]) for r in range(rows_to_measure(plan, tokens)))
     common.check(any((token_bytes[row] * counted).any() for row, counted in rows),
                  f"there is nothing to measure in --held_out={','.join(entries)}: "
-                 f"{conversations.in_words(counts_of(store), plan.length - 1)}; what is measured "
-                 "are answers of the assistant, as far as they fit into a row")
+                 f"{conversations.in_words(counts_of(store), plan.length - 1)}")
 
 def read_rows(plan, numbers):
     """Rows by number -> (tokens [n, length] int64, counted [n, length] uint8: 1 where a token may

@@ -10,18 +10,17 @@ name one that failed. They show what was measured last; results and pieces of ot
 settings are kept beside it, under the same name with a date.
 """
 import contextlib
-import fcntl
 import glob
 import json
 import math
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import common
 import pipeline
+from lock import take_lock
 from records import differences, origin, other_inputs
 
 BLOCK = 64  # items measured and kept together, by one rank: batches depend on items alone
@@ -67,6 +66,7 @@ class Evaluation:
         if self.run.partial:
             seconds = round(time.monotonic() - self.began, 3)
             line = {"piece": piece, "value": value, "seconds": seconds}
+            self.run.check_lock()
             with common.writing(self.run.partial), \
                     open(self.run.partial, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
@@ -97,9 +97,13 @@ class Evaluation:
         if self.run.partial:
             whole = {**self.start, "command": self.run.command, **origin(), **result,
                      "seconds": round(seconds, 1)}
+            new = self.path.with_name(f".{self.path.stem}.new")
             with common.writing(self.path):
-                put_aside(self.path)
-                common.atomic_write(self.path, json.dumps(whole, indent=1))
+                common.atomic_write(new, json.dumps(whole, indent=1))
+                self.run.check_lock()
+                put_aside(self.path)  # not before the new one is on disk
+                os.replace(new, self.path)
+                common.fsync_dir(self.path.parent)
                 self.run.partial.unlink(missing_ok=True)
         common.print0(f"done in {common.duration(seconds)} ({self.path})")
         self.run.leave(0, "done")
@@ -127,14 +131,16 @@ def open_or_exit(run, path, inputs, settings, needed=()):
     if fits(result) and {*needed} <= {*result.get("results", ())}:
         if run.ranks.rank == 0 and partial.exists():  # an attempt at something else
             with contextlib.suppress(OSError, common.Failure):  # read-only, or being written
-                hold(run, partial)
+                hold(run, path)
                 put_aside(partial)
         common.print0(f"done already ({path})")
         run.leave(0, "done already")
-    run.ranks.on_rank0(hold, run, partial)
+    run.ranks.on_rank0(hold, run, path)
     unfinished = run.ranks.on_rank0(attempts, partial)
     found, lines = next((one for one in unfinished if fits(one[1][0])), (None, [{}]))
-    begun, kept = lines[0], [line for line in lines if "piece" in line]
+    begun = lines[0]
+    # a damaged one is measured again
+    kept = [line for line in lines if {"piece", "value", "seconds"} <= line.keys()]
     others = [before for before in (result, *[lines[0] for _, lines in unfinished]) if before]
     if others and not found and not fits(result):
         common.print0("measuring anew, since what was measured is of other settings or inputs: "
@@ -175,20 +181,13 @@ def put_aside(path):
         path.rename(kept)
         common.print0(f"what was measured of other weights or settings is kept in {kept}")
 
-def hold(run, partial):
-    """Keeps the file of pieces for this process until it ends. Failure (code 2) with the other's
-    name where another process measures the same."""
-    with common.writing(partial, code=2):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        path = partial.with_name(f".{partial.name}.lock")
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-    if common.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
-        file.seek(0)
-        common.fail(f"{partial} is being written by {file.read()}: wait for it or stop it first")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    run.partial_lock = file
+def hold(run, path):
+    """Keeps the result file `path` for this process until it ends. Failure (code 2) with the
+    other's name where another process measures the same."""
+    folder = pipeline.lock_of_result(path)
+    with common.writing(folder, code=2):
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock = take_lock(folder)
 
 def what_changed(old, new):
     """The inputs of two evaluations -> what differs, in words. They are the same but for dtype

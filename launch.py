@@ -171,11 +171,11 @@ def start(plan, supervisor, name, words):
     if plan.in_slurm and slurm.given_up():
         common.fail("Slurm has started another attempt of this job: going no further", code=1)
     print(f"\n=== {name}: python {shlex.join(words)}", flush=True)
-    wait_for_holder(plan.folder(name), supervisor)
+    wait_for_holder(plan.lock_folder(name), supervisor)
     if supervisor.stopping:
         return 75, "a signal came while waiting"
     if pipeline.inside():  # where nobody can ask whether the job that has left its lock is over
-        holder = read_holder(plan.folder(name) / "lock.json")
+        holder = read_holder(plan.lock_folder(name) / "lock.json")
         if holder.get("job") and slurm.attempt_over(holder["job"], holder["restart"]):
             os.environ["NANOCHAT_JOB_OVER"] = f"{holder['job']} {holder['restart']}"
     done = plan.is_done(name)

@@ -73,7 +73,11 @@ def held_in_kernel(path):
     return None
 
 def is_here(holder):
-    return holder["host"] == socket.gethostname() and holder.get("boot") == boot_id()
+    """Whether it was taken under this machine's kernel: in another container, too, whose host has a
+    name of its own, another one whenever it is started again."""
+    boot = boot_id()
+    named_alike = holder["host"] == socket.gethostname()
+    return holder.get("boot") == boot and (boot != "" or named_alike)
 
 def seen_by_kernel(path, holder):
     """Whether this machine's kernel would have the lock if its holder lived: it was taken here, on

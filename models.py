@@ -1,6 +1,6 @@
 """
 Finding and loading trained models, by stage (base, mid, sft, rl), data set and tag (d4, ...).
-Everything here only reads.
+Nothing here writes to disk.
 """
 import contextlib
 import os

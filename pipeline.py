@@ -10,6 +10,7 @@ Below it the paths of the state folder, one function for each:
 Only the standard library is needed here.
 """
 import contextlib
+import glob
 import hashlib
 import os
 import shlex
@@ -111,6 +112,16 @@ def data_root(data):
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
     return base_dir() / f"{folder.name}-{digest[:8]}"
 
+def namesakes(data):
+    """The state folders of other folders that are called as this one is, where it has none itself:
+    the same texts, reached by another path, would begin anew.
+    example: "/mnt/books" -> [base_dir()/books-1a2b3c4d], of "/x/books" """
+    root = data_root(data)
+    if not is_folder_data(data) or root.exists():
+        return []
+    named = glob.escape(root.name[:-8])
+    return sorted(base_dir().glob(named + "[0-9a-f]" * 8))
+
 def state_path(name, data, tag="", try_out=False):
     """The folder or result file of a phase.  example: ("sft", "toy", "d4") ->
     base_dir()/toy/chatsft_checkpoints/d4. try_out: where it tries out its first steps instead."""
@@ -118,6 +129,11 @@ def state_path(name, data, tag="", try_out=False):
         return base_data_dir(data)
     root = try_out_dir(data, tag) if try_out else data_root(data)
     return root / find_phase(name).state.format(tag=tag)
+
+def lock_of_result(path):
+    """The folder whose lock an evaluation holds while it measures for the result file `path`.
+    example: report/chat_sft_d4.json -> report/.chat_sft_d4"""
+    return path.with_name(f".{path.stem}")
 
 def base_data_dir(data):
     """The folder of the texts. climbmix has its own, as nanochat has it: its files have the names

@@ -59,6 +59,12 @@ class Plan:
     def folder(self, name):
         return pipeline.state_path(name, self.data, self.tag)
 
+    def lock_folder(self, name):
+        """Where the lock of the process that writes the state of a phase is."""
+        folder = self.folder(name)
+        is_result = pipeline.find_phase(name).kind == "evaluation"
+        return pipeline.lock_of_result(folder) if is_result else folder
+
     def is_done(self, name):
         state, _ = status.state_of(pipeline.find_phase(name), self.data, self.tag)
         return state in ("done", "stale")

@@ -8,7 +8,8 @@ After it nothing needs the internet. What the phases read is taken from their ow
     python prepare_data.py --data=fineweb_edu --check=True   # only looks: exit 0 if all is there
 
 A task is also read from a .jsonl, .jsonl.gz or .parquet file of your own that you put (or link)
-into task_data/. Settings of one phase are taken too: --sft.mixture=gsm8k,arc_easy
+into task_data/. Settings of later phases that say what they read are taken, too, of all or of one:
+--mixture=gsm8k --sft.mixture=gsm8k,arc_easy --num_steps=2000
 Nothing that is there is ever written over: a file in the way is renamed.
 """
 from run import Run
@@ -34,7 +35,7 @@ import download
 import models
 import pipeline
 import records
-import tasks as task_list
+import tasks
 import texts
 import tokenizer as tok
 
@@ -45,17 +46,7 @@ size = 1.0                   # how much text the toy world has, as a multiple of
 check = False                # only check what is there, write nothing
 depth = 20                   # fineweb_edu, climbmix: download text enough for this depth
 shards = -1                  # how many shards of training text; -1: as many as base_train.py needs
-tokens_per_param = -1.0      # as given to base_train.py, to count the shards; -1: its default
-target_flops = -1.0          # as given to base_train.py, to count the shards; -1: its default
-num_steps = -1               # as given to base_train.py, to count the shards; -1: its default
-total_batch_size = -1        # as given to base_train.py, to count the shards; -1: its default
 phases = []                  # only what these phases read, e.g. tok,base; empty: all phases
-mixture = []                 # as given to mid_train.py and chat_sft.py; empty: their defaults
-held_out = []                # as given to mid_train.py and chat_sft.py; empty: their defaults
-tasks = []                   # as given to chat_eval.py; empty: its default
-task = ""                    # as given to chat_rl.py; empty: its default
-extra_conversations = ""     # a file of your own conversations, for mid and sft
-core_items = -1              # as given to base_eval.py; 0: without CORE; -1: its default
 start_over = False           # put the old data aside and make or download it again
 settings = configurator.configure(globals(), of_phases=True)
 
@@ -68,7 +59,7 @@ READS = {
     "task": ["train", "test"],
 }
 # what phases read besides the user's conversations: how its files are called in the state folder
-PLACES = {stem: f"task_data/{stem}." for stem in task_list.TASK_OF}
+PLACES = {stem: f"task_data/{stem}." for stem in tasks.TASK_OF}
 PLACES |= {"text": "base_data/", "CORE": "eval_bundle/"}
 SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
@@ -90,11 +81,9 @@ def setting_of(name, key):
     usual = configurator.defaults(pipeline.find_phase(name).script).get(key)
     if usual is None:
         return None
-    given = settings.of_phases.get(f"{name}.{key}")
-    if given is not None:
-        return configurator.convert(key, given, usual)
-    value = settings.get(key, "")
-    return value if value not in ([], "", -1) else usual
+    of_phases = settings.of_phases
+    given = of_phases.get(f"{name}.{key}", of_phases.get(key))
+    return usual if given is None else configurator.convert(key, given, usual)
 
 def needed():
     """-> {what: phases that read it}; what is "text", "CORE", the stem of a task's files, or the
@@ -110,7 +99,7 @@ def needed():
             value = setting_of(name, key) or []
             specs = value if isinstance(value, list) else [value]
             for spec, split in product(specs, splits):
-                read.append(task_list.stem_of(task_list.parse(spec)[0], split))
+                read.append(tasks.stem_of(tasks.parse(spec)[0], split))
         for what in dict.fromkeys(read):
             found.setdefault(what, []).append(name)
     return found
@@ -121,7 +110,8 @@ def shards_needed():
     keys = ("tokens_per_param", "target_flops", "num_steps", "total_batch_size")
     per_param, flops, steps, batch = [setting_of("base", key) for key in keys]
     width = 128 * math.ceil(depth * setting_of("base", "aspect_ratio") / 128)
-    parameters = depth * 12 * width ** 2 + 32768 * width  # of matrices and head
+    # of matrices and head
+    parameters = depth * 12 * width ** 2 + setting_of("tok", "vocab_size") * width
     tokens = per_param * parameters
     if flops > 0:
         tokens = flops / (6 * parameters)
@@ -155,7 +145,7 @@ def task_files(stem):
     for i in range(many):
         path = pipeline.task_dir(data) / name.format(i)
         files[path] = File(stem, path, address.format(i), about)
-    found = task_list.located(stem, data)
+    found = tasks.located(stem, data)
     if found and address == "here":
         files = {}  # one of the user's own is not replaced by what is made here
     return [files.get(path, File(stem, path)) for path in found or files]
@@ -207,9 +197,9 @@ def problem(what, path):
         return texts.text_problem(path)
     if what == "CORE":
         return bundle_problem(path)
-    convert = functools.partial(task_list.convert, task_list.TASK_OF.get(what, what))
+    convert = functools.partial(tasks.convert, tasks.TASK_OF.get(what, what))
     enough = 100 if path.suffix == ".parquet" else None
-    return texts.problem(path, task_list.read_rows(path), convert, enough)
+    return texts.problem(path, tasks.read_rows(path), convert, enough)
 
 @functools.cache
 def lessons(path):
@@ -224,7 +214,7 @@ def lessons(path):
         meta = checkpoint.load_meta(state, max(checkpoint.steps(state), default=0))
         length = meta.get("model", {}).get("sequence_len", length)
     counts = {}
-    for item in task_list.load(str(path), "train", data):
+    for item in tasks.load(str(path), "train", data):
         conversations.render(item, tokenizer, length + 1, counts)
     count = conversations.total(counts)
     return conversations.teaches(count), conversations.in_words(count, length)
@@ -261,7 +251,7 @@ def show(files):
         common.print0(f"{state:<9}{Path(what).name:<26}{there:>12}   {' '.join(phases)}")
         for why in damaged[:5] or [file.said for file in rows if file.said]:
             common.print0(f"{'':9}{common.one_line(why)}")
-    if data != "toy" and any(file.wrong and file.what in task_list.TASK_OF for file in files):
+    if data != "toy" and any(file.wrong and file.what in tasks.TASK_OF for file in files):
         common.print0(f"A task is also read from a file of your own, {pipeline.task_dir(data)}/"
                       "NAME.jsonl, with NAME as in the table; one that you take out of the "
                       "settings (--mixture, --held_out, --tasks) is not needed.")
@@ -282,7 +272,7 @@ def identity_conversations():
             opening = "" if turns else draw.choice(openings)
             question = opening + draw.choice(topic["questions"])
             turns.append((question, draw.choice(topic["answers"])))
-        lines.append(json.dumps(task_list.conversation(turns)) + "\n")
+        lines.append(json.dumps(tasks.conversation(turns)) + "\n")
     return "".join(lines)
 
 def make_toy_world():
@@ -355,6 +345,10 @@ if pipeline.is_folder_data(data):
                   f"{corpus.held_out_in_words(split)}")
     if split["not_read"]:
         common.print0(split["not_read"])
+    if others := pipeline.namesakes(data):
+        common.print0(f"note: the state of these texts will be in {root}; {others[-1]} is that of "
+                      "another folder of this name: if it is the same one, reached by another "
+                      "path, give that path to go on there")
 if check:
     common.check(not bad, f"missing or damaged: {in_words(bad)}", again)
     run.leave(0, "done")

@@ -4,7 +4,7 @@ is stopped by a time limit, killed in the middle, and gone on with; then its bit
 those of one that nobody has disturbed. Under Slurm the job also puts itself back into the queue.
 
     bash speedrun.sh --rehearse
-    sbatch --gpus-per-node=2 --time=10 slurm_speedrun.sbatch --rehearse
+    sbatch --gpus-per-node=2 --cpus-per-task=8 --time=00:10:00 slurm_speedrun.sbatch --rehearse
 
 Works in $NANOCHAT_BASE_DIR/rehearsal-NUMBER, of the job or process, and removes it at the end.
 Exit code 0: "your site: works".

@@ -39,7 +39,8 @@ def went_back(directory, record, step):
         common.fail(f"--rewind={step}: {directory} holds no whole checkpoint of step {step}; there "
                     f"is {', '.join(whole) or 'none'}")
     lines = common.read_json_lines(directory / "metrics.jsonl")
-    trained = [line["step"] + 1 for line in lines if line.get("kind") == "train"]
+    # a damaged line may lack a key
+    trained = [line.get("step", -1) + 1 for line in lines if line.get("kind") == "train"]
     end = max([steps[0], record.get("gave_up", 0), *trained])
     common.check(end > step, f"--rewind={step}: no batch was trained on since step {step}, so "
                  "there is nothing to skip: leave --rewind out")

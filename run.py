@@ -52,10 +52,10 @@ class Run:
     # the folder
     directory: Path | None = None
     record: dict = field(default_factory=dict)
+    went_back: bool = False        # --rewind took effect in this start; on rank 0
     lock: Lock | None = None       # rank 0's
     metrics: object = None         # rank 0's open metrics.jsonl
-    partial: Path | None = None    # of an evaluation, instead: the file of its pieces,
-    partial_lock: object = None    # and rank 0's lock on it: open, for closing it gives it back
+    partial: Path | None = None    # of an evaluation, instead: the file of its pieces
 
     # the wish to stop; times in seconds since the epoch
     stop: str | None = None        # why, once something has asked for it
@@ -65,7 +65,6 @@ class Run:
     job_end: float = math.inf      # and the end of the Slurm job,
     job_left: float = 0.0          # which was so many seconds ahead when it was asked for
     longest_save: float = 0.0      # seconds; 0: none was measured
-
     clock: Clock | None = None     # of a training loop
     try_out: bool = False          # --try_out=True: only the first steps, and what they need
     eval_seconds: float = 0.0
@@ -138,7 +137,8 @@ class Run:
             return None
         old, saved_step = judged
         back = rewind.asked_for(settings, directory, old)
-        if back is not None:
+        self.went_back = back is not None
+        if self.went_back:
             old, saved_step = rewind.went_back(directory, old, back), back
         with common.writing(directory, code=2):
             if settings["start_over"] and not old and directory.exists():
@@ -154,7 +154,7 @@ class Run:
         if old.get("free"):  # else it is a new run, or its record was lost
             self.say_what_changed(old, origin)
         self.lock = lock
-        if back is not None:
+        if self.went_back:
             with common.writing(directory):
                 rewind.put_aside_later(directory, back)
         self.record = {
@@ -199,8 +199,8 @@ class Run:
         """Failure with code 1 where another process has taken the folder over: this one is an old
         attempt that has woken up, and must not write over the new one."""
         if self.lock and not self.lock.mine():
-            common.fail(f"lost the lock of {self.directory} to another process; stopping without "
-                        "writing", code=1)
+            common.fail(f"lost the lock of {self.lock.path.parent} to another process; stopping "
+                        "without writing", code=1)
 
     # ---------------------------------------------------------------------------------------------
     # stopping
@@ -257,7 +257,7 @@ class Run:
         Saves the checkpoint of `step`; collective, since the optimizer's shards are gathered. All
         is copied at once, for the loop goes on changing it; a thread writes while the training goes
         on, and only one save is ever in flight. wait=True waits until it is on disk.
-        meta: JSON-able; settings, num_steps and seconds of training are added to it.
+        meta: JSON-able; settings, num_steps, seconds of training and the record are added to it.
         Failure (code 1) where this or the last save could not be written.
         """
         began = time.monotonic()
@@ -332,7 +332,7 @@ class Run:
             path = self.directory / "metrics.jsonl"
             lines = common.read_json_lines(path)
             kept = [r for r in lines if r.get("step", step) < step]
-            if self.settings.get("rewind", -1) == -1:  # what that skips was not lost
+            if not self.went_back:  # what that skips was not lost
                 self.record["restarts"] = records.restarts(self.record, lines, step, seconds)
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -416,7 +416,7 @@ class Run:
                 with open(self.partial, "a", encoding="utf-8") as f:
                     # a full disk may have torn its last line
                     f.write("\n" + json.dumps({"code": code, "reason": reason}) + "\n")
-            if self.lock and self.lock.mine():
+            if self.directory and self.lock and self.lock.mine():
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")
                 following = None if code == 0 else next_command or self.command
                 self.update_record(status=status, code=code, reason=reason, next=following)

@@ -100,8 +100,10 @@ def describe_eval(path, directory):
     state is stale."""
     partial = path.with_suffix(".partial.jsonl")
     if written(partial) > written(path):
+        if holder := living_holder(pipeline.lock_of_result(path)):
+            return "running", f"running, last saved {ago(written(partial))} ({holder_name(holder)})"
         last = [{}, *common.read_json_lines(partial)][-1]  # says why it ended, if it could
-        reason = last.get("reason", "running, or was killed")
+        reason = last.get("reason", "killed")
         if last.get("code", 75) != 75:
             return "failed", f"failed, {ago(written(partial))}: {reason}"
         return "half", f"half done, last saved {ago(written(partial))} ({reason})"
@@ -223,10 +225,11 @@ def pace(directory):
         return []
     (first, began, _), (step, now, speed) = steps[0], steps[-1]
     total = common.read_json(directory / "phase.json").get("num_steps", 0)
-    words = [f"at step {step:,}" + f" of {total:,}" * bool(total), f"{speed:,} tokens/s"]
-    if step > first and total:
+    words = [f"at step {step:,}" + f" of {total:,}" * bool(total)]
+    if step > first:  # the first one may have compiled
+        words.append(f"{speed:,} tokens/s")
         left = (total - step) * (now - began) / (step - first)
-        words.append(f"about {common.duration(left)} left")
+        words += [f"about {common.duration(left)} left"] * bool(total)
     return words
 
 def cause(phase, state, given, name, tag):

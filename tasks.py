@@ -115,7 +115,8 @@ def located(stem, data):
     return parts if whole else []
 
 def find(name, split, data):
-    """The files that hold a split of a task; exits with 2, naming them, where they are missing."""
+    """The files that hold a split of a task. Failure (code 2), naming them, where one is missing.
+    """
     if name not in TASKS:
         path = Path(os.path.expanduser(name))
         common.check(path.is_file(), f"there is no file of conversations {path}")
@@ -130,8 +131,7 @@ def find(name, split, data):
     return found
 
 def fingerprint(specs, split, data):
-    """Identifies what mixture(specs) is made of: 16 hex digits; exits with 2 where a file is
-    missing."""
+    """Identifies what mixture(specs) is made of: 16 hex digits. Failure where a file is missing."""
     parts = []
     for spec in specs:
         for path in find(parse(spec)[0], split, data):

@@ -3,6 +3,7 @@ on from it, and nothing that would overwrite it starts."""
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -155,6 +156,18 @@ def test_midtraining_goes_on_from_it(left, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     folder = pipeline.state_path("mid", "fineweb_edu", "d1")
     assert checkpoint.load_meta(folder, 2)["model"]["arch"] == "nanochat_2025"
+
+def test_what_it_was_trained_on_is_measured_without_tokenizing_all_of_it(left):
+    state = left.parents[1]
+    adopt_it(state)
+    for i in (0, 1, 2, 1822):
+        documents = ["Some text to measure on. " * 20] * 40
+        write(state / "base_data", f"shard_{i:05d}.parquet", documents)
+    out = script(state, "base_eval.py", "--core_items=0", "--show_samples=False",
+                 "--eval_tokens=500", "--device=cpu", "--dtype=float32")
+    assert out.returncode == 0, out.stderr[-2000:]
+    tokenized = re.findall(r"tokenizing (\S+)", out.stdout)
+    assert tokenized == ["train_shard_00000.parquet", "val_shard_01822.parquet"]
 
 def test_chat_talks_to_it_and_leaves_alone_what_was_put_aside(left):
     state = left.parents[1]

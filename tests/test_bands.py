@@ -64,6 +64,8 @@ def test_parts_and_words():
 
 def test_a_training_says_where_it_is(tmp_path, monkeypatch):
     a_run(tmp_path / "run", 1)
+    with open(tmp_path / "run/metrics.jsonl", "a") as f:
+        f.write('{"kind": "train"}\n')  # a damaged line
     band = {"low": [4.0] * 20, "high": [9.0] * 20}
     monkeypatch.setattr(bands, "find", lambda record: band)
     run = alone()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -490,6 +491,23 @@ def test_an_interrupted_evaluation_continues(state, ready):
     assert block == outcomes[:64][::-1] != outcomes[:64]
     outcomes[:64] = block
     assert {**second, "seconds": None} == {**first, "seconds": None}
+
+def test_half_the_rows_at_once_are_half_of_a_core_batch_too(state, ready):
+    """Where memory is out the launcher tries half of them."""
+    watch = ("import runpy, sys, core_eval\n"
+             "def evaluate(model, tokenizer, task, numbers, most, budget, going):\n"
+             "    print('budget', budget)\n"
+             "    raise MemoryError\n"
+             "core_eval.evaluate = evaluate\n"
+             "sys.argv = sys.argv[1:]\n"
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
+    budgets = []
+    for rows in (16, 8):
+        out = script(state, "-c", watch, "base_eval.py", f"--data={ready}", "--eval_tokens=0",
+                     "--show_samples=False", f"--device_batch_size={rows}")
+        assert out.returncode == 1 and f"--device_batch_size={rows // 2}:" in out.stderr
+        budgets.append(float(re.search("budget (.*)", out.stdout)[1]))
+    assert budgets[0] == 2 * budgets[1] == core_eval.usual_budget(torch.device("cpu"))
 
 def test_parts_missing_tasks_and_stale_pieces(state, ready):
     partial = pipeline.state_path("base-eval", ready, "d2").with_suffix(".partial.jsonl")

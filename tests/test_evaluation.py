@@ -2,6 +2,7 @@
 against Wilson's by hand."""
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 import common
 import evaluation
+import lock
+import pipeline
 import status
 from conftest import REPO, alone, environment, exit_code, script
 
@@ -53,13 +56,47 @@ def test_of_two_at_once_the_second_is_refused_and_the_first_goes_on(state):
     while (line := first.stdout.readline()) != "waits\n":
         assert line, "it has ended"
     before = path.with_suffix(".partial.jsonl").read_bytes()
+    folder = pipeline.lock_of_result(path)  # where the launcher looks, too
+    assert lock.living_holder(folder)["pid"] == first.pid
+    assert status.describe_eval(path, state / "none")[0] == "running"
     second = script(state, "-c", SCRIPT, path, "float32", "finish")
     assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert f".partial.jsonl is being written by process {first.pid} on " in second.stderr
+    assert f"{folder} is being written by process {first.pid} on " in second.stderr
     assert path.with_suffix(".partial.jsonl").read_bytes() == before
     first.communicate("")
-    assert first.returncode == 0
+    assert first.returncode == 0 and lock.living_holder(folder) is None
     assert json.loads(path.read_text())["results"] == {"a": [True, False], "b": 2}
+
+def test_one_that_has_lost_its_lock_writes_nothing_any_more(tmp_path, capsys):
+    run = alone()
+    evaluation.hold(run, tmp_path / "x.json")
+    run.partial = tmp_path / "x.partial.jsonl"
+    measured = evaluation.Evaluation(run, tmp_path / "x.json", {}, None, {}, 0.0)
+    measured.keep("a", 1)
+    before = run.partial.read_bytes()
+    run.lock.path.write_text('{"token": "of another"}')
+    assert exit_code(measured.keep, "b", 2) == exit_code(measured.exit_done) == 1
+    assert run.partial.read_bytes() == before and not (tmp_path / "x.json").exists()
+    assert f"lost the lock of {tmp_path}/.x to another process" in capsys.readouterr().err
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before_in_its_place(
+        tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.json"
+    path.write_text('{"inputs": 1}')
+    run = alone()
+    run.partial = tmp_path / "x.partial.jsonl"
+    run.partial.write_text('{"piece": "a", "value": 1, "seconds": 1.0}\n')
+    measured = evaluation.Evaluation(run, path, {"inputs": 2}, None, {}, 0.0)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert exit_code(measured.exit_done) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_text() == '{"inputs": 1}' and run.partial.exists()
+    assert exit_code(measured.exit_done) == 0 and common.read_json(path)["inputs"] == 2
+    assert not run.partial.exists() and len(list(tmp_path.glob("x.json.old-*"))) == 1
 
 def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_anew(state):
     path = state / "report/chat_sft_d4.json"
@@ -77,6 +114,7 @@ def test_a_death_is_named_and_a_stop_continues_and_another_dtype_is_measured_ane
     assert code == 75 and "kept {'a': [True, False]}" in out
     assert word == "half" and "signal SIGTERM; parts measured and kept: 1" in words
     with open(partial, "a") as f:
+        f.write('{"piece": "b"}\n')  # damaged
         f.write('{"piece": "b", "val')  # as a death in the middle of a line leaves it
     code, out = run("auto", "finish")
     assert code == 0 and "kept {'a': [True, False]}" in out

@@ -410,7 +410,9 @@ def test_every_phase_waits_for_the_process_of_a_killed_launcher(run_all, monkeyp
     waited = []
     monkeypatch.setattr(launch, "wait_for_holder", lambda folder, _: waited.append(folder))
     run_all({})
-    assert waited == [given().folder(phase.name) for phase in pipeline.PHASES]
+    assert waited == [given().lock_folder(phase.name) for phase in pipeline.PHASES]
+    result = given().folder("sft-eval")
+    assert given().lock_folder("sft-eval") == pipeline.lock_of_result(result) in waited
 
 def test_a_signal_ends_the_wait_and_nothing_is_started(supervise, monkeypatch, state):
     monkeypatch.setattr(launch, "living_holder", lambda folder: {"pid": 1, "host": "here"})

@@ -143,6 +143,20 @@ def test_a_process_in_another_namespace_of_processes_is_alive(tmp_path, containe
         time.sleep(0.05)
     assert not alive(tmp_path)
 
+def test_a_container_that_was_killed_blocks_none_that_has_another_name(tmp_path, container):
+    """As every container that is started again: its host's name is a random one."""
+    rename = ("import os, socket, sys; socket.sethostname('3f2a'); "
+              "os.execv(sys.argv[1], sys.argv[1:])")
+    process = hold(tmp_path, *container, sys.executable, "-c", rename)
+    assert common.read_json(tmp_path / "lock.json")["host"] == "3f2a" != lock.socket.gethostname()
+    assert alive(tmp_path, after=1e6)
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while alive(tmp_path) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive(tmp_path)
+
 def test_an_earlier_attempt_in_a_container_is_over_and_no_other_process_is_ended_for_it(
         tmp_path, monkeypatch, capsys, container):
     stray = hold(tmp_path, *container, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")

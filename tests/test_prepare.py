@@ -564,6 +564,12 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
                      "--base-eval.core_items=0")
     assert found["gsm8k_train"] == ["mid", "sft"] and found["arc_easy_train"] == ["sft"]
     assert not {"words_alpha", "CORE"} & set(found)
+    talks = state.with_name("talks.jsonl")
+    talks.write_text(json.dumps(TALK) + "\n")
+    found = required(hub, state, "--phases=mid,sft", "--mixture=", "--held_out=gsm8k",
+                     f"--extra_conversations={talks}")
+    read = {what for what, phases in found.items() if phases}
+    assert read == {"gsm8k_test"}, "besides one's own"
     out = prepare(hub, state, *FINEWEB, "--check=True", "--phases=mid", "--mixture=mmlu")
     assert out.returncode == 2 and "no train split" in out.stderr
     out = prepare(hub, state, *FINEWEB, "--check=True", "--sft.mixtrue=gsm8k")
@@ -620,6 +626,8 @@ def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
         wanted = base["tokens_per_param"] * parameters / 50e6
         assert wanted + 1 <= shards(f"--depth={depth}") <= 1.1 * wanted + 4
     assert abs(shards("--depth=20", "--tokens_per_param=24") - 2 * wanted) < 15
+    assert shards("--depth=20", "--aspect_ratio=128") > 3 * wanted
+    assert shards("--depth=4", "--tok.vocab_size=4096") < shards("--depth=4")
     assert shards("--num_steps=100", "--total_batch_size=1000000") == 4
     assert shards("--num_steps=9000", "--base.num_steps=100", "--total_batch_size=1000000",
                   "--rl.num_steps=9000") == 4
@@ -733,6 +741,24 @@ def test_the_toy_world_is_checked_file_by_file(state):
     assert re.search(r"damaged +gsm8k_test ", out.stdout)
     assert "gsm8k_test.jsonl does not match its checksum" in out.stdout
     assert "run: python prepare_data.py --data=toy\n" in out.stderr
+
+def test_texts_that_are_reached_by_another_path_do_not_begin_anew_in_silence(state, tmp_path):
+    paths = [tmp_path / where / "books[1]" for where in ("home", "mount")]
+    for path in paths:
+        path.mkdir(parents=True)
+        for name in ("a.txt", "b.txt"):
+            (path / name).write_text("A paragraph that says something.\n\n" * 30)
+
+    def looked(path):
+        out = script(state, "prepare_data.py", f"--data={path}", "--check=True", "--phases=tok")
+        assert out.returncode == 0, out.stderr
+        return [line for line in out.stdout.splitlines() if line.startswith("note: the state")]
+    assert looked(paths[0]) == looked(paths[1]) == []
+    old = pipeline.data_root(str(paths[0]))
+    old.mkdir(parents=True)
+    assert looked(paths[0]) == [] and str(old) in looked(paths[1])[0]
+    pipeline.data_root(str(paths[1])).mkdir()
+    assert looked(paths[1]) == []
 
 def test_the_toy_world_is_made_beside_the_users_own_files(state):
     made = ["prepare_data.py", "--data=toy", "--size=0.01"]

@@ -682,7 +682,21 @@ def test_the_same_command_goes_back_once_for_each_explosion(half):
     run.close(75, "stopped")
     assert rewound(half, 3).saved_step == 9, "it got on"
 
+def test_what_dies_after_it_went_back_is_counted_though_the_command_says_rewind(half):
+    asked = {**settings(), "rewind": 3}
+    for restarts in ([], [{"step": 3, "steps_lost": 2, "seconds_lost": 0.0}]):
+        again = settings()
+        again.update(asked)
+        run = start(half, again, damage=None)
+        run.begin_loop(3, 20, 0.0)
+        assert run.record.get("restarts", []) == restarts
+        for step in (3, 4):
+            run.log(kind="train", step=step, loss=1.0)
+        run.close(75, "stopped")
+
 def test_going_back_further_forgets_what_was_skipped_later(half):
+    with open(half / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "train"}\n')  # a damaged line
     rewound(half, 6)
     run = start(half, damage=None)
     run.begin_loop(6, 20, 0.0)
@@ -842,6 +856,17 @@ def test_a_step_takes_the_median_of_the_last_ones(monkeypatch):
         reading = loop.tick(tokens=100)
     assert 0.01 < reading.pop("peak_gb") < 50
     assert reading == {"seconds": 65.0, "tokens_per_second": 50, "mfu": 0.25}
+
+def test_the_time_left_is_said_from_the_second_step_on(monkeypatch, capsys):
+    running = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: running[0])
+    loop = clock.Clock(num_steps=601, seconds_before=0.0, save_interval=60.0)
+    for step, seconds in ((1, 51), (2, 2)):  # the first compiles
+        running[0] += seconds
+        loop.show(step, "loss 7.6", loop.tick(tokens=4096))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/601 | loss 7.6 | 51s so far; the first step after a start is slow",
+        "step 2/601 | loss 7.6 | 2,048 tokens/s | 53s so far, 19m58s left"]
 
 # ---- files
 
