@@ -32,7 +32,7 @@ eval_tokens = 10_485_760     # tokens of each split to measure bits per byte on;
 show_samples = True          # whether the model writes samples
 seed = 1337                  # random seed of the samples
 # ---- settings below may change at every resume
-device_batch_size = 16       # rows on a device at once; CORE's batches are larger as this is
+device_batch_size = 16       # rows on a device at once; less than 16: CORE's batches shrink, too
 device = "auto"              # device to compute on: auto, cuda, mps, cpu
 dtype = "auto"               # compute dtype: auto (the faster), bfloat16, float32
 threads = 0                  # CPU threads of each rank; 0: the cores divided by the ranks
@@ -69,7 +69,8 @@ if eval_tokens:
     begun = load_record(folder) or {}
     files = run.ranks.on_rank0(corpus.dataset_files, data, begun)
     held_out = begun.get("val_files") or list(files["val"])
-    if "train_files" not in begun:  # nanochat's own: to tokenize all of it would take hours
+    if "train_files" not in begun and data in pipeline.SHARED_DATA:
+        # a model of nanochat's: to tokenize all that there is would take hours
         some = 1 + 2 * eval_tokens // 50_000_000  # shards of 50 million tokens
         files["train"] = dict(list(files["train"].items())[:some])
     common.check(held_out == list(files["val"]), "what was held out for validation is no longer "
@@ -143,7 +144,7 @@ for sample in samples:
 # -------------------------------------------------------------------------------------------------
 # CORE
 
-budget = core_eval.usual_budget(compute.device) * device_batch_size / 16
+budget = core_eval.usual_budget(compute.device) * min(1, device_batch_size / 16)
 results = {}
 for task in core_tasks:
     def right(numbers, task=task):

@@ -68,15 +68,15 @@ class Clock:
         return reading
 
     def show(self, step, words, reading):
-        """Prints progress and time left, about once in two seconds. Of the first step only how long
-        it took: it may have compiled, and says nothing of those to come."""
+        """Prints progress and time left, about once in two seconds. Of the first step of a start no
+        speed and no time left: it may have compiled."""
         now = time.monotonic()
         if now - self.last_shown < 2.0 and step != self.num_steps:
             return
         self.last_shown = now
         done = f"step {step:,}/{self.num_steps:,} | {words}"
         so_far = f"{common.duration(self.seconds())} so far"
-        if len(self.steps) == 1:
+        if len(self.steps) == 1 and step < self.num_steps:
             common.print0(f"{done} | {so_far}; the first step after a start is slow")
             return
         speed = f"{reading['tokens_per_second']:,} tokens/s"

@@ -74,7 +74,7 @@ CHOICES = {"device": ("auto", "cuda", "mps", "cpu"),
 
 class Settings(dict):
     """All settings by name. `.defining` and `.free` are its two halves; `.of_phases` what was given
-    for other phases: {"num_steps": "9", "sft.mixture": "gsm8k,arc_easy"}, as text."""
+    for other phases, as it was given: {"num_steps": "9", "sft.mixture": "gsm8k,arc_easy"}."""
 
 # -------------------------------------------------------------------------------------------------
 # what a script declares
@@ -293,7 +293,9 @@ def read(script, words, short=(), of_phases=False):
     other phases (--mixture=..., --sft.mixture=...) are taken, too, as they are: check_arguments
     looks at them. Failure for an unknown key or a wrong value.
     """
-    table = declared(script)
+    table, others = declared(script), {}
+    if of_phases:
+        others = dict(chain(*(defaults(phase.script).items() for phase in pipeline.PHASES)))
     values = {name: setting.default for name, setting in table.items()}
     given_in = {}
     settings = Settings()
@@ -308,12 +310,13 @@ def read(script, words, short=(), of_phases=False):
         else:
             given = dict([split(word)])
         for name, value in given.items():
-            if of_phases and name not in table:
+            key = name.rpartition(".")[2]
+            if name not in table and key in others and key != "tag":
                 settings.of_phases[name] = value
                 continue
             place = shown(word) if word.startswith("-") else place_of(name, word)
             common.check(name in table, f"unknown setting {shown(name)} in {place}; "
-                         f"{suggestion(name, table)}")
+                         f"{suggestion(key, [*table, *others])}")
             values[name] = value
             given_in[name] = word
     for name, setting in table.items():  # an edited default is checked as an override is

@@ -4,6 +4,7 @@ Beside the result file, say report/chat_sft_d4.json, there is until it is writte
 
     report/chat_sft_d4.partial.jsonl   a line of inputs, then one for each piece that is measured,
                                        last why the evaluation ended
+    report/.chat_sft_d4/lock.json      who measures
 
 so that an interrupted evaluation continues with the next piece, and status.py and report.py can
 name one that failed. They show what was measured last; results and pieces of other weights or
@@ -97,7 +98,7 @@ class Evaluation:
         if self.run.partial:
             whole = {**self.start, "command": self.run.command, **origin(), **result,
                      "seconds": round(seconds, 1)}
-            new = self.path.with_name(f".{self.path.stem}.new")
+            new = pipeline.lock_of_result(self.path) / "new.json"
             with common.writing(self.path):
                 common.atomic_write(new, json.dumps(whole, indent=1))
                 self.run.check_lock()
@@ -187,7 +188,7 @@ def hold(run, path):
     folder = pipeline.lock_of_result(path)
     with common.writing(folder, code=2):
         folder.mkdir(parents=True, exist_ok=True)
-        run.lock = take_lock(folder)
+        run.lock = take_lock(folder, path)
 
 def what_changed(old, new):
     """The inputs of two evaluations -> what differs, in words. They are the same but for dtype

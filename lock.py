@@ -38,7 +38,11 @@ class Lock:
 
     def mine(self):
         """Looks at the file: False where another process has taken the lock over."""
-        self.lost = common.read_json(self.path).get("token") != self.token
+        found = common.read_json(self.path)
+        if not found:  # a network file system may fail to read it once
+            time.sleep(1.0)
+            found = common.read_json(self.path)
+        self.lost = found.get("token") != self.token
         return not self.lost
 
     def beat(self):
@@ -127,8 +131,9 @@ def holder_name(holder):
     job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
     return f"process {holder['pid']} on {holder['host']}{job}"
 
-def check_free(directory):
-    """Failure (code 2) with the holder's name where a living process writes in `directory`."""
+def check_free(directory, what=None):
+    """Failure (code 2) with the holder's name where a living process writes in `directory`. what:
+    the name of that, if it is not the folder's."""
     if holder := living_holder(directory):
         path = Path(directory) / "lock.json"
         advice = "wait for it or stop it where it was started"
@@ -137,7 +142,7 @@ def check_free(directory):
         elif not is_here(holder):
             advice = (f"wait for it or stop it first (only if {holder['host']} is gone for good: "
                       f"remove {path})")
-        common.fail(f"{directory} is being written by {holder_name(holder)}; {advice}")
+        common.fail(f"{what or directory} is being written by {holder_name(holder)}; {advice}")
 
 def end_stray(path, holder):
     """Ends a process of an earlier attempt that runs on here: it would go on computing, and hold
@@ -151,14 +156,15 @@ def end_stray(path, holder):
         os.kill(holder["pid"], signal.SIGKILL)
     return "still ran though Slurm had ended it, and was killed"
 
-def take_lock(directory):
+def take_lock(directory, what=None):
     """-> the Lock of `directory`, over from a dead holder if need be. Failure with code 2 and the
-    holder's name where it lives; OSError where the folder cannot be written."""
+    holder's name where it lives (what: as in check_free); OSError where the folder cannot be
+    written."""
     path = Path(directory) / "lock.json"
     with open(path.with_name(".lock-guard"), "wb") as guard:
         # two that start at once look and take one after the other
         common.flock(guard, fcntl.LOCK_EX)
-        check_free(path.parent)
+        check_free(path.parent, what)
         holder = read_holder(path)
         if "token" in holder:
             fate = end_stray(path, holder)

@@ -87,7 +87,7 @@ def machine(computing):
     shapes = Counter(tuple(m.weight.shape) for m in model.modules()
                      if isinstance(m, gpt.Linear) and min(m.weight.shape) >= gpt.HEAD_DIM)
     rates = {}
-    # not of bfloat16 where the probe found it slow: a CPU with AVX2 alone took minutes (LOG.md)
+    # not of bfloat16 where nobody computes in it: on a CPU with AVX2 alone it took minutes (LOG.md)
     for name in dict.fromkeys(["float32", chosen.recorded()["dtype"]]):
         of_type = {"device": device, "dtype": getattr(torch, name)}
         seconds = flops = 0.0

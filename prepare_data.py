@@ -346,9 +346,10 @@ if pipeline.is_folder_data(data):
     if split["not_read"]:
         common.print0(split["not_read"])
     if others := pipeline.namesakes(data):
-        common.print0(f"note: the state of these texts will be in {root}; {others[-1]} is that of "
-                      "another folder of this name: if it is the same one, reached by another "
-                      "path, give that path to go on there")
+        newest = max(others, key=lambda path: path.stat().st_mtime)
+        common.print0(f"note: the state of these texts will be in {common.one_line(root)}; "
+                      f"{common.one_line(newest)} is that of another folder of this name: if it is "
+                      "the same one, reached by another path, give that path to go on there")
 if check:
     common.check(not bad, f"missing or damaged: {in_words(bad)}", again)
     run.leave(0, "done")

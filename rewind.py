@@ -49,7 +49,8 @@ def went_back(directory, record, step):
     common.print0(f"going back from step {end:,} to step {step:,}, skipping {batches:,} batches")
     kept = {key: value for key, value in record.items() if key != "gave_up"}
     earlier = [entry for entry in skipped if entry[0] <= step]
-    return {**kept, "skipped": [*earlier, [step, batches]]}
+    # until the loop begins, which may be in a later start
+    return {**kept, "skipped": [*earlier, [step, batches]], "going_back": True}
 
 def put_aside_later(directory, step):
     """Renames the checkpoints that are later than `step` into a folder beside, with the date."""

@@ -52,7 +52,6 @@ class Run:
     # the folder
     directory: Path | None = None
     record: dict = field(default_factory=dict)
-    went_back: bool = False        # --rewind took effect in this start; on rank 0
     lock: Lock | None = None       # rank 0's
     metrics: object = None         # rank 0's open metrics.jsonl
     partial: Path | None = None    # of an evaluation, instead: the file of its pieces
@@ -137,8 +136,7 @@ class Run:
             return None
         old, saved_step = judged
         back = rewind.asked_for(settings, directory, old)
-        self.went_back = back is not None
-        if self.went_back:
+        if back is not None:
             old, saved_step = rewind.went_back(directory, old, back), back
         with common.writing(directory, code=2):
             if settings["start_over"] and not old and directory.exists():
@@ -154,7 +152,7 @@ class Run:
         if old.get("free"):  # else it is a new run, or its record was lost
             self.say_what_changed(old, origin)
         self.lock = lock
-        if self.went_back:
+        if back is not None:
             with common.writing(directory):
                 rewind.put_aside_later(directory, back)
         self.record = {
@@ -332,7 +330,7 @@ class Run:
             path = self.directory / "metrics.jsonl"
             lines = common.read_json_lines(path)
             kept = [r for r in lines if r.get("step", step) < step]
-            if not self.went_back:  # what that skips was not lost
+            if not self.record.pop("going_back", False):  # what that skips was not lost
                 self.record["restarts"] = records.restarts(self.record, lines, step, seconds)
             with common.writing(path):
                 common.atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -411,12 +409,13 @@ class Run:
         -> False where the launcher could not be told how (see common.leave_outcome)"""
         if self.saving:
             self.saving.join()
+        ours = self.lock is None or self.lock.mine()
         try:
-            if self.partial and code != 0:
+            if self.partial and code != 0 and ours:
                 with open(self.partial, "a", encoding="utf-8") as f:
                     # a full disk may have torn its last line
                     f.write("\n" + json.dumps({"code": code, "reason": reason}) + "\n")
-            if self.directory and self.lock and self.lock.mine():
+            if self.directory and self.lock and ours:
                 status = {0: "done", 75: "interrupted"}.get(code, "failed")
                 following = None if code == 0 else next_command or self.command
                 self.update_record(status=status, code=code, reason=reason, next=following)

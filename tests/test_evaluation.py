@@ -61,7 +61,7 @@ def test_of_two_at_once_the_second_is_refused_and_the_first_goes_on(state):
     assert status.describe_eval(path, state / "none")[0] == "running"
     second = script(state, "-c", SCRIPT, path, "float32", "finish")
     assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert f"{folder} is being written by process {first.pid} on " in second.stderr
+    assert f"{path} is being written by process {first.pid} on " in second.stderr
     assert path.with_suffix(".partial.jsonl").read_bytes() == before
     first.communicate("")
     assert first.returncode == 0 and lock.living_holder(folder) is None
@@ -76,6 +76,7 @@ def test_one_that_has_lost_its_lock_writes_nothing_any_more(tmp_path, capsys):
     before = run.partial.read_bytes()
     run.lock.path.write_text('{"token": "of another"}')
     assert exit_code(measured.keep, "b", 2) == exit_code(measured.exit_done) == 1
+    run.close(1, "lost it")
     assert run.partial.read_bytes() == before and not (tmp_path / "x.json").exists()
     assert f"lost the lock of {tmp_path}/.x to another process" in capsys.readouterr().err
 

@@ -716,7 +716,7 @@ def test_every_recipe_is_a_file_of_assignments_that_its_script_takes(tmp_path, c
     name = config.stem.removeprefix("toy_").removeprefix("own_")
     scripts = {"tok": "tok_train.py", "base": "base_train.py", "base_eval": "base_eval.py",
                "five_minutes": "base_train.py", "twenty_five_minutes": "base_train.py",
-               "sixty_minutes": "base_train.py",
+               "sixty_minutes": "base_train.py", "five_minutes_avx2": "base_train.py",
                "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py",
                "chat_eval": "chat_eval.py"}
     out = script(tmp_path / "state", scripts[name], config)

@@ -574,6 +574,10 @@ def test_what_is_required_follows_from_the_settings_of_the_phases(hub, state):
     assert out.returncode == 2 and "no train split" in out.stderr
     out = prepare(hub, state, *FINEWEB, "--check=True", "--sft.mixtrue=gsm8k")
     assert out.returncode == 2 and "did you mean --mixture" in out.stderr
+    (state.with_name("mine.py")).write_text("num_steps = 9\nGB = 1e9\n")
+    out = prepare(hub, state, *FINEWEB, "--check=True", state.with_name("mine.py"))
+    assert out.returncode == 2 and "unknown setting 'GB' in " in out.stderr
+    assert "mine.py, line 2" in out.stderr
 
 def test_phases_read_tasks_only_through_settings_that_declare_them():
     """prepare_data.py knows what a phase reads from these settings alone: a task named elsewhere

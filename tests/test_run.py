@@ -694,6 +694,13 @@ def test_what_dies_after_it_went_back_is_counted_though_the_command_says_rewind(
             run.log(kind="train", step=step, loss=1.0)
         run.close(75, "stopped")
 
+def test_what_going_back_skips_is_not_lost_where_a_death_comes_before_the_loop(half):
+    rewound(half, 3, kill=True)
+    run = start(half, damage=None)
+    run.begin_loop(3, 20, 0.0)
+    assert run.record.get("restarts", []) == [] and "going_back" not in load_record(half)
+    run.close(75, "stopped")
+
 def test_going_back_further_forgets_what_was_skipped_later(half):
     with open(half / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train"}\n')  # a damaged line
