@@ -3,7 +3,7 @@ Measures how fast this machine trains, answers, evaluates and starts, and what i
 minutes. Prints one table, with the goals beside.
 
     python bench.py                                       # all sections but learning
-    python bench.py --quick=True                          # under three minutes on two cores
+    python bench.py --quick=True                          # about three minutes on two cores
     python bench.py --sections=training,decoding --out=before.jsonl
     python bench.py --sections=training,decoding --beside=before.jsonl    # with ratios to that
     python bench.py --sections=learning --minutes=5 --data=my/texts --held_out=my/texts/last.jsonl
