@@ -71,7 +71,7 @@ if eval_tokens:
     held_out = begun.get("val_files") or list(files["val"])
     if "train_files" not in begun and data in pipeline.SHARED_DATA:
         # a model of nanochat's: to tokenize all that there is would take hours
-        some = 1 + 2 * eval_tokens // 50_000_000  # shards of 50 million tokens
+        some = 1 + 2 * eval_tokens // corpus.SHARD_TOKENS
         files["train"] = dict(list(files["train"].items())[:some])
     common.check(held_out == list(files["val"]), "what was held out for validation is no longer "
                  f"all there ({corpus.listed(held_out, 3)}): put it back, or give --eval_tokens=0")

@@ -108,6 +108,10 @@ def defaults(script):
     """{setting: default} of a script of this repository."""
     return {name: found.default for name, found in declared(pipeline.REPO / script).items()}
 
+def of_any_phase():
+    """The names of all settings that some phase has."""
+    return {*chain(*(defaults(phase.script) for phase in pipeline.PHASES))}
+
 # -------------------------------------------------------------------------------------------------
 # from text to values
 
@@ -293,9 +297,8 @@ def read(script, words, short=(), of_phases=False):
     other phases (--mixture=..., --sft.mixture=...) are taken, too, as they are: check_arguments
     looks at them. Failure for an unknown key or a wrong value.
     """
-    table, others = declared(script), {}
-    if of_phases:
-        others = dict(chain(*(defaults(phase.script).items() for phase in pipeline.PHASES)))
+    table = declared(script)
+    others = of_any_phase() - {"tag"} if of_phases else set()
     values = {name: setting.default for name, setting in table.items()}
     given_in = {}
     settings = Settings()
@@ -311,7 +314,7 @@ def read(script, words, short=(), of_phases=False):
             given = dict([split(word)])
         for name, value in given.items():
             key = name.rpartition(".")[2]
-            if name not in table and key in others and key != "tag":
+            if name not in table and key in others:
                 settings.of_phases[name] = value
                 continue
             place = shown(word) if word.startswith("-") else place_of(name, word)
@@ -354,12 +357,13 @@ def accepted(phase, arguments):
     given those of all others, too: it brings what they read.
     example: ("rl", ["--rl.samples=4", "--seed=1", "--depth=3"]) -> ["--seed=1", "--samples=4"]"""
     known = defaults(phase.script)
+    others = of_any_phase() if phase.name == "data" else set()
     found = []
     for name, value in sorted(map(split, arguments), key=lambda pair: "." in pair[0]):
         part, _, key = name.rpartition(".")
         if part in ("", phase.name) and key in known:
             found.append(f"--{key}={value}")
-        elif phase.name == "data":
+        elif key in others:
             found.append(f"--{name}={value}")
     return found
 

@@ -61,7 +61,6 @@ READS = {
 # what phases read besides the user's conversations: how its files are called in the state folder
 PLACES = {stem: f"task_data/{stem}." for stem in tasks.TASK_OF}
 PLACES |= {"text": "base_data/", "CORE": "eval_bundle/"}
-SHARD_TOKENS = 50_000_000  # 250 million characters, nearly 5 a token
 
 readers = [phase.name for phase in pipeline.PHASES if phase.name not in ("data", "report")]
 unknown = {*phases} - {phase.name for phase in pipeline.PHASES}
@@ -117,7 +116,7 @@ def shards_needed():
         tokens = flops / (6 * parameters)
     if steps != -1:
         tokens = steps * (2 ** 19 if batch == -1 else batch)
-    return math.ceil(tokens / SHARD_TOKENS) + 1
+    return math.ceil(tokens / corpus.SHARD_TOKENS) + 1
 
 @dataclass
 class File:
@@ -319,7 +318,7 @@ def bring(files):
              functools.partial(problem, file.what), file.size)
             for file in files if file.url != "here"]
     if jobs:
-        tokens = SHARD_TOKENS * sum(file.what == "text" for file in files)  # of two bytes
+        tokens = corpus.SHARD_TOKENS * sum(file.what == "text" for file in files)  # of two bytes
         download.fetch_all(jobs, again, run.stop_reason, also=2 * tokens)
     unpack_bundle(zipped)
 

@@ -64,6 +64,7 @@ class Run:
     job_end: float = math.inf      # and the end of the Slurm job,
     job_left: float = 0.0          # which was so many seconds ahead when it was asked for
     longest_save: float = 0.0      # seconds; 0: none was measured
+
     clock: Clock | None = None     # of a training loop
     try_out: bool = False          # --try_out=True: only the first steps, and what they need
     eval_seconds: float = 0.0

@@ -303,7 +303,7 @@ def test_settings_behind_the_dashes_are_held_against_the_phases_that_have_them(c
         assert end.code == 2 and argument.split("=")[0] in said and said.count("\n") == 1
 
 def test_each_phase_accepts_what_it_has_and_prepare_data_what_the_others_read():
-    arguments = ["--rl.samples=4", "--seed=1", "--depth=3", "--sft.mixture=a,b"]
+    arguments = ["--rl.samples=4", "--seed=1", "--depth=3", "--sft.mixture=a,b", "--nothing=1"]
     accepted = {phase.name: configurator.accepted(phase, arguments) for phase in pipeline.PHASES}
     assert accepted["rl"] == ["--seed=1", "--samples=4"]
     assert accepted["sft"] == ["--seed=1", "--mixture=a,b"]
