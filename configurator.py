@@ -275,11 +275,9 @@ def configure(module_globals, short=(), of_phases=False):
     and of_phases as in `read`. Failure where they make no sense, or the device is not there; prints
     all settings for --help and ends the process with 0.
     """
-    script, words = module_globals["__file__"], sys.argv[1:]
-    if {"--help", "-h"} & {*words}:
-        print_help(module_globals["__doc__"], declared(script))
-        sys.exit(0)
-    settings = read(script, words, short, of_phases)
+    script = module_globals["__file__"]
+    exit_with_help(script)
+    settings = read(script, sys.argv[1:], short, of_phases)
     check_device(settings)
     module_globals.update(settings)
     return settings
@@ -333,8 +331,13 @@ def read(script, words, short=(), of_phases=False):
     check_together(settings)
     return settings
 
-def print_help(doc, table):
-    print(doc.strip())
+def exit_with_help(script):
+    """Prints what a script is for, and all its settings, and ends the process with 0, if --help is
+    in its call. It is not run: Run.start asks before anything large is imported."""
+    if not {"--help", "-h"} & {*sys.argv[1:]}:
+        return
+    print(ast.get_docstring(ast.parse(Path(script).read_bytes())))
+    table = declared(script)
     head = None
     for name, setting in sorted(table.items(), key=lambda item: item[0] in ACTIONS):
         before = head
@@ -348,6 +351,7 @@ def print_help(doc, table):
         left = f"  --{name}={setting.default!r}"
         between = f" [{range_of(name)}]" if name in RANGES else ""
         print(f"{left:<40} {setting.comment}{between}")
+    sys.exit(0)
 
 # -------------------------------------------------------------------------------------------------
 # settings behind the -- of speedrun.sh, which go to every phase that has them
@@ -402,5 +406,6 @@ def from_here(word):
     specs = convert("mixture", value, [])
     for i, spec in enumerate(specs):
         if split_spec(spec)[0].endswith(CONVERSATIONS):
-            specs[i] = os.path.join(here, spec)  # a whole path stays as it is
+            # a whole path stays as it is
+            specs[i] = os.path.join(here, os.path.expanduser(spec))
     return f"--{name}={specs if value.startswith('[') else ','.join(specs)}"

@@ -31,6 +31,7 @@ from pathlib import Path
 import bands
 import checkpoint
 import common
+import configurator
 import records
 import rewind
 import slurm
@@ -78,9 +79,11 @@ class Run:
 
     @classmethod
     def start(cls, name):
-        """The one call at the head of a script, before torch is imported: a signal in the first
-        seconds counts too. SIGTERM, SIGINT, SIGUSR1 only set a flag; a second SIGINT ends the
-        process at once (under torchrun it does not: Ctrl-C may come there twice)."""
+        """The one call at the head of a script, before anything large is imported: --help is
+        answered here, and ends the process; a signal in the first seconds counts too. SIGTERM,
+        SIGINT, SIGUSR1 only set a flag; a second SIGINT ends the process at once (under torchrun
+        it does not: Ctrl-C may come there twice)."""
+        configurator.exit_with_help(sys.argv[0])
         run = cls(name, Ranks(*common.rank_world()))
         came = set()
 
@@ -316,11 +319,9 @@ class Run:
     # the loop
 
     def begin_loop(self, step, num_steps, seconds, flops_per_token=0.0, peak_flops=None):
-        """
-        The training loop begins at `step` of num_steps, after `seconds` of training in earlier
+        """The training loop begins at `step` of num_steps, after `seconds` of training in earlier
         attempts. What a death has left is dropped: half a save, metrics of steps that will run
-        again. peak_flops: FLOP/s of a device.
-        """
+        again. peak_flops: FLOP/s of a device."""
         free = self.record["free"]
         self.set_deadline(free["time_limit"])
         self.clock = Clock(num_steps, seconds, 60.0 * free["save_minutes"], flops_per_token,
@@ -399,9 +400,8 @@ class Run:
         if at_once:
             sys.stdout.flush()
             sys.stderr.flush()
-            # Threads of gloo outlive their group now and then. One that is destroyed in the end of
-            # the interpreter aborts the process ("terminate called without an active exception"),
-            # and torchrun would call a run failed that has ended well.
+            # A thread of gloo may outlive its group and abort the process while Python winds up
+            # ("terminate called without an active exception"): torchrun would call it failed.
             os._exit(code)
         raise SystemExit(code)
 

@@ -21,7 +21,6 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-import numpy as np
 import tiktoken
 
 import common
@@ -102,15 +101,16 @@ class Tokenizer:
     def token_bytes(self):
         """int32 [vocab_size]: how many bytes of text each token stands for, 0 for special tokens
         (for bits per byte)"""
+        import numpy as np  # only here: a tenth of a second, which --help can do without
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return lengths
 
-    def render_conversation(self, conversation, max_tokens=None):
-        """A conversation (see `messages_of`) as (ids, mask), lists of equal length, cut to
-        max_tokens if that is given. mask is 1 on what the assistant has to produce: its text, its
-        python calls with both their markers, its end; 0 on the rest: bos, what the user says, the
-        assistant's start marker, what a tool answered."""
+    def render_conversation(self, conversation):
+        """A conversation (see `messages_of`) as (ids, mask), lists of equal length. mask is 1 on
+        what the assistant has to produce: its text, its python calls with both their markers, its
+        end; 0 on the rest: bos, what the user says, the assistant's start marker, what a tool
+        answered."""
         ids = [self.bos]
         mask = [0]
         for role, parts in messages_of(conversation):
@@ -127,7 +127,7 @@ class Tokenizer:
                 mask += [int(assistant and kind != "python_output")] * len(tokens)
             ids.append(self.special(f"<|{role}_end|>"))
             mask.append(int(assistant))
-        return ids[:max_tokens], mask[:max_tokens]
+        return ids, mask
 
     def render_for_completion(self, conversation):
         """ids up to and with the start marker where the assistant has to speak; its own last

@@ -394,6 +394,9 @@ def test_one_line_says_what_is_not_read_and_sub_folders_are(state, tmp_path, mon
     assert "packed text" in "".join(all_texts(data_set))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder / "one"))
     assert len(corpus.text_files(data_set)[0]) == 1, "the state folder holds no text of the user's"
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "link/one"))
+    assert len(corpus.text_files(data_set)[0]) == 1, "nor where it is reached by a link"
 
 def test_a_file_that_may_not_be_read_is_named(state, tmp_path, monkeypatch, capsys):
     write(tmp_path / "d", "a.txt", some_texts(30))
@@ -648,8 +651,8 @@ def test_a_store_of_an_earlier_version_is_used_as_it_is(state):
     items = [{"messages": [{"role": "user", "content": "q" * n}, answer]} for n in (3, 99, 5, 99)]
     documents = []
     for item in items:
-        ids, mask = BYTES.render_conversation(item, 40)
-        documents.append((ids[1:], mask[1:]))
+        ids, mask = BYTES.render_conversation(item)
+        documents.append((ids[1:40], mask[1:40]))
     data.make_store(alone(), "toy", BYTES, "chat_x_40", "x", documents, {"cut": 2})
     store = data.tokenize_conversations(alone(), "x", "toy", None, BYTES, 40)
     assert store.facts["documents"] == 4 and data.n_rows(data.make_plan([store], 40, 0, False)) == 3

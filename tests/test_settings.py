@@ -259,12 +259,13 @@ def test_every_setting_of_every_script_has_a_comment(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_and_a_mistake_are_answered_before_anything_large_is_imported(tmp_path, name):
-    """Each takes 0.1 to 0.3 s; torch alone takes 1.5."""
-    for words, code in ((["--help"], 0), (["--no_such_setting=1"], 2)):
+    """Each takes 0.1 to 0.3 s; torch alone takes 1.5, numpy and requests a tenth each."""
+    for words, code, large in ((["--help"], 0, {"torch", "pyarrow", "numpy", "requests"}),
+                               (["--no_such_setting=1"], 2, {"torch", "pyarrow"})):
         out = script(tmp_path, "-X", "importtime", name, *words)
         imported = {line.split("|")[-1].strip() for line in out.stderr.splitlines()}
         assert out.returncode == code and "configurator" in imported
-        assert not imported & {"torch", "pyarrow"}
+        assert not imported & large
 
 # ---- behind the -- of speedrun.sh
 
@@ -278,6 +279,8 @@ def test_files_of_conversations_are_those_that_the_user_sees(tmp_path, monkeypat
         f"--mixture=gsm8k,{tmp_path}/my.jsonl*2",
         f"--sft.extra_conversations={tmp_path}/a.jsonl.gz", "--seed=1",
         "--mixture=/x/y.jsonl:9", f"--held_out=['{tmp_path}/b c.jsonl', 'mmlu']"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configurator.from_here("--mixture=~/my.jsonl*2") == f"--mixture={tmp_path}/my.jsonl*2"
     (tmp_path / "my, own.parquet").touch()
     assert configurator.from_here("--mid.mixture=my, own.parquet*2,gsm8k") == (
         f"--mid.mixture={tmp_path}/my, own.parquet*2,gsm8k")

@@ -16,6 +16,7 @@ import pytest
 import regex
 import tiktoken
 
+import common
 import pipeline
 import tok_train
 import tokenizer as tok
@@ -172,7 +173,6 @@ def test_rendering_by_hand():
     assert ids == [bos, us, *user, ue, as_, *b"t", ps, *b"1+1", pe, os_, *b"2", oe, *b"v", ae,
                    us, *b"w", ue, as_, *b"x", ae]
     assert mask == [0] * (len(user) + 3) + [0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
-    assert BYTES.render_conversation(CHAT, max_tokens=30) == (ids[:30], mask[:30])
     assert BYTES.render_for_completion(CHAT) == ids[:-2]
     asked = {"messages": CHAT["messages"][:2]}
     assert BYTES.render_for_completion(asked) == [bos, us, *user, ue, as_]
@@ -314,6 +314,25 @@ def test_the_phase_trains_is_done_and_refuses_a_change(state, folder):
     out = script(state, *args, "--start_over=True")
     assert out.returncode == 2 and "600 of 601 lines" in out.stderr
     assert tok.damage(where) is None, "a start that is refused leaves the old tokenizer in place"
+
+def test_starting_over_once_more_reads_what_is_there_now(state, folder):
+    args = ["tok_train.py", f"--data={folder}", "--vocab_size=300", "--start_over=True"]
+    assert script(state, *args).returncode == 0
+    where = next(state.glob("books-*/tokenizer"))
+    record = common.read_json(where / "phase.json")
+    (folder / "c.txt").write_text("more " * 400)
+    out = script(state, *args)
+    assert out.returncode == 0 and "done already" in out.stdout, "added files stop nothing"
+    whole = (folder / "a.jsonl.gz").read_bytes()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + b"{broken\n" * 600))
+    out = script(state, *args)
+    assert out.returncode == 2 and "600 of 601 lines" in out.stderr
+    assert common.read_json(where / "phase.json") == record, "nothing was put aside for it"
+    (folder / "a.jsonl.gz").write_bytes(whole + gzip.compress(b'{"text": "one more"}\n'))
+    out = script(state, *args)
+    assert out.returncode == 0 and "damaged" not in out.stdout, out.stdout
+    assert "c.txt" in common.read_json(where / "phase.json")["texts"]
+    assert len(list(where.parent.glob("tokenizer.old-*"))) == 1
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_tokens(state, folder):
     out = script(state, "tok_train.py", f"--data={folder}", "--vocab_size=5000")
