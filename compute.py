@@ -74,7 +74,7 @@ def choose_compute(ranks, settings, recorded=None):
                           "brings it back, on a machine that can")
     compiled = compiled != "False" and not lacking
     if compiled:
-        own_cache()
+        set_up_compiler()
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     # Else the threads of a compiled step add up the gradient of an embedding in any order, and two
@@ -130,11 +130,13 @@ def lacks(kind):
         missing.append(f"Python's headers (python3-dev: {header})")
     return " and ".join(missing)
 
-def own_cache():
-    """A folder of its own for what is compiled on this kind of machine. The compiler looks it up by
-    the program alone: on a shared disk or in an image a CPU with AVX2 finds what one with AVX512
-    has compiled, which leaves half of its numbers uncomputed there; the other way round it writes
-    behind the end of arrays (torch 2.13, LOG.md)."""
+def set_up_compiler():
+    """
+    Before torch.compile is first called. What is compiled on this kind of machine has a folder of
+    its own: the compiler looks it up by the program alone, so that on a shared disk or in an image
+    a CPU with AVX2 finds what one with AVX512 has compiled, which leaves half of its numbers
+    uncomputed there; the other way round it writes behind the end of arrays (torch 2.13, LOG.md).
+    """
     able = [name for name, yes in torch.cpu.get_capabilities().items() if yes is True]
     capability = torch.backends.cpu.get_cpu_capability()
     kind = f"{capability} {sorted(able)} {platform.libc_ver()}"
@@ -143,6 +145,12 @@ def own_cache():
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default
     if os.path.basename(folder) != own:  # else it is this process's parent's
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, own)
+    # Passes with an autograd.Function in them, gpt.SummedLoss, are looked up there too, by forward
+    # and backward, constants included: a later start's first step takes 5 s instead of 11 (LOG.md).
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+    # It believes the CPU about its instructions, and does not try each of them out by a program:
+    # the first compilation of a d4 takes 45 s instead of 55.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 def keep_freed_memory():
     """Large blocks otherwise go back to the system at every free and fault in anew: 11,500 ->

@@ -13,7 +13,7 @@ import compute
 import engine
 import gpt
 import optim
-from conftest import BYTES, RATES, SHARED, nanochats_own, needs_nanochat, script
+from conftest import BYTES, RATES, REPO, SHARED, nanochats_own, needs_nanochat, script
 
 torch.set_num_threads(1)
 
@@ -249,6 +249,41 @@ def test_what_one_cpu_has_compiled_is_not_run_on_another_kind(state, tmp_path):
         assert out.stdout.split() == ["True", capability], out.stdout + out.stderr
     folders = os.listdir(shared)
     assert len(folders) == 2 and all(name.startswith("cpu-") for name in folders)
+
+LOSS_IN_A_PROCESS = """
+import sys, torch
+import gpt
+from compute import choose_compute
+from ranks import Ranks
+choose_compute(Ranks(0, 0, 1), {"device": "cpu", "dtype": "float32", "threads": 1, "compile": True})
+from torch._dynamo.utils import counters
+h, weight = (torch.arange(n * 8.0).view(n, 8).sin().requires_grad_() for n in (4, 6))
+def loss(h, weight):
+    return gpt.SummedLoss.apply(h, weight, torch.arange(4), torch.ones(4))
+(plain,) = torch.autograd.grad(loss(h, weight), h)
+(compiled,) = torch.autograd.grad(torch.compile(loss)(h, weight), h)
+print(torch.allclose(plain, compiled, rtol=1e-5), plain.abs().sum().item(),
+      counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+@pytest.mark.skipif(bool(compute.lacks("cpu")), reason="needs a compiler")
+def test_what_was_compiled_is_taken_again_but_not_for_a_loss_that_was_edited(state, tmp_path):
+    """torch keeps passes with an autograd.Function only where it is told to."""
+    edits = [("", ""), ("", ""), ("return grad_h * grad,", "return 2 * grad_h * grad,")]
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
+           "PYTHONPATH": f"{tmp_path}:{REPO}"}
+    source = (REPO / "gpt.py").read_text("utf-8")
+    found = []
+    for before, after in edits:
+        assert before in source
+        (tmp_path / "gpt.py").write_text(source.replace(before, after, 1), "utf-8")
+        out = script(state, "-P", "-c", LOSS_IN_A_PROCESS, env=env)
+        right, size, hits = out.stdout.split() or [out.stderr, 0, 0]
+        assert right == "True"
+        found.append((float(size), int(hits)))
+    (first, cold), (again, warm), (doubled, edited) = found
+    assert (cold, warm, edited) == (0, 1, 0) and again == first
+    assert doubled == pytest.approx(2 * first)
 
 def test_a_machine_that_cannot_compile_goes_on_with_a_run_that_was_compiled(state, tmp_path):
     """And does not begin one so: a compiler without Python's headers is of no use."""
