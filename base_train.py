@@ -49,7 +49,7 @@ eval_tokens = 10_485_760     # how many tokens of the validation split are measu
 sample_every = 1000          # steps between printed samples; 0: only at the end
 save_minutes = 3.0           # minutes between checkpoints
 keep = 1                     # how many checkpoints are kept on disk
-time_limit = None            # minutes until it saves and stops; None: the Slurm job's limit, if any
+time_limit = None            # minutes of its loop until it stops; None: the Slurm job's, if any
 max_skipped = 10             # steps in a row without a finite gradient before the run fails
 device = "auto"              # where it computes: auto, cuda, mps or cpu
 dtype = "auto"               # to compute in: bfloat16, float32, auto (the faster of both), float16
@@ -66,10 +66,12 @@ settings = configurator.configure(globals())
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 
 run.ranks.join()
+if total_batch_size != -1:
+    dataset.check_shared(total_batch_size // max_seq_len, run.ranks.world)
 # Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
 # looks for all, since on a shared disk another node may see an older state of the folders.
 begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
-files = run.ranks.on_rank0(corpus.dataset_files, data, {} if try_out else begun)
+files, begun = run.ranks.on_rank0(corpus.files_to_read, data, {} if try_out else begun, start_over)
 if files["not_read"]:
     common.print0(files["not_read"])
 known_files = run.ranks.on_rank0(corpus.facts_to_record, files)

@@ -1,7 +1,7 @@
 """
 Talk to a model.
 
-    python chat_cli.py                          # the furthest stage of the data set trained last
+    python chat_cli.py                          # the furthest stage of the model trained last
     python chat_cli.py -p "Who are you?"        # one answer, then back to the shell
     python chat_cli.py --source=base --data=toy # the base model goes on with what you type
 
@@ -25,7 +25,7 @@ import pipeline
 import talk
 from ranks import Ranks
 
-data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
+data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: what was trained last
 source = ""                  # stage of training: base, mid, sft or rl; empty: the furthest
 tag = ""                     # which model, d4 for instance; empty: the newest
 prompt = ""                  # answer this one prompt and end (-p "..." for short)

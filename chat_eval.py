@@ -65,7 +65,9 @@ if try_out:
     length = model.config.sequence_len
     with torch.inference_mode():
         decoder = engine.Decoder(model, rows, length + max_new_tokens)
-        decoder.add([[row] * length for row in range(rows)])  # equal ones would be run once
+        # rows that differ, or equal ones would be run once
+        first = [divmod(row, model.config.vocab_size) for row in range(rows)]
+        decoder.add([[*two, *[0] * (length - 2)] for two in first])
         decoder.lengths = [length + max_new_tokens - 1] * rows
         decoder.step([0] * rows).tolist()  # waits for the device
     common.print0(f"tried out: {rows} answers at once, to the end of the longest")

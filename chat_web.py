@@ -39,7 +39,7 @@ import talk
 from completions import Refused
 from ranks import Ranks
 
-data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: the one trained last
+data = ""                    # toy, fineweb_edu, climbmix or a folder; empty: what was trained last
 source = ""                  # stage that the page begins with: base, mid, sft, rl; empty: furthest
 tag = ""                     # which model, d4 for instance; empty: the newest
 host = "127.0.0.1"           # address to listen on; 0.0.0.0: all of this machine's

@@ -352,7 +352,8 @@ def check_shared(total_rows, world):
     """Failure where the ranks cannot share a batch evenly."""
     fitting = [str(n) for n in range(world, 0, -1) if total_rows % n == 0]
     common.check(total_rows % world == 0, f"a batch of {total_rows} rows cannot be divided by "
-                 f"{world} ranks: use {' or '.join(fitting)} ranks")
+                 f"{world} ranks: use {' or '.join(fitting)} ranks (--nproc of speedrun.sh, "
+                 "--nproc_per_node of torchrun)")
 
 def fit_micro_rows(total_rows, device_rows, world):
     """The largest number of rows a device can take at once that divides the batch evenly. Failure

@@ -163,7 +163,8 @@ def main():
             part = target.with_name(f".{target.name}.part")
             common.atomic_write(part, made)
             if target.exists():
-                target.rename(common.aside_name(target))
+                aside = target.rename(common.aside_name(target))
+                print(f"the file that was there is kept in {aside}")
             part.rename(target)
     print(f"{target} holds {name}, {len(made) / 1e6:,.1f} MB, weights in {quant}; "
           "llama-cli -m FILE talks to it")

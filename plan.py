@@ -37,8 +37,8 @@ class Plan:
     def words(self, name):
         """The script of a phase and all its arguments."""
         own = configurator.accepted(pipeline.find_phase(name), self.settings)
-        if name == "data":  # alone it brings what all phases read
-            readers = [] if self.names == ["data"] else self.names
+        if name == "data":  # alone it brings what all phases of the run read
+            readers = self.listed if {*self.names} <= {"data", "report"} else self.names
             own = [f"--phases={','.join(readers)}", *own]
         script, *words = self.listed[name]
         return [script, f"--data={self.data}", *words, *own]
@@ -163,9 +163,12 @@ def start_over_command(plan, reason):
     return plan.to_type([*flags, "--", *settings, f"--{name}.start_over=True"])
 
 def default_nproc(in_slurm):
+    """As many processes as there are GPUs, but a power of two of them: the rows of a batch, which
+    all have to share evenly, are one.  examples: 8 GPUs -> "8";  6 -> "4";  none -> "1" """
+    gpus = len(trial.gpu_names())
     if in_slurm:
-        return os.environ.get("SLURM_GPUS_ON_NODE") or "1"
-    return str(len(trial.gpu_names()) or 1)
+        gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+    return str(2 ** (max(gpus, 1).bit_length() - 1))
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""

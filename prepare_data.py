@@ -152,7 +152,7 @@ def task_files(stem):
 def files_of(what):
     """-> list of File"""
     if what not in PLACES:
-        return [File(what, Path(what))]
+        return [File(what, Path(what).expanduser())]
     if data == "toy":
         made = [name for name in written if name.startswith(PLACES[what])]
         return [File(what, root / name, "here") for name in made or [PLACES[what]]]

@@ -22,6 +22,7 @@ import causes
 import checkpoint
 import common
 import pipeline
+import plan
 import slurm
 from lock import holds_open
 
@@ -38,9 +39,16 @@ FOLDER = pipeline.base_dir() / f"rehearsal-{number()}"
 LOG = FOLDER / "log.txt"
 STEPS = 120
 PATIENCE = 240  # seconds for one training; on a laptop it takes ten
-TRAINING = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--compile=False",
+TRAINING = ["--depth=1", "--max_seq_len=128", "--compile=False",
             "--eval_every=0", "--sample_every=0", "--eval_tokens=4000", "--save_minutes=0.0",
             f"--num_steps={STEPS}"]
+
+def tokens_a_step():
+    """1,024 or nearly so, in rows of 128 that all processes can share."""
+    asked = [word.removeprefix("--nproc=") for word in FLAGS] or [plan.default_nproc(bool(IN_JOB))]
+    nodes = int(os.environ["SLURM_NNODES"]) if IN_JOB else 1
+    ranks = nodes * int(asked[-1])
+    return 128 * ranks * max(1, 8 // ranks)
 
 def environment(name):
     # inside, nothing is requeued or submitted: that is tried once, at the end
@@ -50,7 +58,8 @@ def environment(name):
 def begin(name, *flags):
     """Starts the training of FOLDER/name as speedrun.sh does. -> its launcher, a Popen"""
     words = ["toy", "1", "--run", "data", "prepare_data.py", "--run", "base", "base_train.py",
-             *TRAINING, *flags, "--given", *FLAGS, *IN_JOB, "--only=base", "--skip-trial"]
+             *TRAINING, f"--total_batch_size={tokens_a_step()}", *flags,
+             "--given", *FLAGS, *IN_JOB, "--only=base", "--skip-trial"]
     with open(LOG, "a", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, pipeline.REPO / "launch.py", *words],
                                 env=environment(name), stdout=log, stderr=log)
@@ -88,7 +97,8 @@ def nobody_disturbs():
     last_error = "".join(f" ({line})" for line in causes.errors_in(LOG)[:1])
     common.check(code == 0, f"a small training ended with {code}{last_error}")
     seconds = common.read_json(folder_of("straight") / "phase.json")["seconds"]
-    return f"a training of {STEPS} steps, {STEPS * 1024 / seconds:,.0f} tokens/s with a save a step"
+    speed = STEPS * tokens_a_step() / seconds
+    return f"a training of {STEPS} steps, {speed:,.0f} tokens/s with a save a step"
 
 def time_limit():
     code = end_of(begin("broken", "--time_limit=0.005"))
@@ -153,7 +163,7 @@ def end():
     return 0
 
 def main():
-    common.check(all(word.startswith("--nproc=") for word in FLAGS),
+    common.check(all(re.fullmatch(r"--nproc=[1-9]\d{0,3}", word) for word in FLAGS),
                  f"--rehearse takes --nproc=N alone, not {' '.join(FLAGS)}")
     mark = FOLDER / "goes_on"
     if mark.exists():  # by a job that has put itself back into the queue

@@ -38,7 +38,7 @@ All phases in their order; run it again at any time: what is done is skipped.
   --chats=FILE        your own conversations: a small model of --data that has learned them, in
                       minutes (config/own_*.py); it reads nothing else, so nothing else is measured
   --depth=N           layers of the model (toy and --chats: 2, else 20)
-  --nproc=N           processes on this machine (default: the GPUs visible, or 1)
+  --nproc=N           processes on this machine (default: one a GPU, 4 where there are 6; else 1)
   --dry-run           print the commands and do nothing
   --status            what is done, what died and why, what to run next (status.py)
   --rehearse          two minutes: a time limit, a kill, a continuation, the bits (rehearse.py)
@@ -72,10 +72,18 @@ for flag; do
     case "$flag" in --status|--rehearse) ;; *) others+=("$flag") ;; esac
 done
 case " $* " in
-    *" --status "*)
+    *" --status "*)  # behind a run's own flags: of them it needs the data set
         repo=$PWD
         cd "$here"
-        exec "$python_of_venv" "$repo/status.py" "${others[@]}" ;;
+        asked=()
+        for flag in "${others[@]}"; do
+            case "$flag" in
+                --) break ;;
+                --depth=*|--nproc=*|--chats=*|--from=*|--only=*|--skip-*|--dry-run) ;;
+                *) asked+=("$flag") ;;
+            esac
+        done
+        exec "$python_of_venv" "$repo/status.py" "${asked[@]}" ;;
     *" --rehearse "*)
         setup_venv requirements.txt
         exec "$python_of_venv" rehearse.py "${others[@]}" ;;

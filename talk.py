@@ -20,7 +20,7 @@ def say(*words):
 
 def choose(data, source, tag):
     """What a person has asked for, "" where nothing -> (stage, data, tag) of a finished model, the
-    furthest stage, of the data set trained last; and its (folder, step). Failure (code 2) where
+    furthest stage, of the model trained last; and its (folder, step). Failure (code 2) where
     there is none; says what is not finished."""
     place = pipeline.STAGES.index
     sets = [data] if data else status.data_sets()
@@ -33,7 +33,7 @@ def choose(data, source, tag):
                     next_command=shlex.join(["bash", "speedrun.sh", f"--data={data or 'toy'}"]))
     last = (asked_for or found)[-1]  # where none is usable find_model says what to do for one
     if usable:
-        of_newest = [m for m in usable if m.data == usable[-1].data]
+        of_newest = [m for m in usable if (m.data, m.tag) == (usable[-1].data, usable[-1].tag)]
         last = max(of_newest, key=lambda m: (place(m.stage), m.saved))
     source, data, tag = source or last.stage, data or last.data, tag or last.tag
     folder_and_step = find(source, data, tag)

@@ -262,12 +262,13 @@ def main():
     directory = pipeline.tokenizer_dir(data)
     damage = functools.partial(tok.damage, directory)
     record = records.find_record(directory, settings, damage=damage)
-    splits = corpus.dataset_files(data, record)  # files added since it began do not stop a run
+    # files added since it began do not stop a run
+    splits, record = corpus.files_to_read(data, record, start_over)
     if splits["not_read"]:
         common.print0(splits["not_read"])
     if record.get("status") != "done":  # before anything on disk changes
         for path in {**splits["train"], **splits["val"]}.values():
-            # all of it where a broken file would cost the old tokenizer
+            # as far as prepare_data.py does, where a broken file would cost the old tokenizer
             why = text_problem(path, None if start_over else 1000)
             common.check(why is None, why)
     common.check(any(corpus.iter_texts(splits, "train")),

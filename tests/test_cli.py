@@ -91,6 +91,16 @@ def test_the_command_for_a_missing_model_names_all_that_defines_it(state):
         "python", "mid_train.py", f"--data={data}", "--tag=d12"]
     assert exit_code(models.find_parent, "sft", "climbmix", "d6", try_out=True) == 2
 
+def test_it_is_the_model_that_was_trained_last_at_its_furthest_stage(state):
+    for seconds, stage, tag in ((100, "rl", "d2"), (50, "mid", "d4"), (40, "sft", "d4"),
+                                (30, "base", "d4")):
+        make(stage, tag=tag)
+        manifest = pipeline.state_path(stage, "toy", tag) / "manifest_000040.json"
+        os.utime(manifest, (time.time() - seconds,) * 2)
+    assert talk.choose("", "", "")[:3] == ("sft", "toy", "d4")
+    assert talk.choose("toy", "rl", "")[:3] == ("rl", "toy", "d2")
+    assert talk.choose("", "", "d2")[:3] == ("rl", "toy", "d2")
+
 def test_an_older_checkpoint_is_not_taken_for_the_finished_model(state, capsys):
     make("base", tag="d2")
     folder = pipeline.state_path("base", "toy", "d2")

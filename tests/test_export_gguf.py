@@ -81,8 +81,10 @@ def test_a_file_is_checked_and_never_lost(state, tmp_path, model):
     path.write_bytes(whole[:-5] + b"12345")
     out = script(state, *check)
     assert out.returncode == 1 and "is not what this model is exported to" in out.stderr
-    assert script(state, *check[:2]).returncode == 0 and path.read_bytes() == whole
+    out = script(state, *check[:2])
+    assert out.returncode == 0 and path.read_bytes() == whole
     kept, = tmp_path.glob("x.gguf.old-*")
+    assert f"the file that was there is kept in {kept}" in out.stdout
     assert kept.read_bytes() == whole[:-5] + b"12345"
     path.write_bytes(b"an older one")
     full = ("import common, errno, runpy\ndef full(*args): raise OSError(errno.ENOSPC, 'full')\n"

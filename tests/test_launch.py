@@ -108,6 +108,14 @@ def test_what_makes_no_sense_is_one_line(flags, says, capsys):
     said = capsys.readouterr().err
     assert end.code == 2 and says in said and said.count("\n") == 1
 
+@pytest.mark.parametrize("gpus, nproc", [(0, 1), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8)])
+def test_as_many_processes_as_gpus_can_share_a_batch(gpus, nproc, monkeypatch):
+    monkeypatch.setattr(trial, "gpu_names", lambda: ["H100"] * gpus)
+    assert given().nproc == nproc
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus) if gpus else "")
+    assert given("--slurm").nproc == nproc
+
 @pytest.mark.parametrize("depth", ["0", "1000", "x", ""])
 def test_depth_has_a_range(depth):
     with ends() as end:
@@ -123,6 +131,10 @@ def test_settings_go_to_the_phases_that_have_them_those_for_one_phase_last():
     assert plan.words("data")[-3:] == ["--rl.num_steps=5", "--sft.mixture=gsm8k,arc_easy*2",
                                        "--mid-eval.max_items=7"], "it brings what they read"
     assert plan.words("mid-eval")[-1] == "--max_items=7"
+    assert given("--skip-sft").words("data")[2].endswith(",mid,mid-eval,sft-eval,rl,rl-eval,report")
+    everything = f"--phases={','.join(phase.name for phase in pipeline.PHASES)}"
+    for only in ("data", "data,report"):
+        assert given(f"--only={only}").words("data")[2] == everything, "what all of them read"
     assert plan.words("rl-eval")[-1] != "--max_items=7"
 
 def test_what_starts_a_phase_over_is_a_whole_command():

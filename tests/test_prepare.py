@@ -717,7 +717,9 @@ def test_a_folder_of_ones_own_with_own_conversations_and_linked_tasks(hub, state
     assert out.returncode == 2 and re.search("missing +talks.jsonl +0 of 1", out.stdout)
     assert "there is no phase bse" in prepare(hub, state, *args, "--phases=bse").stderr
 
-def test_the_toy_world_is_checked_file_by_file(state):
+def test_the_toy_world_is_checked_file_by_file(state, monkeypatch):
+    monkeypatch.setenv("HOME", str(state))
+
     def check(*args):
         return script(state, "prepare_data.py", "--data=toy", *args, "--check=True")
     made = ["prepare_data.py", "--data=toy", "--size=0.01"]
@@ -731,7 +733,8 @@ def test_the_toy_world_is_checked_file_by_file(state):
     talks = state / "talks.jsonl"
     for extra, text, code in ((f"--extra_conversations={talks}", None, 2),
                               (f"--mid.mixture=gsm8k,{talks}", "{broken\n" * 30, 2),
-                              (f"--held_out={talks}", json.dumps(TALK) + "\n", 0)):
+                              (f"--held_out={talks}", json.dumps(TALK) + "\n", 0),
+                              ("--held_out=~/talks.jsonl", None, 0)):
         if text:
             talks.write_text(text)
         looked, again = check("--size=0.01", extra), script(state, *made, extra)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import rehearse
 from conftest import REPO, environment, needs_venv, script
 
 PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -51,6 +52,13 @@ def test_one_that_goes_on_with_other_bits(tmp_path):
     said = script(tmp_path / "state", "status.py").stdout
     assert said.startswith("nothing in"), "it is no data set"
     assert script(tmp_path / "state", "rehearse.py", "--dry-run").returncode == 2
+
+def test_all_processes_can_share_its_batch(monkeypatch):
+    monkeypatch.setattr(rehearse, "IN_JOB", ["--slurm"])
+    for nproc, nodes, rows in ((1, 1, 8), (3, 1, 6), (8, 1, 8), (8, 2, 16), (4, 3, 12)):
+        monkeypatch.setattr(rehearse, "FLAGS", [f"--nproc={nproc}"])
+        monkeypatch.setenv("SLURM_NNODES", str(nodes))
+        assert rehearse.tokens_a_step() == 128 * rows and rows % (nproc * nodes) == 0
 
 @needs_venv
 def test_one_whose_folder_cannot_be_written(tmp_path):

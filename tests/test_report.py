@@ -318,6 +318,15 @@ def test_a_run_that_is_not_there_costs_no_report(whole):
     newest = script(whole, "report.py")
     assert "toy/report/report.md, report.html" in newest.stdout, "without --data the newest"
 
+def test_a_report_of_nanochats_own_is_kept(whole):
+    path = whole / "toy/report/report.md"
+    path.write_text("# nanochat training report\n")
+    _, printed = run(whole)
+    kept, = path.parent.glob("report.md.old-*")
+    assert kept.read_text() == "# nanochat training report\n" and str(kept) in printed
+    run(whole)
+    assert list(path.parent.glob("report.md.old-*")) == [kept], "one of ours is made anew"
+
 def test_nothing_at_all(state):
     for args in ([], ["--data=toy"]):
         out = script(state, "report.py", *args)

@@ -401,6 +401,17 @@ def test_the_python_of_the_venv_counts_and_not_the_first_in_the_path(fake, tmp_p
     assert out.returncode == 2 and ".venv was made with /opt/python/3.12" in out.stderr
     assert out.stderr.count("\n") == 1
 
+def test_a_venv_that_was_half_made_is_made_anew(tmp_path):
+    """A creation that was killed leaves a Python without pip."""
+    shutil.copy(REPO / "setup_venv.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT_", "SLURM_"))}
+    subprocess.run(["bash", "-c", ". ./setup_venv.sh; setup_venv requirements.txt"], cwd=tmp_path,
+                   env=kept, check=True)
+    subprocess.run([tmp_path / ".venv/bin/python", "-m", "pip", "--version"], check=True)
+    assert (tmp_path / ".venv/matches").exists()
+
 # ---- each node
 
 def test_a_node_that_does_not_see_the_state_folder_is_named(state, capsys):

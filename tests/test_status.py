@@ -399,6 +399,10 @@ def test_speedrun_shows_it_too_and_within_a_second(state):
     out = subprocess.run(["bash", "speedrun.sh", "--status", "--data=toy", "--json=True"], cwd=REPO,
                          text=True, capture_output=True, check=True, env=environment(state))
     assert time.monotonic() - began < 2.0, "a second on a machine that is not busy"
+    behind = ["bash", "speedrun.sh", "--data=toy", "--depth=4", "--skip-rl", "--status", "--"]
+    asked = subprocess.run([*behind, "--num_steps=9"], cwd=REPO, text=True, capture_output=True,
+                           check=True, env=environment(state)).stdout
+    assert asked == script(state, "status.py", "--data=toy").stdout, "behind a run's own flags"
     found = json.loads(out.stdout)
     assert found["state"] == str(state) and found["sets"][0]["data"] == "toy"
     base = facts(found, "base")
