@@ -66,27 +66,32 @@ settings = configurator.configure(globals())
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 
 run.ranks.join()
-if total_batch_size != -1:
-    dataset.check_shared(total_batch_size // max_seq_len, run.ranks.world)
-# Files that were added since the run began do not stop it: it goes on with those it knows. Rank 0
-# looks for all, since on a shared disk another node may see an older state of the folders.
 begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
-files, begun = run.ranks.on_rank0(corpus.files_to_read, data, {} if try_out else begun, start_over)
-if files["not_read"]:
-    common.print0(files["not_read"])
-known_files = run.ranks.on_rank0(corpus.facts_to_record, files)
-if start_over or try_out:
-    begun = {}
-corpus.check_same(begun, known_files)
-tokenizer = tok.load_tokenizer(data)
-val = dataset.tokenize_files(run, data, files, "val", tokenizer)
-if try_out:
-    train = val  # any text shows what a step needs, and this one is short
-else:
-    train = dataset.tokenize_files(run, data, files, "train", tokenizer)
-dataset.check_enough(data, train, val, 1 if try_out else max_seq_len + 1)
-inputs = {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)}
-corpus.check_same(begun, known_files, inputs["data"])
+if begun.get("status") != "done":
+    given = total_batch_size // max_seq_len if total_batch_size != -1 else -1
+    dataset.check_shared(given, run.ranks.world)
+# Files that were added since the run began do not stop it: it goes on with those it knows. But one
+# that starts over a second time, since its inputs have changed, takes all that are there. Rank 0
+# looks for them, since on a shared disk another node may see an older state of the folders.
+for known in ({} if try_out else begun, {}):
+    files = run.ranks.on_rank0(corpus.dataset_files, data, known)
+    if files["not_read"]:
+        common.print0(files["not_read"])
+    known_files = run.ranks.on_rank0(corpus.facts_to_record, files)
+    if not start_over:
+        corpus.check_same(known, known_files)
+    tokenizer = tok.load_tokenizer(data)
+    val = dataset.tokenize_files(run, data, files, "val", tokenizer)
+    if try_out:
+        train = val  # any text shows what a step needs, and this one is short
+    else:
+        train = dataset.tokenize_files(run, data, files, "train", tokenizer)
+    dataset.check_enough(data, train, val, 1 if try_out else max_seq_len + 1)
+    inputs = {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint(train + val)}
+    if not start_over:
+        corpus.check_same(known, known_files, inputs["data"])
+    if not start_over or known.get("inputs", inputs) == inputs:
+        break
 # takes the lock; ends the process if the run is done, or was begun with other settings or data
 run.open_or_exit(directory, settings, inputs)
 

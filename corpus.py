@@ -128,15 +128,6 @@ def dataset_files(data, begun=None):
     return {"train": {name: files[name] for name in train if name in shared or name not in val},
             "val": {name: files[name] for name in val}, "old": False, "not_read": said}
 
-def files_to_read(data, begun, start_over):
-    """-> (dataset_files of a start that goes on from the record `begun`, that record). A run that
-    starts over goes on as well, where the same command is given again; but where its texts have
-    changed since it begins anew, with all that are there now, and the record is {}."""
-    files = dataset_files(data, begun)
-    if start_over and other_texts(begun, facts_to_record(files)):
-        return dataset_files(data), {}
-    return files, begun
-
 def held_out_of(data, sizes):
     """
     sizes: {name: bytes}, sorted by name -> (the names of the files held out, those of them that are
@@ -175,13 +166,13 @@ def held_out_in_words(files):
     part = "part of " if files["val"].keys() & files["train"].keys() else ""
     return f"held out for validation: {part}{listed(list(files['val']), 3)}"
 
-def other_texts(begun, now, fingerprint=None):
-    """The files that are others than a run was begun with, in words. begun: its record; now:
-    facts_to_record; fingerprint: of the data, None where it is not known yet: then files count as
-    changed only if their size is another"""
+def check_same(begun, now, fingerprint=None):
+    """Failure (code 2) that names the files where a run was begun with other texts. begun: its
+    record; now: facts_to_record; fingerprint: of the data, None where it is not known yet: then
+    files count as changed only if their size is another"""
     before = begun.get("texts", {})
     if not before or begun["inputs"].get("data") == fingerprint:
-        return []
+        return
     now = now["texts"]
     compared = 1 if fingerprint is None else 2  # of texts.stamp
     other = []
@@ -192,12 +183,6 @@ def other_texts(begun, now, fingerprint=None):
             other.append(f"{name} is new")
         elif before[name][:compared] != now[name][:compared]:
             other.append(f"{name} has changed")
-    return other
-
-def check_same(begun, now, fingerprint=None):
-    """Failure (code 2) that names the files where a run was begun with other texts; see
-    other_texts."""
-    other = other_texts(begun, now, fingerprint)
     common.check(not other, f"{begun.get('phase')} was started with other texts: "
                  f"{listed(other, 5)}; put the old ones back to resume it, or "
                  f"{pipeline.starting_over(begun.get('phase'))} to put it aside and start anew")

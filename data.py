@@ -349,11 +349,14 @@ def batch(plan, seed, step, total_rows, micro_rows, rank=0, world=1):
         yield tokens[:, :-1], y
 
 def check_shared(total_rows, world):
-    """Failure where the ranks cannot share a batch evenly."""
+    """Failure where the ranks cannot share a batch evenly. total_rows: -1 where the batch will be
+    derived (training.horizon), which gives a power of two."""
+    said = f"a batch of {total_rows} rows"
+    if total_rows == -1:
+        total_rows, said = 2 ** 30, "a batch of as many rows as a power of two"
     fitting = [str(n) for n in range(world, 0, -1) if total_rows % n == 0]
-    common.check(total_rows % world == 0, f"a batch of {total_rows} rows cannot be divided by "
-                 f"{world} ranks: use {' or '.join(fitting)} ranks (--nproc of speedrun.sh, "
-                 "--nproc_per_node of torchrun)")
+    common.check(total_rows % world == 0, f"{said} cannot be divided by {world} ranks: use "
+                 f"{' or '.join(fitting)} ranks in all (nodes times --nproc)")
 
 def fit_micro_rows(total_rows, device_rows, world):
     """The largest number of rows a device can take at once that divides the batch evenly. Failure

@@ -68,7 +68,7 @@ val_files = tasks.fingerprint(held_out, "test", data)
 
 run.ranks.join()
 parent, parent_step, directory = models.where_to_go_on(run, "mid", data, tag, try_out)
-run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
+begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 meta = checkpoint.load_meta(parent, parent_step)
 length = meta["model"]["sequence_len"]
@@ -77,7 +77,8 @@ common.check(total_batch_size == -1 or total_batch_size % length == 0,
              f"not {total_batch_size}")
 rows = (total_batch_size if total_batch_size != -1 else meta["batch_tokens"]) // length or 1
 batch_tokens = rows * length
-dataset.check_shared(rows, run.ranks.world)
+if begun.get("status") != "done":
+    dataset.check_shared(rows, run.ranks.world)
 
 store = dataset.tokenize_conversations(
     run, f"{files}-{seed}", data, lambda: tasks.mixture(learned, data, seed), tokenizer, length + 1)

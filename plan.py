@@ -114,7 +114,12 @@ def make_plan(words):
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", flags.get("--depth=", depth), configurator.RANGES["depth"][1])
     in_slurm = "--slurm" in flags
-    nproc = flags.get("--nproc=", default_nproc(in_slurm))
+    gpus = gpus_here(in_slurm)
+    usual = default_nproc(gpus)
+    if int(usual) < gpus and not {"--nproc=", "--check-inputs"} & flags.keys():
+        common.print0(f"{usual} of {gpus} GPUs are used, so that all can share a batch: "
+                      f"--nproc={gpus} takes all, with a --total_batch_size that fits them")
+    nproc = flags.get("--nproc=", usual)
     check_number("--nproc", nproc, 9999)
     common.check(not in_slurm or "SLURM_JOB_ID" in os.environ, "--slurm is for the job's own use: "
                  "sbatch slurm_speedrun.sbatch")
@@ -162,13 +167,16 @@ def start_over_command(plan, reason):
     settings = settings[0] if settings else []
     return plan.to_type([*flags, "--", *settings, f"--{name}.start_over=True"])
 
-def default_nproc(in_slurm):
-    """As many processes as there are GPUs, but a power of two of them: the rows of a batch, which
-    all have to share evenly, are one.  examples: 8 GPUs -> "8";  6 -> "4";  none -> "1" """
-    gpus = len(trial.gpu_names())
-    if in_slurm:
-        gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+def default_nproc(gpus):
+    """As many processes as there are GPUs, but a power of two: the rows of a batch mostly are one,
+    and all processes have to share them evenly.  examples: 8 -> "8";  6 -> "4";  0 -> "1" """
     return str(2 ** (max(gpus, 1).bit_length() - 1))
+
+def gpus_here(in_slurm):
+    """How many GPUs this machine, or the job on each of its machines, has."""
+    if in_slurm:
+        return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    return len(trial.gpu_names())
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""

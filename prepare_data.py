@@ -20,6 +20,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def task_files(stem):
 def files_of(what):
     """-> list of File"""
     if what not in PLACES:
-        return [File(what, Path(what).expanduser())]
+        return [File(what, Path(os.path.expanduser(what)))]
     if data == "toy":
         made = [name for name in written if name.startswith(PLACES[what])]
         return [File(what, root / name, "here") for name in made or [PLACES[what]]]

@@ -45,9 +45,10 @@ TRAINING = ["--depth=1", "--max_seq_len=128", "--compile=False",
 
 def tokens_a_step():
     """1,024 or nearly so, in rows of 128 that all processes can share."""
-    asked = [word.removeprefix("--nproc=") for word in FLAGS] or [plan.default_nproc(bool(IN_JOB))]
+    usual = plan.default_nproc(plan.gpus_here(bool(IN_JOB)))
+    nproc = [usual, *(word.removeprefix("--nproc=") for word in FLAGS)][-1]
     nodes = int(os.environ["SLURM_NNODES"]) if IN_JOB else 1
-    ranks = nodes * int(asked[-1])
+    ranks = nodes * int(nproc)
     return 128 * ranks * max(1, 8 // ranks)
 
 def environment(name):

@@ -261,9 +261,15 @@ def main():
                  "the tokenizer is trained by one process: start it without torchrun")
     directory = pipeline.tokenizer_dir(data)
     damage = functools.partial(tok.damage, directory)
-    record = records.find_record(directory, settings, damage=damage)
-    # files added since it began do not stop a run
-    splits, record = corpus.files_to_read(data, record, start_over)
+    begun = records.find_record(directory, settings, damage=damage)
+    # Files added since it began do not stop a run. But one that starts over a second time, since
+    # its texts have changed, takes all that are there.
+    for record in (begun, {}):
+        splits = corpus.dataset_files(data, record)
+        sizes = [(name, path.stat().st_size) for name, path in splits["train"].items()]
+        inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
+        if not start_over or record.get("inputs", inputs) == inputs:
+            break
     if splits["not_read"]:
         common.print0(splits["not_read"])
     if record.get("status") != "done":  # before anything on disk changes
@@ -278,8 +284,6 @@ def main():
                  f"{directory} holds a tokenizer that was not trained here; models may depend on "
                  f"it ({pipeline.starting_over('tok')} puts it aside and trains a new one)")
     known_files = corpus.facts_to_record(splits)
-    sizes = [(name, path.stat().st_size) for name, path in splits["train"].items()]
-    inputs = {"data": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}
     if not start_over:
         corpus.check_same(record, known_files, inputs["data"])
     run.open_or_exit(directory, settings, inputs, damage)

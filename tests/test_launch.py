@@ -109,9 +109,11 @@ def test_what_makes_no_sense_is_one_line(flags, says, capsys):
     assert end.code == 2 and says in said and said.count("\n") == 1
 
 @pytest.mark.parametrize("gpus, nproc", [(0, 1), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8)])
-def test_as_many_processes_as_gpus_can_share_a_batch(gpus, nproc, monkeypatch):
+def test_as_many_processes_as_gpus_can_share_a_batch(gpus, nproc, monkeypatch, capsys):
     monkeypatch.setattr(trial, "gpu_names", lambda: ["H100"] * gpus)
-    assert given().nproc == nproc
+    assert given().nproc == nproc and given(f"--nproc={gpus or 1}").nproc == (gpus or 1)
+    said = capsys.readouterr().out
+    assert said.count(f"{nproc} of {gpus} GPUs are used") == (nproc < gpus) == said.count("\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus) if gpus else "")
     assert given("--slurm").nproc == nproc

@@ -734,7 +734,8 @@ def test_the_toy_world_is_checked_file_by_file(state, monkeypatch):
     for extra, text, code in ((f"--extra_conversations={talks}", None, 2),
                               (f"--mid.mixture=gsm8k,{talks}", "{broken\n" * 30, 2),
                               (f"--held_out={talks}", json.dumps(TALK) + "\n", 0),
-                              ("--held_out=~/talks.jsonl", None, 0)):
+                              ("--held_out=~/talks.jsonl", None, 0),
+                              ("--held_out=~nobody/talks.jsonl", None, 2)):
         if text:
             talks.write_text(text)
         looked, again = check("--size=0.01", extra), script(state, *made, extra)

@@ -48,6 +48,18 @@ def test_a_batch_that_cannot_be_dealt_says_what_would_fit(capsys):
     says = capsys.readouterr().err
     assert stopped.code == 2 and "8 rows cannot be divided by 3 ranks" in says
     assert "2 or 1 ranks" in says
+    with ends() as stopped:
+        dataset.check_shared(-1, 6)  # a batch that is still to be derived
+    assert stopped.code == 2 and "use 4 or 2 or 1 ranks in all" in capsys.readouterr().err
+    dataset.check_shared(-1, 8)
+
+def test_ranks_that_cannot_share_a_batch_cost_no_run_and_one_that_is_done_is_done(prepared):
+    command = [*BASE[:-1], "--num_steps=2", "--tag=shared"]
+    assert torchrun(prepared, 1, *command).wait(100) == 0, said(prepared)[-3000:]
+    assert torchrun(prepared, 3, *command, "--start_over=True").wait(100) != 0
+    assert "a batch of 8 rows cannot be divided by 3 ranks" in said(prepared)
+    assert not list((prepared / "toy/base_checkpoints").glob("shared.old-*"))
+    assert torchrun(prepared, 3, *command).wait(100) == 0 and "done already" in said(prepared)
 
 def test_1_2_and_4_ranks_and_a_run_that_changes_between_them(prepared):
     runs = prepared / "toy/base_checkpoints"

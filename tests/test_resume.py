@@ -137,6 +137,28 @@ def test_a_changed_setting_or_input_refuses_and_starting_over_keeps_the_old(stra
     out = script(state, *PHASES["mid"])  # its parent is another one now
     assert out.returncode == 2 and "another base model" in out.stderr
 
+def test_starting_over_once_more_with_another_tokenizer_reads_all_that_is_there(state, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b"):
+        (texts / f"{name}.txt").write_text(f"The {name} of all texts is short. " * 200)
+    tokenizer = ["tok_train.py", f"--data={texts}"]
+    base = ["base_train.py", f"--data={texts}", *COMMON[1:], *BASE, "--total_batch_size=256",
+            "--num_steps=2", "--start_over=True"]
+    for command in ([*tokenizer, "--vocab_size=280"], base):
+        out = script(state, *command)
+        assert out.returncode == 0, out.stderr
+    (texts / "c.txt").write_text("And this one came later. " * 200)
+    again = script(state, *base)
+    assert again.returncode == 0 and "done already" in again.stdout, "it takes effect once"
+    out = script(state, *tokenizer, "--vocab_size=270", "--start_over=True")
+    assert out.returncode == 0, out.stderr
+    out = script(state, *base)
+    assert out.returncode == 0, out.stderr
+    folder = pipeline.state_path("base", str(texts), "d1")
+    assert {*load_record(folder)["texts"]} == {"a.txt", "b.txt", "c.txt"}
+    assert len(list(folder.parent.glob("d1.old-*"))) == 1
+
 def test_a_damaged_checkpoint_is_passed_over_and_a_second_run_is_refused(straight, tmp_path):
     state = tmp_path / "state"
     shutil.copytree(straight, state)
