@@ -336,7 +336,7 @@ def exit_with_help(script):
     in its call. It is not run: Run.start asks before anything large is imported."""
     if not {"--help", "-h"} & {*sys.argv[1:]}:
         return
-    print(ast.get_docstring(ast.parse(Path(script).read_bytes())))
+    print(ast.get_docstring(ast.parse(Path(script).read_bytes())) or "")
     table = declared(script)
     head = None
     for name, setting in sorted(table.items(), key=lambda item: item[0] in ACTIONS):
