@@ -242,7 +242,7 @@ class Run:
         """Why all ranks should stop, or None. Collective."""
         mine = self.stop_reason()
         if self.ranks.all_reduce_max(mine is not None):
-            return mine or "another rank was asked"
+            return next(filter(None, self.ranks.gather(mine)))  # not all may have been asked yet
         return None
 
     def should_save(self):

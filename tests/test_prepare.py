@@ -613,7 +613,9 @@ def test_speedrun_requires_what_its_phases_read_and_data_alone_prepares_everythi
     command = "python prepare_data.py --data=fineweb_edu"
     assert first("--data=fineweb_edu", "--depth=6", "--only=data,tok,base") == (
         f"{command} --depth=6 --phases=data,tok,base")
-    assert first("--data=fineweb_edu", "--only=data") == f"{command} --depth=20 --phases="
+    everything = ",".join(phase.name for phase in pipeline.PHASES)
+    assert first("--data=fineweb_edu", "--only=data") == (
+        f"{command} --depth=20 --phases={everything}")
 
 def test_the_number_of_shards_follows_from_depth_and_horizon(hub, state):
     def shards(*args):

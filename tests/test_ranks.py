@@ -115,6 +115,16 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_continues(prepared):
     assert said(prepared).count("continuing at step") == 2
     losses(folder)
 
+def test_a_signal_to_one_rank_stops_all_and_is_what_the_record_names(prepared):
+    folder = prepared / "toy/base_checkpoints/one_asked"
+    process = torchrun(prepared, 2, *BASE[:-1], "--num_steps=100000", "--tag=one_asked")
+    wait_for(lambda: common.read_json_lines(folder / "metrics.jsonl"), process, 100)
+    os.kill(worker(process, 1), signal.SIGTERM)
+    process.wait(100)
+    record = load_record(folder)
+    assert record["status"] == "interrupted" and record["code"] == 75, said(prepared)[-3000:]
+    assert record["reason"].startswith("signal SIGTERM: saved at step"), record["reason"]
+
 def test_ctrl_c_saves_and_what_is_refused_then_ends_in_order(prepared, tmp_path):
     folder = prepared / "toy/base_checkpoints/broken"
     command = [*BASE, "--tag=broken", "--save_minutes=0.0"]
