@@ -48,8 +48,8 @@ assert sys.version_info >= (3, 11), sys.version"; then
         fi
         echo "installing $1 into .venv (once; torch alone is a few hundred MB)"
         # one whose creation was killed, or that another tool has made, may be without pip
-        .venv/bin/python -m pip --version &>/dev/null || .venv/bin/python -m ensurepip &>/dev/null ||
-            python3 -m venv .venv
+        .venv/bin/python -m pip --version &>/dev/null ||
+            .venv/bin/python -m ensurepip &>/dev/null || python3 -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         # every requirements file includes requirements.txt
         version=$(.venv/bin/python --version)
