@@ -147,6 +147,29 @@ def test_sections_compute_shares_and_ratios(monkeypatch):
     }
     assert {name: found[name] for name in expected} == expected
 
+@pytest.mark.parametrize("quick, sections, starts", [
+    (False, ["training", "start"], {"cold": "state/compiled", "warm": "state/compiled"}),
+    (True, ["start"], {"cold": "compiled", "warm": "compiled"}),
+    (True, ["training", "start"], {"warm": "compiled"})])  # with what the training compiled
+def test_a_start_is_called_warm_where_it_was_compiled_before(monkeypatch, tmp_path, quick, sections,
+                                                             starts):
+    begun = {}
+
+    def run_script(env, script, *words, until=None):
+        if script == "base_train.py" and until:
+            tag = next(word for word in words if word.startswith("--tag="))
+            begun[tag.removeprefix("--tag=")] = env["TORCHINDUCTOR_CACHE_DIR"]
+        return 1.0
+
+    monkeypatch.setattr(bench, "run_script", run_script)
+    monkeypatch.setattr(bench, "quick", quick)
+    monkeypatch.setattr(bench, "sections", sections)
+    figures = bench.Figures()
+    bench.start(figures, (), tmp_path)
+    assert begun == {how: str(tmp_path / folder) for how, folder in starts.items()}
+    named = [figure["name"] for figure in figures if "first step" in figure["name"]]
+    assert named == [f"base_train.py to its first step, {how}" for how in starts]
+
 def test_the_measurements_run(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "LENGTH", 16)
     monkeypatch.setattr(measure, "DEPTH", 1)
