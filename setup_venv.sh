@@ -39,7 +39,7 @@ assert sys.version_info >= (3, 11), sys.version"; then
     # the Python by its first two numbers: a node may have a newer third one under the same path
     minor="$("$python_of_venv" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])')"
     sum=$(cat requirements.txt "$1" | cksum)
-    if ! grep -qxE "$minor(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
+    if [ "$python_of_venv" = python3 ] || ! grep -qxE "$minor(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
             echo "error: .venv does not match $1 and nothing is installed inside a job or with" \
                  "NANOCHAT_OFFLINE; on the login node, where there is internet, run:" \
@@ -47,13 +47,14 @@ assert sys.version_info >= (3, 11), sys.version"; then
             exit 2
         fi
         echo "installing $1 into .venv (once; torch alone is a few hundred MB)"
+        [ -e .venv/bin/python ] || rm -f .venv/bin/python*  # links to a Python that is gone
         # one whose creation was killed, or that another tool has made, may be without pip
         .venv/bin/python -m pip --version &>/dev/null ||
             .venv/bin/python -m ensurepip &>/dev/null || python3 -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         # every requirements file includes requirements.txt
         version=$(.venv/bin/python --version)
-        echo "$version $sum" >> .venv/matches
+        echo "$version $sum" > .venv/matches  # and no more what was installed before
         echo "$version $(cat requirements.txt requirements.txt | cksum)" >> .venv/matches
     fi
     export PATH="$PWD/.venv/bin:$PATH"

@@ -27,6 +27,7 @@ SBATCH = pipeline.REPO / "slurm_speedrun.sbatch"
 
 def ask(*command, **more):
     """-> what a command of Slurm's answers, a CompletedProcess; None where it cannot be run"""
+    more.setdefault("env", {**os.environ, "SLURM_TIME_FORMAT": "standard"})  # else as users like it
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, errors="replace",
                               timeout=30, check=False, **more)
@@ -98,8 +99,9 @@ def nodes():
 # sbatch's flags as this job has got them: where its environment has them, where scontrol shows them
 IN_ENVIRONMENT = {"job-name": "JOB_NAME", "partition": "JOB_PARTITION", "account": "JOB_ACCOUNT",
                   "qos": "JOB_QOS", "nodes": "JOB_NUM_NODES", "gpus-per-node": "GPUS_PER_NODE",
-                  "cpus-per-task": "CPUS_PER_TASK", "cpus-per-gpu": "CPUS_PER_GPU",
-                  "mem": "MEM_PER_NODE", "mem-per-cpu": "MEM_PER_CPU", "mem-per-gpu": "MEM_PER_GPU",
+                  "ntasks-per-node": "NTASKS_PER_NODE", "cpus-per-task": "CPUS_PER_TASK",
+                  "cpus-per-gpu": "CPUS_PER_GPU", "mem": "MEM_PER_NODE",
+                  "mem-per-cpu": "MEM_PER_CPU", "mem-per-gpu": "MEM_PER_GPU",
                   "export": "EXPORT_ENV"}
 SHOWN = {"time": "TimeLimit", "constraint": "Features", "exclude": "ExcNodeList",
          "nodelist": "ReqNodeList", "reservation": "Reservation", "licenses": "Licenses",
@@ -107,7 +109,8 @@ SHOWN = {"time": "TimeLimit", "constraint": "Features", "exclude": "ExcNodeList"
 
 def directives():
     """sbatch's flags in the file.  example: {"nodes": "1", "time": "12:00:00", ...}"""
-    return dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text("utf-8"), re.MULTILINE))
+    text = SBATCH.read_text("utf-8")
+    return dict(re.findall(r"^#SBATCH --([\w-]+)[= ](\S+)", text, re.MULTILINE))
 
 def sbatch_command(flags, array=True):
     """What to type to submit this job again: sbatch's own flags where they differ from the
@@ -115,9 +118,11 @@ def sbatch_command(flags, array=True):
     facts, usual = show_this_job(), {"nice": "0", **directives()}
     given = {flag: os.environ.get(f"SLURM_{name}") for flag, name in IN_ENVIRONMENT.items()}
     given |= {flag: facts.get(name) for flag, name in SHOWN.items()}
-    usual_log = usual["output"].replace("%j", os.environ.get("SLURM_JOB_ID", ""))
-    if Path(facts.get("StdOut", usual_log)).name != usual_log:
+    usual_log = Path(usual.get("output", "")).name.replace("%j", os.environ.get("SLURM_JOB_ID", ""))
+    if usual_log and Path(facts.get("StdOut", usual_log)).name != usual_log:
         given["output"] = facts["StdOut"]
+    if facts.get("MinMemoryNode") == "0":  # all of a node's, of which the environment says nothing
+        given["mem"] = "0"
     first, last = (os.environ.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
     if array and first:
         at_once = facts.get("ArrayTaskThrottle", "1")
@@ -157,16 +162,17 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
     """
     again = shlex.join(sbatch_command(flags))
     allowed = os.environ.get("NANOCHAT_GO_ON", "requeue,submit").split(",")
-    job, state = job_name(), show_this_job().get("JobState")
-    if state is None:  # the controller may be busy for a moment
+    job, facts = job_name(), show_this_job()
+    if not facts:  # the controller may be busy for a moment
         sleep(10)
-        state = show_this_job().get("JobState", "unknown")
+        facts = show_this_job()
     if given_up():
         return f"Slurm has put job {job} back into the queue itself: {NOTHING_TO_TYPE}", False
     if code != 75:
         return ("the job has failed and is not started again: fix what the lines above name, "
                 f"then type: {again}"), False
-    ended = terminated and state not in ("TIMEOUT", "PREEMPTED")
+    # while this script lives the job is COMPLETING, whoever has ended it
+    ended = terminated and facts.get("Reason") != "TimeLimit" and not preempted(facts)
     if not ended and "requeue" in allowed:
         answer = ask("scontrol", "requeue", job)
         if answer and answer.returncode == 0:
@@ -176,6 +182,7 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
         return (f"everything is saved, and element {waits[0]} of the array goes on: "
                 f"{NOTHING_TO_TYPE}"), False
     if ended:
+        state = facts.get("JobState", "unknown")
         return (f"somebody, or Slurm, has ended this job (state {state}); everything is saved; "
                 f"to go on, type: {again}"), False
     successor = submit_successor(flags, job) if "submit" in allowed else None
@@ -184,6 +191,10 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
                 f"this one has ended: {NOTHING_TO_TYPE}"), False
     return ("everything is saved, but neither requeueing nor submitting from a job is permitted "
             f"here; to go on, type: {again}"), False
+
+def preempted(facts):
+    """Whether this job, of which scontrol shows these facts, gives way to another one."""
+    return facts.get("PreemptTime", "None") != "None"
 
 def elements_that_wait():
     """The numbers of the elements of this job's array that are still to come, as texts."""
@@ -250,7 +261,8 @@ def guard(data, tag, ended=None):
                     "save?)", code=1)
     if ended is None:
         ends = [*ends, KILLED]  # until it says how it has ended
-    common.atomic_write(path, json.dumps({"marks": marks, "ends": ends}))
+    with contextlib.suppress(OSError):  # a full disk: what ended well goes on, uncounted
+        common.atomic_write(path, json.dumps({"marks": marks, "ends": ends}))
 
 # -------------------------------------------------------------------------------------------------
 # on each node

@@ -1,5 +1,6 @@
 """What runs under Slurm, without a Slurm: squeue, scontrol, sbatch and srun that only pretend.
 tests/slurm.sh has the real one."""
+import errno
 import json
 import os
 import shlex
@@ -48,6 +49,10 @@ def test_the_end_of_the_job(fake, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     fake("scontrol", "echo 'JobId=7 EndTime=2026-11-24T12:00:00 Deadline=N/A'")
     assert slurm.end_time() == NOON and fake.calls() == ["scontrol show job -o 7"]
+    fake("scontrol", 'echo "JobId=7 EndTime=$(case ${SLURM_TIME_FORMAT:-standard} in '
+                     'standard) echo 2026-11-24T12:00:00;; *) echo 12:00:00; esac)"')
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert slurm.end_time() == NOON, "whatever its user likes to see"
     for broken in ("exit 1", "echo JobId=7 EndTime=Unknown", "echo 'slurm_load_jobs error' >&2"):
         fake("scontrol", broken)
         assert slurm.end_time() is None
@@ -166,21 +171,42 @@ def test_what_is_submitted_and_printed_is_what_was_given(job, tmp_path):
                      **{**environment, "SLURM_GPUS_PER_NODE": "8"})
     assert "--gpus-per-node=8" in said, "else the variable of site.env would count"
 
-@pytest.mark.parametrize("state,goes_on", [("CANCELLED", False), ("RUNNING", False),
-                                           ("TIMEOUT", True), ("PREEMPTED", True)])
-def test_a_cancelled_job_stays_cancelled(job, state, goes_on):
-    said, requeued, calls = job(75, terminated=True, state=state)
+@pytest.mark.parametrize("line", ["-o run-%j.out", "--output logs/run-%j.out",
+                                  "--output=logs/run-%j.out", ""])
+@pytest.mark.parametrize("facts", ["StdOut=/x/logs/run-7.out", ""])
+def test_where_the_log_goes_may_be_edited(job, tmp_path, monkeypatch, line, facts):
+    text = slurm.SBATCH.read_text()
+    assert "#SBATCH --output=speedrun-%j.log\n" in text
+    edited = tmp_path / "slurm_speedrun.sbatch"
+    edited.write_text(text.replace("--output=speedrun-%j.log", line or "--requeue"))
+    monkeypatch.setattr(slurm, "SBATCH", edited)
+    said, _, _ = job(75, requeue="exit 1", submit="exit 1", facts=facts)
+    assert "type: sbatch" in said and "--output" not in said
+
+def test_tasks_and_all_of_a_nodes_memory_are_asked_for_again(job):
+    said, _, _ = job(75, requeue="exit 1", submit="exit 1", facts="MinMemoryNode=0",
+                     SLURM_NTASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="4")
+    asked = shlex.split(said.split("type: ")[1])
+    assert {"--ntasks-per-node=4", "--cpus-per-task=4", "--mem=0"} <= {*asked}
+
+@pytest.mark.parametrize("facts,goes_on", [
+    ("Reason=None PreemptTime=None", False), ("Reason=TimeLimit PreemptTime=None", True),
+    ("Reason=None PreemptTime=2026-11-30T14:02:11", True)])
+def test_a_cancelled_job_stays_cancelled(job, facts, goes_on):
+    """As Slurm 22.05 shows them while the batch script lives."""
+    said, requeued, calls = job(75, terminated=True, state="COMPLETING", facts=facts)
     assert requeued is goes_on and bool(calls) is goes_on
     assert goes_on or ("ended this job" in said and said.endswith(AGAIN))
 
 def test_a_cancelled_job_stays_cancelled_where_slurm_does_not_answer_for_a_moment(job, tmp_path):
     busy = tmp_path / "fakes/busy"
     busy.touch()
-    said, requeued, calls = job(75, terminated=True, state="TIMEOUT",
+    said, requeued, calls = job(75, terminated=True, facts="Reason=TimeLimit",
                                 sleep=lambda seconds: busy.unlink())
     assert requeued and calls == ["scontrol requeue 7"], "it was asked again"
     busy.touch()
-    said, requeued, calls = job(75, terminated=True, state="TIMEOUT", sleep=lambda seconds: None)
+    said, requeued, calls = job(75, terminated=True, facts="Reason=TimeLimit",
+                                sleep=lambda seconds: None)
     assert not requeued and len(calls) == 1, "it may be cancelled"
     assert "state unknown" in said and "type: sbatch" in said
 
@@ -323,6 +349,14 @@ def test_downloaded_shards_count_as_progress_and_a_users_own_folder_is_not_read(
         (folder / "shard_00000.parquet").write_text("x")
         assert (slurm.progress(data, "d4") != before) is counts
 
+def test_a_full_disk_costs_the_guard_its_count_alone(state, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(slurm.common, "atomic_write", full)
+    for ended in (None, 75, slurm.KILLED):
+        slurm.guard("toy", "d4", ended)
+    assert not (state / "toy/slurm_d4.json").exists()
+
 def test_the_guard_ends_what_gets_nowhere(state, capsys):
     path = state / "toy/slurm_d4.json"
     for attempt in range(slurm.MOST_STOPPED - 1):
@@ -400,6 +434,25 @@ def test_the_python_of_the_venv_counts_and_not_the_first_in_the_path(fake, tmp_p
     out = setup(**JOB)
     assert out.returncode == 2 and ".venv was made with /opt/python/3.12" in out.stderr
     assert out.stderr.count("\n") == 1
+
+def test_a_venv_whose_python_is_gone_or_that_has_other_packages_is_made_anew(fake, tmp_path):
+    shutil.copy(REPO / "setup_venv.sh", tmp_path)
+    fake("python3", f'exec {sys.executable} "$@"')
+    command = ". ./setup_venv.sh; setup_venv requirements.txt; command -v python"
+
+    def installs(requirements):
+        (tmp_path / "requirements.txt").write_text(requirements)
+        out = subprocess.run(["bash", "-c", command], cwd=tmp_path, text=True, check=True,
+                             capture_output=True)
+        assert out.stdout.endswith(f"{tmp_path}/.venv/bin/python\n"), out.stderr
+        subprocess.run([tmp_path / ".venv/bin/python", "-c", ""], check=True)
+        return "installing" in out.stdout
+    assert [installs(text) for text in ("# a", "# a", "# b", "# b", "# a")] == [
+        True, False, True, False, True]
+    python = tmp_path / ".venv/bin/python"
+    python.unlink()
+    python.symlink_to("/opt/python/3.11.7/bin/python3")
+    assert installs("# a")
 
 def test_a_venv_that_was_half_made_is_made_anew(tmp_path):
     """A creation that was killed leaves a Python without pip."""
