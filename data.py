@@ -75,6 +75,10 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     tokenised again, the others stay; with 1 where it cannot be written."""
     there = open_store(prefix, source)
     if there is not None and is_whole(there, prefix):
+        now = stamps(prefix, there.facts["arrays"])
+        if there.facts.get("stamps") != now:  # copied, say: the next start need not read all of it
+            with common.writing(prefix):
+                common.atomic_write(f"{prefix}.json", json.dumps({**there.facts, "stamps": now}))
         return
     with common.writing(prefix, code=2):  # known before minutes are spent
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -263,14 +267,17 @@ def make_plan(stores, row_length, bos, split=True):
     """Packs each store by itself (so that a further shard changes nothing in the others) into rows
     of row_length tokens. -> Plan"""
     first = [0]
-    pieces = []
+    pieces = [np.zeros((0, 3), np.int64)]
     for number, store in enumerate(stores):
         starts = np.cumsum(store.lengths) - store.lengths
-        for row in pack(store.lengths.tolist(), row_length, split):
-            for document, start, length in row:
-                pieces.append((number, starts[document] + start, length))
-            first.append(len(pieces))
-    pieces = np.array(pieces, np.int64).reshape(-1, 3)
+        rows = pack(store.lengths.tolist(), row_length, split)
+        for row in rows:
+            first.append(first[-1] + len(row))
+        packed = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
+        packed[:, 1] += starts[packed[:, 0]]  # from the store's first token on
+        packed[:, 0] = number
+        pieces.append(packed)
+    pieces = np.concatenate(pieces)
     return Plan(stores, bos, row_length, first, pieces)
 
 def n_rows(plan):

@@ -669,6 +669,22 @@ def test_a_store_of_an_earlier_version_is_used_as_it_is(state):
     with pytest.raises(common.Failure, match="there is nothing to measure in --held_out=x"):
         data.check_measurable(["x"], store, plan, 39 * (rows + [9]).index(14), BYTES)
 
+def test_a_store_that_was_copied_is_read_once_and_then_known(state, monkeypatch):
+    documents = [([1, 2, 3], []), ([4, 5], [])]
+
+    def make():
+        return data.make_store(alone(), "toy", BYTES, "x", "x", documents)
+    make()
+    path, = pipeline.token_dir("toy").rglob("x.tokens.npy")
+    os.utime(path, (1, 1))
+    hashed = []
+    real = data.hashlib.sha256
+    monkeypatch.setattr(data.hashlib, "sha256", lambda *a: hashed.append(1) or real(*a))
+    assert make().tokens.tolist() == [1, 2, 3, 4, 5]
+    first = len(hashed)
+    make()
+    assert first > len(hashed) - first, "its times are those of the first start now"
+
 # ---- batches
 
 @pytest.fixture
