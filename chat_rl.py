@@ -70,7 +70,7 @@ train_items = tasks.load(task, "train", data)
 test_items = tasks.load(task, "test", data, eval_problems)
 files = [tasks.fingerprint([task], split, data) for split in ("train", "test")]
 
-run.ranks.join()
+run.ranks.join(device)
 parent, parent_step, directory = models.where_to_go_on(run, "rl", data, tag, try_out)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)
 # takes the lock; ends the process if the run is done, or was begun with other settings or tasks
@@ -109,13 +109,19 @@ class Sample(NamedTuple):
 
 def rollout(items, numbers, n, stream, turn):
     """
-    n samples of each of items[i] for i in numbers. A sample's random numbers depend on (seed,
-    stream, turn, item, sample) alone: not on the rank, nor on what is sampled beside it.
+    This rank's share: n samples of each of items[i] for every world-th i of numbers. A sample's
+    random numbers depend on (seed, stream, turn, item, sample) alone: not on the rank, nor on what
+    is sampled beside it. Where an item comes again, its samples count on.
     -> for each number its group, a list of n Samples; incomplete when asked to stop
     """
+    before = [numbers[:j].count(i) for j, i in enumerate(numbers)]
+    numbers, before = (part[ranks.rank::ranks.world] for part in (numbers, before))
+    if not numbers:
+        return []
     prompts = [tokenizer.render_for_completion(items[i]) for i in numbers for _ in range(n)]
     uniforms = np.stack([common.rng(seed, stream, turn, i, k).random(max_new_tokens)
-                         for i in numbers for k in range(n)])
+                         for i, earlier in zip(numbers, before)
+                         for k in range(earlier * n, earlier * n + n)])
     answers = engine.generate(
         model, tokenizer, prompts, max_new_tokens, temperature, uniforms=uniforms,
         calculate=execution.calculate, max_rows=rollout_rows, keep_going=run.going)
@@ -131,9 +137,8 @@ def measure_pass_at():
     hits, n, began = torch.zeros(2), len(test_items), time.monotonic()
     at_once = ranks.world * max(1, rollout_rows // eval_samples)
     for start in range(0, n, at_once):
-        numbers = range(start, min(start + at_once, n))
-        mine = [i for i in numbers if i % ranks.world == ranks.rank]
-        groups = rollout(test_items, mine, eval_samples, 3, 0) if mine else []
+        numbers = list(range(start, min(start + at_once, n)))
+        groups = rollout(test_items, numbers, eval_samples, 3, 0)
         if run.should_stop():
             return None
         for group in groups:
@@ -195,8 +200,7 @@ while True:
     # in the middle costs these samples: the same ones are drawn again when the run continues.
     number = training.batch_number(run, step)
     numbers = dataset.batch_rows(len(train_items), seed, number, problems_per_step)
-    mine = numbers[ranks.rank::ranks.world]
-    groups = rollout(train_items, mine, samples, 2, number) if mine else []
+    groups = rollout(train_items, numbers, samples, 2, number)
     if run.should_stop():
         continue
     sequences = with_advantages(groups)

@@ -35,6 +35,26 @@ finally:
     print("weights:", json.dumps(weights))
 """
 
+def test_a_problem_that_comes_twice_in_a_step_is_sampled_anew(state):
+    make("sft")
+    for split in ("train", "test"):
+        lines = [json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n"
+                 for i in range(2)]
+        common.atomic_write(pipeline.task_dir("toy") / f"gsm8k_{split}.jsonl", "".join(lines))
+    play = PLAY.replace("REWARDS", "[0] * 99").replace("num_steps=21", "num_steps=1").replace(
+        "problems_per_step=1", "problems_per_step=4").replace("engine.generate = lambda", """
+drawn = {}
+def generate(model, tokenizer, prompts, *args, uniforms, **kwargs):
+    for prompt, row in zip(prompts, uniforms, strict=True):
+        drawn.setdefault((len(prompts), tuple(prompt)), []).append(tuple(row))
+    return [answer for _ in prompts]
+engine.generate = generate
+unused = lambda""").replace('"weights:", json.dumps(weights)',
+                           '"draws:", [(len(d), len(set(d))) for (n, _), d in drawn.items() '
+                           'if n == 16]')
+    out = script(state, "-c", play)
+    assert "draws: [(8, 8), (8, 8)]" in out.stdout, out.stdout + out.stderr
+
 def test_the_advantage_is_reward_less_mean_over_the_models_own_tokens_alone(state):
     make("sft")
     problem = json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"
