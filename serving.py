@@ -76,6 +76,12 @@ class Service:
         stages = [model.stage for model in self.stages()]
         check(request.model in stages, f"there is no model {request.model[:100]!r}, but "
               f"{', '.join(stages)}", status=404, param="model", code="model_not_found")
+        read = request.messages[-1:] if request.model == "base" else request.messages
+        size = sum(len(message["content"]) for message in read)
+        # known before seconds are spent on encoding it
+        check(size <= self.context * self.tokenizer.longest, f"the messages are {size:,} characters"
+              f", more than the model's context of {self.context:,} tokens can hold",
+              param="messages", code="context_length_exceeded")
         try:
             prompt = self.prompt_of(request)
         except ValueError as e:

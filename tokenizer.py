@@ -69,6 +69,11 @@ class Tokenizer:
         self.bos = special_tokens["<|bos|>"]
 
     @functools.cached_property
+    def longest(self):
+        """bytes of the longest token"""
+        return max(map(len, self.ranks))
+
+    @functools.cached_property
     def fingerprint(self):
         """sha256 (hex) of everything that decides what a text is encoded to"""
         rest = json.dumps([self.pattern, sorted(self.special_tokens.items())])
