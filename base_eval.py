@@ -54,7 +54,7 @@ PROMPTS = ["The capital of France is", "The opposite of hot is",
 # -------------------------------------------------------------------------------------------------
 # inputs, all checked before a model is loaded
 
-run.ranks.join()
+run.ranks.join(device)
 folder, step = run.ranks.on_rank0(models.find_model, "base", data, tag)
 core_tasks, missing, bundle = [], [], None
 if core_items:

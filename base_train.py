@@ -33,7 +33,7 @@ tokens_per_param = 12.0      # training tokens per parameter (embeddings not cou
 num_steps = -1               # number of steps, instead of --tokens_per_param; -1: derived
 target_flops = -1.0          # floating point operations in all, instead of both; -1: not given
 total_batch_size = -1        # tokens a step, however few rows fit a device; -1: follows the horizon
-matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
+matrix_lr = 0.02             # Muon learning rate of matrices, times min(1, sqrt(batch / 2^19))
 embedding_lr = 0.3           # AdamW learning rate of all embeddings; scaled as matrix_lr
 unembedding_lr = 0.004       # AdamW learning rate of lm_head; scaled as matrix_lr
 scalar_lr = 0.5              # AdamW learning rate of layer scalars and gates; scaled as matrix_lr
@@ -65,7 +65,7 @@ settings = configurator.configure(globals())
 
 directory = pipeline.state_path("base", data, tag or f"d{depth}", try_out)
 
-run.ranks.join()
+run.ranks.join(device)
 begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 if begun.get("status") != "done":
     given = total_batch_size // max_seq_len if total_batch_size != -1 else -1

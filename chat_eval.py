@@ -48,7 +48,7 @@ if data == "toy" and "facts" not in tasks:
 task_list.check_names(settings)
 most = None if max_items == -1 else max_items
 items_of = {name: task_list.load(name, "test", data, most) for name in tasks}
-run.ranks.join()
+run.ranks.join(device)
 folder, step = run.ranks.on_rank0(models.find_parent, source, data, tag, try_out)
 tokenizer = models.load_tokenizer_of(folder, step, data)
 

@@ -30,11 +30,12 @@ class Compute:
     dtype: torch.dtype
     threads: int   # of a CPU, for each rank
     compile: bool
+    ranks: int = 1
 
     def recorded(self):
         """The choices that decide about the bits, as they stand in the record."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "threads": self.threads,
-                "compile": str(self.compile)}
+                "compile": str(self.compile), "ranks": self.ranks}
 
     def __str__(self):
         return (f"{self.device.type}, {self.recorded()['dtype']}, {self.threads} threads, "
@@ -47,10 +48,14 @@ def choose_compute(ranks, settings, recorded=None):
     recorded when it was first started, else measures or asks; without what compiling needs steps
     are not compiled. -> Compute. Failure where there is no such device. Collective.
     """
+    recorded = dict(recorded or {})
+    if recorded.get("ranks", ranks.world) != ranks.world:
+        recorded.pop("threads", None)  # that many ranks had other shares of the cores
+
     def wanted(key):
         asked = settings.get(key, False)
         open_choice = asked == "auto" or (key == "threads" and asked == 0)
-        return (recorded or {}).get(key, asked) if open_choice else asked
+        return recorded.get(key, asked) if open_choice else asked
 
     name = settings["device"]
     if name == "auto":
@@ -88,7 +93,7 @@ def choose_compute(ranks, settings, recorded=None):
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
     if name == "cpu":
         keep_freed_memory()
-    return Compute(device, getattr(torch, dtype), threads, compiled)
+    return Compute(device, getattr(torch, dtype), threads, compiled, ranks.world)
 
 def usable(kind):
     """Whether there is such a device here: cuda, mps or cpu."""

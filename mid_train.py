@@ -34,7 +34,7 @@ mixture = ["smoltalk", "mmlu_aux", "gsm8k", "identity*2",  # what it learns from
 extra_conversations = ""     # a file of your own conversations, added to the mixture
 max_steps = -1               # number of steps, at most; -1: one pass through the mixture
 total_batch_size = -1        # tokens a step, on all ranks; -1: as in pretraining
-matrix_lr = 0.02             # Muon learning rate of matrices, times sqrt(batch / 2^19 tokens)
+matrix_lr = 0.02             # Muon learning rate of matrices, times min(1, sqrt(batch / 2^19))
 embedding_lr = 0.2           # AdamW learning rate of all embeddings; scaled as matrix_lr
 unembedding_lr = 0.004       # AdamW learning rate of lm_head; scaled as matrix_lr
 scalar_lr = 0.05             # AdamW learning rate of layer scalars and gates; scaled as matrix_lr
@@ -66,7 +66,7 @@ learned = [*mixture, extra_conversations] if extra_conversations else mixture
 files = tasks.fingerprint(learned, "train", data)
 val_files = tasks.fingerprint(held_out, "test", data)
 
-run.ranks.join()
+run.ranks.join(device)
 parent, parent_step, directory = models.where_to_go_on(run, "mid", data, tag, try_out)
 begun = run.ranks.on_rank0(records.check_settings, run.name, directory, settings)
 tokenizer = models.load_tokenizer_of(parent, parent_step, data)

@@ -16,17 +16,18 @@ class Ranks:
     world: int
     patient_group: object = None  # in which ranks wait for hours while rank 0 tokenises
 
-    def join(self):
+    def join(self, device="auto"):
         """
         Joins the process group where torchrun has started this process (gloo for CPU tensors, NCCL
-        for CUDA ones); else does nothing. A rank that dies ends the job at once (its connection
-        breaks, torchrun stops the others), one that hangs after half an hour.
+        for CUDA ones); else does nothing. device: the setting of this name. A rank that dies ends
+        the job at once (its connection breaks, torchrun stops the others), one that hangs after
+        half an hour.
         """
         if self.world == 1:
             return
         import torch
         import torch.distributed as dist
-        cuda = torch.cuda.is_available()
+        cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
             common.check(here <= gpus, f"{here} processes were asked for on this machine and it "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common
 import compute
 import engine
 import gpt
@@ -192,11 +193,15 @@ wanted = {"device": "cpu", "dtype": "auto", "threads": 0}
 for compiled in (False, "auto"):
     print(choose_compute(Ranks(0, 0, 1), {**wanted, "compile": compiled}, recorded))
     print("torch._dynamo" in sys.modules, torch.are_deterministic_algorithms_enabled())
+for ranks in (1, 4):
+    print(choose_compute(Ranks(0, 0, 1), {**wanted, "threads": 0}, {**recorded, "threads": 99,
+                                                                    "ranks": ranks}).threads)
 """
     out = script(state, "-c", chosen)
     assert out.stdout.splitlines() == [
         "cpu, float32, 2 threads, compile=False", "False True",
-        "cpu, float32, 2 threads, compile=True", "True True"], out.stderr
+        "cpu, float32, 2 threads, compile=True", "True True",
+        "99", str(common.cores())], out.stderr  # four ranks had other shares of the cores
 
 # A model without blocks compiles in seconds, and a small vocabulary makes the threads meet: without
 # choose_compute's care five runs of five differ.
