@@ -173,6 +173,12 @@ def explained(error, name, settings, stop):
     failure.facts["retry_with"] = fewer  # the launcher does so once
     return failure
 
+def stop_signals():
+    """Those that ask a process to save and stop. SIGHUP comes where its terminal is closed, unless
+    nohup, or its launcher, has it ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    return tuple(n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+
 def end_with_parent():
     """From here on the death of the process that has started this one is a SIGTERM to it: it saves
     and stops instead of running on unseen."""

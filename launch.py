@@ -30,6 +30,7 @@ from notes import note, note_command, note_end
 from plan import check_settings, command_for, make_plan, srun, start_over_command
 from supervisor import Supervisor
 
+STOPPED = (75, 128 + signal.SIGINT)  # saved; by a second Ctrl-C: it had no time to
 PATIENCE = 75  # seconds that the process of a launcher that was killed may take to save and go
 
 # -------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def run_all(plan, supervisor):
         slurm.check_job(plan.nproc)
         slurm.guard(plan.data, plan.tag)
         code = check_nodes(plan, supervisor)
-    if code == 75:
+    if code in STOPPED:
         return 75, "stopped before the first phase"
     if code:
         reason = supervisor.outcome.get("reason", "a check before the first phase failed")
@@ -128,7 +129,7 @@ def run_all(plan, supervisor):
 
     def try_phase(name, words):
         code, added, outcome = run_phase(plan, supervisor, name, words)
-        if code not in (0, 75):
+        if code not in (0, *STOPPED):
             note_end(plan, name, code, f"its trial: {outcome.get('reason', ended_by(code))}")
         return code, added, outcome
     added = {} if "--skip-trial" in plan.given else None  # {phase: arguments that make it fit}
@@ -138,7 +139,7 @@ def run_all(plan, supervisor):
             return 75, f"stopped before {name} with everything saved"
         if phase.kind == "training" and added is None:
             code, added = trial.try_out(plan, try_phase)
-            if code == 75:
+            if code in STOPPED:
                 return 75, "stopped while trying out the trainings to come"
             if code:
                 return code, f"the trial failed (exit {code}): fix the error above"
@@ -201,7 +202,8 @@ def first_left(plan):
 def check_nodes(plan, supervisor):
     """-> exit code: whether all nodes of the job have what is needed"""
     mark = supervisor.outcome_path.with_suffix(".seen")
-    mark.touch()
+    with common.writing(mark):
+        mark.touch()
     code, _ = supervisor.run(srun(plan, ["slurm.py", str(plan.nproc), str(mark)], alone=True))
     mark.unlink()
     return code
@@ -209,8 +211,9 @@ def check_nodes(plan, supervisor):
 def end_attempt(plan, supervisor, code):
     """In a Slurm job that is not done: what is to become of it. -> exit code"""
     try:
-        ended = slurm.KILLED if code == 75 and supervisor.terminated else code
-        slurm.guard(plan.data, plan.tag, ended)
+        # where there is time of grace, only the steps get SIGTERM
+        early = supervisor.terminated or slurm.preempted(slurm.show_this_job())
+        slurm.guard(plan.data, plan.tag, slurm.KILLED if code == 75 and early else code)
     except common.Failure as e:  # the last of too many without progress
         print(f"error: {e}", flush=True)
         code = 1
@@ -248,7 +251,7 @@ def main():
         supervisor.began |= {"job": slurm.job_name(), "ends": slurm.end_time(),
                              "log": slurm.show_this_job().get("StdOut")}
     os.environ["NANOCHAT_OUTCOME"] = str(supervisor.outcome_path)
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    signals = common.stop_signals()
     for signum in signals:
         signal.signal(signum, supervisor.on_signal)
     try:

@@ -114,7 +114,7 @@ def make_plan(words):
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", flags.get("--depth=", depth), configurator.RANGES["depth"][1])
     in_slurm = "--slurm" in flags
-    gpus = gpus_here(in_slurm)
+    gpus = 0 if "--device=cpu" in settings else gpus_here(in_slurm)
     usual = default_nproc(gpus)
     if int(usual) < gpus and not {"--nproc=", "--check-inputs"} & flags.keys():
         common.print0(f"{usual} of {gpus} GPUs are used, so that all can share a batch: "
@@ -132,17 +132,20 @@ def make_plan(words):
                    if key not in ("--slurm", "--check-inputs")]
     given = [*flags_given, "--", *settings] if settings else flags_given
     if "--chats=" in flags:
-        settings = [*lessons_of(chats), *settings]
+        settings = [*lessons_of(chats, settings), *settings]
     return Plan(data, f"d{depth}", int(nproc), listed, names, settings, given, in_slurm)
 
-def lessons_of(chats):
+def lessons_of(chats, given):
     """The settings by which midtraining and finetuning learn a file of conversations alone, and so
     often that a few of them are remembered: as 4 MB, a million tokens, of conversations are read
-    once. What is measured is what is remembered, since nothing is held out."""
+    once. What is measured is what is remembered, since nothing is held out. given: settings of the
+    user's, which these leave as they are."""
     common.check(os.path.isfile(chats), f"--chats: there is no file {chats}")
     times = min(1000, math.ceil(4e6 / max(os.path.getsize(chats), 1)))
-    return [word for name in ("mid", "sft")
-            for word in (f"--{name}.mixture={chats}*{times}", f"--{name}.held_out={chats}")]
+    usual = {"mixture": f"{chats}*{times}", "held_out": chats}
+    given = {word.split("=")[0].replace("-", "_") for word in given}
+    return [f"--{name}.{key}={value}" for name in ("mid", "sft") for key, value in usual.items()
+            if f"__{key}" not in given]
 
 def check_settings(plan):
     """What each phase would be started with -> {phase: its Settings}. Failure (code 2) where that
@@ -176,7 +179,10 @@ def gpus_here(in_slurm):
     """How many GPUs this machine, or the job on each of its machines, has."""
     if in_slurm:
         return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    return len(trial.gpu_names())
+    listed, visible = len(trial.gpu_names()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return listed
+    return min(listed, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""

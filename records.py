@@ -51,7 +51,8 @@ def find_record(directory, settings, inputs=None, damage=None):
         old = {k: v for k, v in old.items() if k not in OF_A_SAVE}
     if not old or not settings["start_over"]:
         return old
-    begun_so = old["free"].get("start_over")
+    # older records say only how the last start was made
+    begun_so = old.get("begun_over", old["free"].get("start_over"))
     return old if begun_so and not changes(old, directory, settings, inputs) else {}
 
 def finished_step(directory):

@@ -20,15 +20,22 @@ def batch_number(skipped, step):
 
 def asked_for(settings, directory, record):
     """The step to go back to, or None. The same command given again, as by Slurm, goes on: a step
-    that was gone back to counts again only where the run has given up since, without getting on."""
+    that was gone back to counts again only where the run has given up since, without getting on.
+    Failure (code 2) where it got on first, or where a run begins, whose record is empty."""
     step = settings.get("rewind", -1)
     if step == -1 or settings.get("try_out"):
         return None
+    common.check(record, f"--rewind={step}: a new run begins in {directory}, which has nothing to "
+                 "go back to: leave --rewind out")
     skipped = record.get("skipped", [])
     if not skipped or skipped[-1][0] != step:
         return step
     newest = max(checkpoint.steps(directory), default=0)
-    return step if record.get("gave_up", 0) > newest else None
+    if record.get("gave_up", 0) <= newest:
+        return None
+    common.check(newest <= step, f"--rewind={step}: the run has gone back there already, got on to "
+                 f"step {newest} and gave up at step {record['gave_up']}: --rewind={newest}")
+    return step
 
 def went_back(directory, record, step):
     """The record of a run that has gone back to `step`; changes nothing on disk. Failure (code 2)

@@ -3,7 +3,7 @@ A run of a phase: one object in sight, from a script's first line to its last. I
 with its record and lock, the wish to stop, the clock, and the save in flight.
 
     run = Run.start("base_train")     # from here on a signal asks for a save and a stop
-    run.ranks.join()                  # under torchrun
+    run.ranks.join(device)            # under torchrun
     run.open_or_exit(directory, settings, inputs)   # ends the process if it is done or must not run
     run.begin_loop(step, num_steps, ...)
         run.should_stop(), run.should_save(), run.save(...), run.log(...), run.log_step(...)
@@ -80,9 +80,9 @@ class Run:
     @classmethod
     def start(cls, name):
         """The one call at the head of a script, before anything large is imported: --help is
-        answered here, and ends the process; a signal in the first seconds counts too. SIGTERM,
-        SIGINT, SIGUSR1 only set a flag; a second SIGINT ends the process at once (under torchrun
-        it does not: Ctrl-C may come there twice)."""
+        answered here, and ends the process; a signal in the first seconds counts too. Those of
+        common.stop_signals() only set a flag; a second SIGINT ends the process at once (under
+        torchrun it does not: Ctrl-C may come there twice)."""
         configurator.exit_with_help(sys.argv[0])
         run = cls(name, Ranks(*common.rank_world()))
         came = set()
@@ -92,7 +92,7 @@ class Run:
                 os._exit(130)
             came.add(signum)
             run.stop = f"signal {signal.Signals(signum).name}"
-        run.signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        run.signals = common.stop_signals()
         for number in run.signals:
             signal.signal(number, on_signal)
         if under_torchrun():  # the launcher does the same for the process that it starts
@@ -150,8 +150,7 @@ class Run:
             lock = take_lock(directory)
         if records.load_record(directory) != found:
             lock.release()
-            common.fail(f"another process has just written in {directory}: run the same command "
-                        "again")
+            common.fail(f"another process just wrote in {directory}: run the same command again")
         origin = records.origin()
         if old.get("free"):  # else it is a new run, or its record was lost
             self.say_what_changed(old, origin)
@@ -161,7 +160,7 @@ class Run:
                 rewind.put_aside_later(directory, back)
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
-            "command": self.command,
+            "command": self.command, "begun_over": old.get("begun_over", settings["start_over"]),
             "settings": records.comparable(settings.defining, directory), "free": settings.free,
             "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
             "job": slurm.job_name(), **origin,
@@ -218,9 +217,10 @@ class Run:
 
     def deadline(self):
         """When to stop; infinity for never. Before the end of a Slurm job: three of the longest
-        saves and half a minute, or two minutes while none was measured, but never more than a
-        quarter of what the job had left (short jobs must get on, too)."""
-        usual = 30.0 if self.longest_save else 120.0
+        saves, a step and half a minute (two minutes while no save was measured), but without the
+        saves never more than a quarter of what the job had left: short jobs must get on, too."""
+        step = max(self.clock.steps, default=0.0) if self.clock else 0.0
+        usual = step + (30.0 if self.longest_save else 120.0)
         margin = min(usual, max(0.0, self.job_left) / 4)
         return min(self.limit, self.job_end - margin - 3 * self.longest_save)
 
@@ -323,7 +323,7 @@ class Run:
         attempts. What a death has left is dropped: half a save, metrics of steps that will run
         again. peak_flops: FLOP/s of a device."""
         free = self.record["free"]
-        self.set_deadline(free["time_limit"])
+        self.set_deadline(None if self.try_out else free["time_limit"])
         self.clock = Clock(num_steps, seconds, 60.0 * free["save_minutes"], flops_per_token,
                            peak_flops and peak_flops * self.ranks.world)
         if self.ranks.rank == 0:

@@ -112,7 +112,9 @@ def read_words(pid):
     return [""]
 
 def before_exec():
-    """In a new process. Ctrl-C comes to all processes of the terminal: one that does not handle it
-    (torchrun, which would kill its workers) ignores it, and this launcher passes it on."""
+    """In a new process. Ctrl-C, and the end of the terminal, come to all its processes: one that
+    does not handle them (torchrun, which would kill its workers) ignores them, and this launcher
+    passes them on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     common.end_with_parent()

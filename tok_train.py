@@ -133,7 +133,7 @@ def quiet_worker():
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in common.stop_signals():
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -66,7 +66,8 @@ def try_out(plan, run_phase):
             print(f"trial: {name} gave no time and disk use; going on without", flush=True)
             continue  # it is tried again at the next start
         tried[name].update(key)
-        common.atomic_write(path, json.dumps(tried))
+        with common.writing(path):
+            common.atomic_write(path, json.dumps(tried))
     shutil.rmtree(stand_ins, ignore_errors=True)
     facts = {name: tried[name] for name in trainings if "bytes" in tried[name]}
     if facts:

@@ -2,6 +2,7 @@
 pretend, and a few real ones."""
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -117,6 +118,29 @@ def test_as_many_processes_as_gpus_can_share_a_batch(gpus, nproc, monkeypatch, c
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus) if gpus else "")
     assert given("--slurm").nproc == nproc
+
+@pytest.mark.parametrize("visible, nproc", [(None, 8), ("0,1,2,3", 4), ("2", 1), ("", 1),
+                                            ("-1", 1), ("GPU-8f2, GPU-9a1", 2)])
+def test_only_the_gpus_that_are_visible_count(visible, nproc, monkeypatch):
+    monkeypatch.setattr(trial, "gpu_names", lambda: ["H100"] * 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert given().nproc == nproc and given("--", "--device=cpu").nproc == 1
+
+def test_what_is_given_beside_conversations_holds(tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("x" * 4_000_000)
+    usual = [f"--mixture={chats}*1", f"--held_out={chats}"]
+    asked = given(f"--chats={chats}").words("sft")
+    assert [word for word in asked if word in usual] == usual
+    asked = given(f"--chats={chats}", "--", "--mixture=gsm8k", "--held-out=smoltalk",
+                  "--mid.mixture=arc_easy")
+    for name, mixture in (("sft", "gsm8k"), ("mid", "arc_easy")):
+        words = asked.words(name)
+        given_last = [[w for w in words if w.startswith(key)][-1]
+                      for key in ("--mixture=", "--held_out=")]
+        assert given_last == [f"--mixture={mixture}", "--held_out=smoltalk"]
 
 @pytest.mark.parametrize("depth", ["0", "1000", "x", ""])
 def test_depth_has_a_range(depth):
@@ -377,6 +401,12 @@ def test_what_a_second_ctrl_c_has_ended_is_not_called_saved(run_all):
     code, line, started = run_all({"mid": 130})
     assert code == 75 and started[-1] == "mid_train.py" and "saved" not in line
     assert line.startswith("mid was stopped at once by a second Ctrl-C; it resumes from its last")
+
+def test_a_second_ctrl_c_in_a_trial_or_a_check_is_no_failure(run_all, monkeypatch):
+    monkeypatch.setattr(launch.trial, "try_out", lambda plan, run_phase: (130, {}))
+    assert run_all({}, trial=())[:2] == (75, "stopped while trying out the trainings to come")
+    monkeypatch.setattr(launch, "run_checks", lambda plan, supervisor: 130)
+    assert run_all({})[:2] == (75, "stopped before the first phase")
 
 # ---- done already, starting over, the process of a killed launcher
 
@@ -661,6 +691,48 @@ def test_a_signal_to_speedrun_reaches_the_phase_and_not_what_the_phase_has_start
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the phase was told" in out and "the helper" not in out, out
     assert "stopped in data with everything saved" in out
+
+HUNG_UP = """
+import pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+import common, launch
+supervisor = launch.Supervisor(pathlib.Path("outcome"))
+for number in common.stop_signals():
+    signal.signal(number, supervisor.on_signal)
+print("the terminal is there")
+code, _ = supervisor.run([sys.executable, "phase.py", sys.argv[1]])
+pathlib.Path("ended").write_text(f"{code} {supervisor.terminated}")
+"""
+HUNG_UP_PHASE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from run import Run
+run = Run.start("phase")
+open("listening", "w").close()
+while run.going():
+    print("training")
+    time.sleep(0.05)
+print("nobody reads this")
+open("saved", "w").write(run.stop)
+run.leave(75, "stopped")
+"""
+
+def test_a_terminal_that_is_closed_costs_nothing(tmp_path):
+    (tmp_path / "phase.py").write_text(HUNG_UP_PHASE)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, "-c", HUNG_UP, str(REPO)],
+                  environment(tmp_path / "state"))
+    said = os.read(terminal, 4096)
+    while not (tmp_path / "listening").exists():
+        said += os.read(terminal, 4096)
+    os.close(terminal)  # the kernel sends SIGHUP to all that were started there
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert b"the terminal is there" in said and b"Error" not in said
+    assert (tmp_path / "saved").read_text() == "signal SIGTERM", "the launcher's"
+    assert (tmp_path / "ended").read_text() == "75 False"
 
 RANK = """
 import os, signal, time

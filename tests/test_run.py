@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -136,6 +137,9 @@ def test_starting_over_holds_for_one_beginning(folder):
     assert not list(folder.parent.glob("d4.old-*")), "the same command goes on"
     run.close(75, "stopped")
     assert load_record(folder)["next"] == "python base_train.py --depth=4"
+    start(folder, settings(depth=4, tag="")).close(75, "stopped")  # as "next" says
+    over().close(75, "stopped")
+    assert checkpoint.steps(folder) == [3], "it was begun so, whatever came between"
     over(inputs={"data": "other"}).close(75, "stopped")
     assert checkpoint.steps(folder) == [], "another run begins"
     run = over(inputs={"data": "other"})
@@ -447,7 +451,7 @@ def test_what_another_process_writes_while_it_looks_is_not_gone_over(folder, mon
         return step
     monkeypatch.setattr(checkpoint, "newest", slow)
     assert exit_code(start, folder, damage=None) == 2
-    assert "another process has just written" in capsys.readouterr().err
+    assert "another process just wrote" in capsys.readouterr().err
     run = start(folder, damage=None)
     assert run.saved_step == 5
     run.close(75, "stopped")
@@ -501,6 +505,12 @@ def test_signals_and_time_limits_ask_for_a_stop():
     out = python("print(run.stop_reason()); os.kill(os.getpid(), signal.SIGUSR1); "
                  "print(run.should_stop())")
     assert out.stdout == "None\nsignal SIGUSR1\n"
+    hang_up = "os.kill(os.getpid(), signal.SIGHUP); print(run.should_stop())"
+    for handler, says in ((signal.SIG_DFL, "signal SIGHUP"), (signal.SIG_IGN, "None")):
+        out = subprocess.run([sys.executable, "-c", START + hang_up], capture_output=True,
+                             text=True, check=False,
+                             preexec_fn=functools.partial(signal.signal, signal.SIGHUP, handler))
+        assert out.stdout == f"{says}\n", "nohup has it ignored"
     out = python("run.set_deadline(60); print(run.stop_reason()); run.set_deadline(0.0); "
                  "print(run.stop_reason())")
     assert out.stdout == "None\ndeadline\n"
@@ -597,8 +607,11 @@ def test_a_compiler_that_the_same_signal_has_ended_is_no_failure(capsys):
 def test_a_training_of_fewer_steps_than_a_trial_takes_leaves_the_trials_facts(
         folder, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_OUTCOME", str(tmp_path / "outcome"))
-    run = start(folder, settings(try_out=True), damage=None)
+    asked = settings(try_out=True)
+    asked.free["time_limit"] = 0.0
+    run = start(folder, asked, damage=None)
     run.begin_loop(0, 1, 0.0)
+    assert run.stop_reason() is None, "the time is for the training, not for its trial"
     run.log_step(1, "", 8, loss=1.0)
     save(run, 1)
     assert exit_code(run.exit_done, step=1) == 0
@@ -617,6 +630,9 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert exit_code(Ranks(0, 0, 2).join) == 2
     assert "2 processes were asked for on this machine and it has 1 GPUs" in capsys.readouterr().err
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **more: iter(()))
+    with pytest.raises(StopIteration):  # it goes on to where the ranks meet
+        Ranks(0, 0, 2).join("cpu")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(capsys):
@@ -681,6 +697,28 @@ def test_the_same_command_goes_back_once_for_each_explosion(half):
     save(run, 9, keep=9)
     run.close(75, "stopped")
     assert rewound(half, 3).saved_step == 9, "it got on"
+
+def test_a_new_explosion_is_not_gone_back_from_to_where_the_last_one_was(half, capsys):
+    rewound(half, 3)
+    run = start(half, damage=None)
+    run.begin_loop(3, 20, 0.0)
+    save(run, 9, keep=9)
+    with pytest.raises(common.Failure):
+        rewind.give_up(run, "it exploded", 11)
+    run.close(1, "it exploded")
+    before = contents(half)
+    assert exit_code(rewound, half, 3) == 2 and contents(half) == before
+    said = capsys.readouterr().err
+    assert "--rewind=3: the run has gone back there already, got on to step 9 and gave up at step "\
+        "11: --rewind=9" in said and said.count("\n") == 1
+
+def test_who_begins_anew_does_not_go_back(half, capsys):
+    asked = settings(start_over=True, matrix_lr=0.01)
+    asked["rewind"] = 6
+    before = contents(half)
+    assert exit_code(start, half, asked, damage=None) == 2 and contents(half) == before
+    said = capsys.readouterr().err
+    assert "which has nothing to go back to: leave --rewind out" in said and said.count("\n") == 1
 
 def test_what_dies_after_it_went_back_is_counted_though_the_command_says_rewind(half):
     asked = {**settings(), "rewind": 3}
@@ -829,6 +867,8 @@ def test_the_margin_before_the_end_of_a_job_follows_from_the_longest_save(monkey
     assert NOON + 12 * 3600 - run.deadline() == 120, "no save is measured yet"
     run.longest_save = 40.0
     assert NOON + 12 * 3600 - run.deadline() == 30 + 3 * 40
+    run.clock = SimpleNamespace(steps=[7.0, 90.0, 8.0])
+    assert NOON + 12 * 3600 - run.deadline() == 90 + 30 + 3 * 40, "one more step may be begun"
     assert NOON + 60 - run_of(60).deadline() == 15, "a short job must get on, too"
     run = run_of(12 * 3600, time_limit=60)
     assert run.deadline() == NOON + 3600
