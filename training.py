@@ -283,6 +283,8 @@ def bits_per_byte(run, model, plan, tokenizer, tokens, micro_rows, device):
     n = min(wanted, 2 * turn) if run.try_out else wanted
     for start in range(0, n, turn):  # as many turns on every rank, since they agree in each
         if run.should_stop():
+            common.print0("stopped in a measurement, which begins anew: fewer --eval_tokens take "
+                          "less time")
             return None
         if run.try_out:
             nats.item()  # waits for the device: the last turn is timed, since the first is slow

@@ -385,10 +385,10 @@ def test_outcomes_equal_nanochats_own(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # bits per byte
 
-def measure(model, plan, tokenizer, rows):
+def measure(model, plan, tokenizer, rows, run=None):
     """Bits per byte of all of a plan, so many rows at once."""
     cpu = torch.device("cpu")
-    return training.bits_per_byte(alone(), model, plan, tokenizer, 10 ** 9, rows, cpu)
+    return training.bits_per_byte(run or alone(), model, plan, tokenizer, 10 ** 9, rows, cpu)
 
 class EightBits:
     """Gives every token 8 bits for each of its bytes, and anything at all to tokens that stand for
@@ -413,6 +413,12 @@ def test_bits_per_byte_do_not_depend_on_tokenizer_or_batch(tmp_path):
         plan = plan_of(tmp_path / name, tokenizer, 17)
         for rows in (1, 3, 100):
             assert measure(model, plan, tokenizer, rows) == pytest.approx(8.0, abs=1e-6)
+
+def test_a_stop_in_a_measurement_says_what_makes_it_shorter(tmp_path, capsys):
+    run = alone()
+    run.stop = "deadline"
+    assert measure(EightBits(BYTES), plan_of(tmp_path / "s", BYTES, 17), BYTES, 1, run) is None
+    assert "fewer --eval_tokens take less time" in capsys.readouterr().out
 
 def test_bits_per_byte_by_hand(tmp_path):
     model = small()
