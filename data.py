@@ -11,6 +11,7 @@ Tokens are stored without <|bos|>; each piece gets one in front when its row is 
 every row, and every document in it, starts with <|bos|>.
 """
 import bisect
+import contextlib
 import functools
 import hashlib
 import io
@@ -74,10 +75,10 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
     tokenised again, the others stay; with 1 where it cannot be written."""
     there = open_store(prefix, source)
+    now = there and stamps(prefix, there.facts["arrays"])
     if there is not None and is_whole(there, prefix):
-        now = stamps(prefix, there.facts["arrays"])
         if there.facts.get("stamps") != now:  # copied, say: the next start need not read all of it
-            with common.writing(prefix):
+            with contextlib.suppress(OSError):  # somebody else's folder
                 common.atomic_write(f"{prefix}.json", json.dumps({**there.facts, "stamps": now}))
         return
     with common.writing(prefix, code=2):  # known before minutes are spent

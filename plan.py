@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 from dataclasses import dataclass
+from itertools import takewhile
 
 import common
 import configurator
@@ -114,7 +115,7 @@ def make_plan(words):
     common.check(data, "--data is empty: give toy, fineweb_edu, climbmix or a folder")
     check_number("--depth", flags.get("--depth=", depth), configurator.RANGES["depth"][1])
     in_slurm = "--slurm" in flags
-    gpus = 0 if "--device=cpu" in settings else gpus_here(in_slurm)
+    gpus = gpus_here(in_slurm, settings)
     usual = default_nproc(gpus)
     if int(usual) < gpus and not {"--nproc=", "--check-inputs"} & flags.keys():
         common.print0(f"{usual} of {gpus} GPUs are used, so that all can share a batch: "
@@ -175,14 +176,19 @@ def default_nproc(gpus):
     and all processes have to share them evenly.  examples: 8 -> "8";  6 -> "4";  0 -> "1" """
     return str(2 ** (max(gpus, 1).bit_length() - 1))
 
-def gpus_here(in_slurm):
-    """How many GPUs this machine, or the job on each of its machines, has."""
+def gpus_here(in_slurm, settings=()):
+    """How many GPUs this machine, or the job on each of its machines, has for a run with these
+    settings."""
     if in_slurm:
         return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if "--device=cpu" in settings:
+        return 0
     listed, visible = len(trial.gpu_names()), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return listed
-    return min(listed, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    # CUDA reads them up to the first that is none, such as -1
+    names = takewhile(lambda name: re.match(r"\d|GPU-|MIG-", name.strip()), visible.split(","))
+    return min(listed, len(list(names)))
 
 def command_for(plan, name, words):
     """What starts a phase: python, torchrun for several ranks, srun in a Slurm job."""

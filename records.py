@@ -51,9 +51,12 @@ def find_record(directory, settings, inputs=None, damage=None):
         old = {k: v for k, v in old.items() if k not in OF_A_SAVE}
     if not old or not settings["start_over"]:
         return old
-    # older records say only how the last start was made
-    begun_so = old.get("begun_over", old["free"].get("start_over"))
-    return old if begun_so and not changes(old, directory, settings, inputs) else {}
+    return old if begun_over(old, False) and not changes(old, directory, settings, inputs) else {}
+
+def begun_over(record, asked):
+    """Whether a run with this record was begun by --start_over; `asked` where it begins now. Older
+    records only say it of their last start."""
+    return record.get("begun_over", record.get("free", {}).get("start_over", asked))
 
 def finished_step(directory):
     """The step of the checkpoint of a training that is done, whole or damaged; None where it is
@@ -194,6 +197,9 @@ def judge(name, directory, settings, inputs, damage=None):
     if old.get("status") == "done" and is_whole(directory, old, damage):
         common.check(rewind.asked_for(settings, directory, old) is None, f"{name} in {directory} "
                      "is done, so it does not go back: leave --rewind out")
+        if settings["start_over"]:
+            common.print0(f"--start_over=True has begun this one, and is used up: to begin {name} "
+                          f"anew rename {directory}")
         return None
     if damage:
         return old, None

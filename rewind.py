@@ -33,8 +33,11 @@ def asked_for(settings, directory, record):
     newest = max(checkpoint.steps(directory), default=0)
     if record.get("gave_up", 0) <= newest:
         return None
-    common.check(newest <= step, f"--rewind={step}: the run has gone back there already, got on to "
-                 f"step {newest} and gave up at step {record['gave_up']}: --rewind={newest}")
+    later = [s for s in checkpoint.steps(directory)
+             if s > step and checkpoint.problem(directory, s) is None]
+    common.check(not later, f"--rewind={step}: the run has gone back there already, got on to step "
+                 f"{max(later, default=0)} and gave up at step {record['gave_up']}: "
+                 f"--rewind={max(later, default=0)}")
     return step
 
 def went_back(directory, record, step):

@@ -160,7 +160,7 @@ class Run:
                 rewind.put_aside_later(directory, back)
         self.record = {
             **old, "phase": self.name, "status": "running", "reason": "", "next": self.command,
-            "command": self.command, "begun_over": old.get("begun_over", settings["start_over"]),
+            "command": self.command, "begun_over": records.begun_over(old, settings["start_over"]),
             "settings": records.comparable(settings.defining, directory), "free": settings.free,
             "inputs": inputs, "host": socket.gethostname(), "pid": os.getpid(),
             "job": slurm.job_name(), **origin,
@@ -217,10 +217,10 @@ class Run:
 
     def deadline(self):
         """When to stop; infinity for never. Before the end of a Slurm job: three of the longest
-        saves, a step and half a minute (two minutes while no save was measured), but without the
+        saves, two steps, half a minute (two minutes while no save was measured), but without the
         saves never more than a quarter of what the job had left: short jobs must get on, too."""
-        step = max(self.clock.steps, default=0.0) if self.clock else 0.0
-        usual = step + (30.0 if self.longest_save else 120.0)
+        step = self.clock.step_seconds() if self.clock and self.clock.steps else 0.0
+        usual = 2 * step + (30.0 if self.longest_save else 120.0)
         margin = min(usual, max(0.0, self.job_left) / 4)
         return min(self.limit, self.job_end - margin - 3 * self.longest_save)
 
@@ -268,7 +268,7 @@ class Run:
             optim_state = optimizer.state_dict()
             if self.ranks.rank == 0:
                 weights = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-                kept = ("settings", "inputs", *records.OF_A_SAVE)
+                kept = ("settings", "inputs", "begun_over", *records.OF_A_SAVE)
                 record = {k: self.record[k] for k in kept if k in self.record}
                 meta = {**meta, "settings": self.settings, "num_steps": self.clock.num_steps,
                         "seconds": self.clock.seconds(), "record": record}

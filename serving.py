@@ -77,7 +77,10 @@ class Service:
         check(request.model in stages, f"there is no model {request.model[:100]!r}, but "
               f"{', '.join(stages)}", status=404, param="model", code="model_not_found")
         read = request.messages[-1:] if request.model == "base" else request.messages
-        size = sum(len(message["content"]) for message in read)
+        texts = [part["text"] for message in read if message["role"] == "assistant"
+                 for part in message["content"]]
+        texts += [message["content"] for message in read if message["role"] != "assistant"]
+        size = sum(map(len, texts))
         # known before seconds are spent on encoding it
         check(size <= self.context * self.tokenizer.longest, f"the messages are {size:,} characters"
               f", more than the model's context of {self.context:,} tokens can hold",

@@ -39,7 +39,8 @@ assert sys.version_info >= (3, 11), sys.version"; then
     # the Python by its first two numbers: a node may have a newer third one under the same path
     minor="$("$python_of_venv" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])')"
     sum=$(cat requirements.txt "$1" | cksum)
-    if [ "$python_of_venv" = python3 ] || ! grep -qxE "$minor(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
+    if [ "$python_of_venv" = python3 ] ||
+        ! grep -qxE "$minor(\.[^ ]*)? $sum" .venv/matches 2>/dev/null; then
         if [ -n "${SLURM_JOB_ID:-}" ] || [ "${NANOCHAT_OFFLINE:-0}" != 0 ]; then
             echo "error: .venv does not match $1 and nothing is installed inside a job or with" \
                  "NANOCHAT_OFFLINE; on the login node, where there is internet, run:" \

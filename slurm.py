@@ -121,8 +121,9 @@ def sbatch_command(flags, array=True):
     usual_log = Path(usual.get("output", "")).name.replace("%j", os.environ.get("SLURM_JOB_ID", ""))
     if usual_log and Path(facts.get("StdOut", usual_log)).name != usual_log:
         given["output"] = facts["StdOut"]
-    if facts.get("MinMemoryNode") == "0":  # all of a node's, of which the environment says nothing
-        given["mem"] = "0"
+    asked = [flag for flag in ("mem", "mem-per-cpu", "mem-per-gpu") if given[flag]]
+    if facts.get("MinMemoryNode") == "0" and not asked and "MemPerTres" not in facts:
+        given["mem"] = "0"  # all of a node's, of which the environment says nothing
     first, last = (os.environ.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
     if array and first:
         at_once = facts.get("ArrayTaskThrottle", "1")
@@ -193,8 +194,10 @@ def after_attempt(code, terminated, flags, sleep=time.sleep):
             f"here; to go on, type: {again}"), False
 
 def preempted(facts):
-    """Whether this job, of which scontrol shows these facts, gives way to another one."""
-    return facts.get("PreemptTime", "None") != "None"
+    """Whether this job, of which scontrol shows these facts, gives way to another one. One that was
+    suspended for that, and has gone on since, still shows when."""
+    suspended = facts.get("SecsPreSuspend", "0") != "0"
+    return facts.get("PreemptTime", "None") != "None" and not suspended
 
 def elements_that_wait():
     """The numbers of the elements of this job's array that are still to come, as texts."""

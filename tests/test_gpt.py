@@ -194,8 +194,8 @@ for compiled in (False, "auto"):
     print(choose_compute(Ranks(0, 0, 1), {**wanted, "compile": compiled}, recorded))
     print("torch._dynamo" in sys.modules, torch.are_deterministic_algorithms_enabled())
 for ranks in (1, 4):
-    print(choose_compute(Ranks(0, 0, 1), {**wanted, "threads": 0}, {**recorded, "threads": 99,
-                                                                    "ranks": ranks}).threads)
+    recorded.update(threads=99, local_world_size=ranks)
+    print(choose_compute(Ranks(0, 0, 1), wanted, recorded).threads)
 """
     out = script(state, "-c", chosen)
     assert out.stdout.splitlines() == [

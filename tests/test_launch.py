@@ -2,7 +2,6 @@
 pretend, and a few real ones."""
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -120,7 +119,8 @@ def test_as_many_processes_as_gpus_can_share_a_batch(gpus, nproc, monkeypatch, c
     assert given("--slurm").nproc == nproc
 
 @pytest.mark.parametrize("visible, nproc", [(None, 8), ("0,1,2,3", 4), ("2", 1), ("", 1),
-                                            ("-1", 1), ("GPU-8f2, GPU-9a1", 2)])
+                                            ("-1", 1), ("GPU-8f2, GPU-9a1", 2), ("0,1,-1,2,3", 2),
+                                            ("NoDevFiles", 1)])
 def test_only_the_gpus_that_are_visible_count(visible, nproc, monkeypatch):
     monkeypatch.setattr(trial, "gpu_names", lambda: ["H100"] * 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -504,7 +504,7 @@ def test_a_signal_after_the_end_changes_nothing(state, monkeypatch):
     monkeypatch.setattr(launch, "run_all", lambda plan, supervisor: (0, "all done"))
     monkeypatch.setattr(launch.subprocess, "run",
                         lambda *args, **more: SimpleNamespace(stdout="next: chat\n"))
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = launch.common.stop_signals()
     before = [signal.getsignal(number) for number in numbers]
     try:
         assert launch.main() == 0
@@ -693,7 +693,9 @@ def test_a_signal_to_speedrun_reaches_the_phase_and_not_what_the_phase_has_start
     assert "stopped in data with everything saved" in out
 
 HUNG_UP = """
-import pathlib, signal, sys
+import fcntl, pathlib, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # as of a shell: it hears of the end of this terminal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, sys.argv[1])
 import common, launch
 supervisor = launch.Supervisor(pathlib.Path("outcome"))
@@ -719,18 +721,16 @@ run.leave(75, "stopped")
 
 def test_a_terminal_that_is_closed_costs_nothing(tmp_path):
     (tmp_path / "phase.py").write_text(HUNG_UP_PHASE)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.chdir(tmp_path)
-        os.execve(sys.executable, [sys.executable, "-c", HUNG_UP, str(REPO)],
-                  environment(tmp_path / "state"))
-    said = os.read(terminal, 4096)
-    while not (tmp_path / "listening").exists():
-        said += os.read(terminal, 4096)
-    os.close(terminal)  # the kernel sends SIGHUP to all that were started there
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert b"the terminal is there" in said and b"Error" not in said
+    ours, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUNG_UP, REPO], cwd=tmp_path, start_new_session=True,
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment(tmp_path / "state"))
+    os.close(terminal)
+    wait_for((tmp_path / "listening").exists, process)
+    said = os.read(ours, 4096)
+    os.close(ours)  # the kernel sends SIGHUP to all that were started there
+    assert process.wait(100) == 0
+    assert b"the terminal is there" in said
     assert (tmp_path / "saved").read_text() == "signal SIGTERM", "the launcher's"
     assert (tmp_path / "ended").read_text() == "75 False"
 

@@ -126,7 +126,7 @@ def test_starting_over_is_refused_while_another_process_writes(folder, capsys):
     assert "stop it first" in capsys.readouterr().err and run.lock.mine()
     run.close(75, "stopped")
 
-def test_starting_over_holds_for_one_beginning(folder):
+def test_starting_over_holds_for_one_beginning(folder, capsys):
     def over(depth=4, **more):
         return start(folder, settings(start_over=True, depth=depth, tag=""), **more)
     run = over()
@@ -140,12 +140,23 @@ def test_starting_over_holds_for_one_beginning(folder):
     start(folder, settings(depth=4, tag="")).close(75, "stopped")  # as "next" says
     over().close(75, "stopped")
     assert checkpoint.steps(folder) == [3], "it was begun so, whatever came between"
+    (folder / "phase.json").unlink()
+    over().close(75, "stopped")
+    assert checkpoint.steps(folder) == [3], "its checkpoint says so, too"
+    record = load_record(folder)
+    del record["begun_over"]
+    record["free"]["start_over"] = True  # an older version's
+    (folder / "phase.json").write_text(json.dumps(record))
+    start(folder, settings(depth=4, tag="")).close(75, "stopped")
+    over().close(75, "stopped")
+    assert checkpoint.steps(folder) == [3]
     over(inputs={"data": "other"}).close(75, "stopped")
     assert checkpoint.steps(folder) == [], "another run begins"
     run = over(inputs={"data": "other"})
     save(run, 3)
     assert exit_code(run.exit_done, step=3) == 0
     assert exit_code(over, inputs={"data": "other"}) == 0, "it is done already"
+    assert f"used up: to begin base_train anew rename {folder}" in capsys.readouterr().out
     assert len(list(folder.parent.glob("d4.old-*"))) == 1
 
 def test_an_empty_tag_and_the_one_it_stands_for_are_the_same(folder):
@@ -711,6 +722,8 @@ def test_a_new_explosion_is_not_gone_back_from_to_where_the_last_one_was(half, c
     said = capsys.readouterr().err
     assert "--rewind=3: the run has gone back there already, got on to step 9 and gave up at step "\
         "11: --rewind=9" in said and said.count("\n") == 1
+    damage_file(half / "model_000009.pt")
+    assert rewound(half, 3).saved_step == 3, "that one is no way on"
 
 def test_who_begins_anew_does_not_go_back(half, capsys):
     asked = settings(start_over=True, matrix_lr=0.01)
@@ -867,8 +880,10 @@ def test_the_margin_before_the_end_of_a_job_follows_from_the_longest_save(monkey
     assert NOON + 12 * 3600 - run.deadline() == 120, "no save is measured yet"
     run.longest_save = 40.0
     assert NOON + 12 * 3600 - run.deadline() == 30 + 3 * 40
-    run.clock = SimpleNamespace(steps=[7.0, 90.0, 8.0])
-    assert NOON + 12 * 3600 - run.deadline() == 90 + 30 + 3 * 40, "one more step may be begun"
+    run.clock = clock.Clock(9, 0.0, 60.0)
+    assert NOON + 12 * 3600 - run.deadline() == 30 + 3 * 40
+    run.clock.steps.extend([7.0, 90.0, 9.0])
+    assert NOON + 12 * 3600 - run.deadline() == 2 * 9 + 30 + 3 * 40, "one more may be begun"
     assert NOON + 60 - run_of(60).deadline() == 15, "a short job must get on, too"
     run = run_of(12 * 3600, time_limit=60)
     assert run.deadline() == NOON + 3600

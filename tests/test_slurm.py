@@ -188,10 +188,14 @@ def test_tasks_and_all_of_a_nodes_memory_are_asked_for_again(job):
                      SLURM_NTASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="4")
     asked = shlex.split(said.split("type: ")[1])
     assert {"--ntasks-per-node=4", "--cpus-per-task=4", "--mem=0"} <= {*asked}
+    said, _, _ = job(75, requeue="exit 1", submit="exit 1", facts="MinMemoryNode=0",
+                     SLURM_MEM_PER_GPU="8000")
+    assert "--mem-per-gpu=8000" in said and "--mem=0" not in said, "sbatch takes one of them"
 
 @pytest.mark.parametrize("facts,goes_on", [
     ("Reason=None PreemptTime=None", False), ("Reason=TimeLimit PreemptTime=None", True),
-    ("Reason=None PreemptTime=2026-11-30T14:02:11", True)])
+    ("Reason=None PreemptTime=2026-11-30T14:02:11", True),
+    ("Reason=None PreemptTime=2026-11-30T14:02:11 SuspendTime=None SecsPreSuspend=700", False)])
 def test_a_cancelled_job_stays_cancelled(job, facts, goes_on):
     """As Slurm 22.05 shows them while the batch script lives."""
     said, requeued, calls = job(75, terminated=True, state="COMPLETING", facts=facts)
