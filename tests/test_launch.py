@@ -706,7 +706,8 @@ code, _ = supervisor.run([sys.executable, "phase.py", sys.argv[1]])
 pathlib.Path("ended").write_text(f"{code} {supervisor.terminated}")
 """
 HUNG_UP_PHASE = """
-import sys, time
+import signal, sys, time
+ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 sys.path.insert(0, sys.argv[1])
 from run import Run
 run = Run.start("phase")
@@ -715,7 +716,7 @@ while run.going():
     print("training")
     time.sleep(0.05)
 print("nobody reads this")
-open("saved", "w").write(run.stop)
+open("saved", "w").write(f"{run.stop} {ignored}")
 run.leave(75, "stopped")
 """
 
@@ -731,7 +732,7 @@ def test_a_terminal_that_is_closed_costs_nothing(tmp_path):
     os.close(ours)  # the kernel sends SIGHUP to all that were started there
     assert process.wait(100) == 0
     assert b"the terminal is there" in said
-    assert (tmp_path / "saved").read_text() == "signal SIGTERM", "the launcher's"
+    assert (tmp_path / "saved").read_text() == "signal SIGTERM True", "the launcher's alone"
     assert (tmp_path / "ended").read_text() == "75 False"
 
 RANK = """
