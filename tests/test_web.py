@@ -268,8 +268,8 @@ def test_openais_own_package(echo):
     (request("x" * CONTEXT), 400, "context"),
     (request("x" * (CONTEXT // 2)), 400, "context"),  # no room for an answer
     (request("x" * 900_000), 400, "characters, more than"),  # not encoded at all
-    ({"messages": [{"role": role, "content": text} for role, text in (
-        ("user", "x"), ("assistant", "x" * 900_000), ("user", "x"))]}, 400, "more than the model"),
+    (request("x", messages=[{"role": role, "content": text} for role, text in (
+        ("user", "x"), ("assistant", "x" * 900_000), ("user", "x"))]), 400, "characters, more"),
     (b" " * 1_000_001, 413, "1,000,000 bytes")])
 def test_what_is_no_request_is_refused_in_openais_form(web, body, status, says):
     got, answer, _ = web.ask("POST", "/v1/chat/completions", body)
