@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What export_gguf.py writes, in llama.cpp itself: compiles it once (some minutes), from the registry
-# of Python's packages, and compares tokens and greedy answers. A step of .ci/run.
+# of Python's packages, and compares tokens, greedy answers and logits. A step of .ci/run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ./setup_venv.sh
