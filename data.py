@@ -75,7 +75,7 @@ def write_store(run, prefix, source, documents, vocab_size, more):
     Failure with code 75 where the run is asked to stop, before anything is visible: this one is
     tokenised again, the others stay; with 1 where it cannot be written."""
     there = open_store(prefix, source)
-    now = there and stamps(prefix, there.facts["arrays"])
+    now = stamps(prefix, there.facts["arrays"]) if there is not None else None
     if there is not None and is_whole(there, prefix):
         if there.facts.get("stamps") != now:  # copied, say: the next start need not read all of it
             with contextlib.suppress(OSError):  # somebody else's folder

@@ -35,9 +35,9 @@ def asked_for(settings, directory, record):
         return None
     later = [s for s in checkpoint.steps(directory)
              if s > step and checkpoint.problem(directory, s) is None]
-    common.check(not later, f"--rewind={step}: the run has gone back there already, got on to step "
-                 f"{max(later, default=0)} and gave up at step {record['gave_up']}: "
-                 f"--rewind={max(later, default=0)}")
+    if later:
+        common.fail(f"--rewind={step}: the run has gone back there already, got on to step "
+                    f"{later[0]} and gave up at step {record['gave_up']}: --rewind={later[0]}")
     return step
 
 def went_back(directory, record, step):
