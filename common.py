@@ -117,6 +117,10 @@ def rank_world():
     return tuple(int(os.environ.get(name, usual)) for name, usual in
                  (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
+def local_world_size():
+    """How many of the ranks are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
 def print0(*args):
     if rank_world()[0] == 0:
         print(*args, flush=True)

@@ -30,12 +30,11 @@ class Compute:
     dtype: torch.dtype
     threads: int   # of a CPU, for each rank
     compile: bool
-    ranks: int = 1  # of this machine
 
     def recorded(self):
         """The choices that decide about the bits, as they stand in the record."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "threads": self.threads,
-                "compile": str(self.compile), "local_world_size": self.ranks}
+                "compile": str(self.compile), "local_world_size": common.local_world_size()}
 
     def __str__(self):
         return (f"{self.device.type}, {self.recorded()['dtype']}, {self.threads} threads, "
@@ -49,7 +48,8 @@ def choose_compute(ranks, settings, recorded=None):
     are not compiled. -> Compute. Failure where there is no such device. Collective.
     """
     recorded = dict(recorded or {})
-    if recorded.get("local_world_size", ranks_here()) != ranks_here():
+    here = common.local_world_size()
+    if recorded.get("local_world_size", here) != here:
         recorded.pop("threads", None)  # that many ranks had other shares of the cores
 
     def wanted(key):
@@ -93,7 +93,7 @@ def choose_compute(ranks, settings, recorded=None):
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
     if name == "cpu":
         keep_freed_memory()
-    return Compute(device, getattr(torch, dtype), threads, compiled, ranks_here())
+    return Compute(device, getattr(torch, dtype), threads, compiled)
 
 def usable(kind):
     """Whether there is such a device here: cuda, mps or cpu."""
@@ -118,13 +118,9 @@ def probe_dtype(device):
     faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return "bfloat16" if faster else "float32"
 
-def ranks_here():
-    """How many of the ranks are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
 def cores_of_rank():
     """How many of this machine's cores are for one of its ranks."""
-    return max(1, common.cores() // ranks_here())
+    return max(1, common.cores() // common.local_world_size())
 
 def lacks(kind):
     """What torch.compile needs and is not here, in words; "" where it has all. On a CPU it writes

@@ -29,7 +29,7 @@ class Ranks:
         import torch.distributed as dist
         cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            here, gpus = common.local_world_size(), torch.cuda.device_count()
             common.check(here <= gpus, f"{here} processes were asked for on this machine and it "
                          f"has {gpus} GPUs: at most --nproc={gpus} (torchrun: --nproc_per_node)")
             torch.cuda.set_device(self.local_rank)
